@@ -1,0 +1,83 @@
+"""Parts for the tiny random models that each adapter can make, with no network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LLAVA_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+# tests `type` rather than the presence of a key: datasets fill absent keys of content parts with None
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}IMAGE{% elif c['type'] == 'video' %}VIDEO{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(special: tuple[str, ...], image: str, video: str = "<video>\n") -> Any:
+    """A byte-level BPE tokenizer of a few hundred tokens, left-padding, with a ChatML template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        ["What colour is it? Describe the clip. user assistant yes no red green blue 0 1 2 3 4 5 6 7 8 9"] * 4,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[AddedToken(s, special=True, normalized=False) for s in special],
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=4096,
+        padding_side="left",
+        chat_template=_TEMPLATE.replace("IMAGE", image).replace("VIDEO", video),
+    )
+
+
+def text_decoder(tok: Any, layers: int = 4, hidden: int = 64, heads: int = 4, kv_heads: int = 2) -> dict[str, Any]:
+    """Options of a small decoder whose vocabulary fits `tok`."""
+    end, pad = tok.convert_tokens_to_ids("<|im_end|>"), tok.convert_tokens_to_ids("<|endoftext|>")
+    return {
+        "vocab_size": (len(tok) + 63) // 64 * 64,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 4096,
+        "bos_token_id": pad,
+        "eos_token_id": end,
+        "pad_token_id": pad,
+    }
+
+
+def clip_tower() -> dict[str, Any]:
+    """Options of a CLIP tower of 4 x 4 patches."""
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "projection_dim": 32,
+    }

@@ -1,0 +1,1 @@
+"""Benchmarks, lmms-eval models and tasks, and reports."""

@@ -1,0 +1,42 @@
+"""vtok: visual-token compression for vision-language models.
+
+`vtok.patch(model, "globalcom2", keep=0.25)` makes a Hugging Face model run on fewer visual tokens. Importing this
+package imports neither torch nor transformers; the names below do so when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Compressor": "vtok.compressor",
+    "Patch": "vtok.patching",
+    "Selection": "vtok.selection",
+    "Trace": "vtok.trace",
+    "VisualTokens": "vtok.selection",
+    "VtokError": "vtok.errors",
+    "available": "vtok.patching",
+    "patch": "vtok.patching",
+    "unpatch": "vtok.patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name[:1].isupper():  # compressor classes, such as vtok.GlobalCom2, found wherever their file is
+        from vtok.compressor import load_all
+
+        for cls in load_all().values():
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module 'vtok' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from vtok.compressor import load_all
+
+    return sorted([*_HOMES, "__version__", *(cls.__name__ for cls in load_all().values())])

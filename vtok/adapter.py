@@ -1,0 +1,162 @@
+"""The base class of model-family adapters, and how a model finds its own. An adapter is one file in `adapters/`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import Unsupported
+from vtok.selection import Layout, Plane
+
+_REGISTRY: dict[str, type[Adapter]] = {}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder made of the pictures (or clips) of one call, in order.
+
+    layouts: one a picture, as the prompt's placeholders count it.
+    small: the layouts after an encoder-stage compressor, one a picture, or None.
+    sources: for each picture the [n_small] tokens of `layouts[i]` that stand for the tokens of `small[i]`, or None.
+    cls_attention: for each picture [V, P], see `VisualTokens`; or None.
+    """
+
+    modality: str
+    layouts: tuple[Layout, ...]
+    small: tuple[Layout, ...] | None = None
+    sources: tuple[Tensor, ...] | None = None
+    cls_attention: tuple[Tensor, ...] | None = None
+
+    def pick(self, order: list[int]) -> Encoded:
+        """The same pictures in another order, repeated where `order` repeats them (beam search)."""
+        take = lambda items: None if items is None else tuple(items[i] for i in order)  # noqa: E731
+        return Encoded(self.modality, *map(take, (self.layouts, self.small, self.sources, self.cls_attention)))
+
+
+class Adapter(ABC):
+    """Tells the engine where things are in one model family. Names no compressor except as the measured default."""
+
+    family: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]  # of transformers' configs
+    provides: ClassVar[frozenset[str]] = frozenset({"attention"})  # what compressors may need, see Compressor.needs
+    encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}  # modality -> method of the core model
+    default: ClassVar[dict[str, Any]]  # {"method": name, **options}, from the measured tables in model_cards/
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for model_type in cls.model_types:
+            _REGISTRY[model_type] = cls
+
+    def core(self, model: nn.Module) -> nn.Module:
+        """The module that joins text and vision and calls `language_model`."""
+        return model.model
+
+    def layers(self, language_model: nn.Module) -> nn.ModuleList:
+        return language_model.layers
+
+    def token_id(self, config: Any, modality: str) -> int:
+        return getattr(config, f"{modality}_token_id")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `Unsupported` for a variant of the family that the engine would get wrong."""
+
+    def available(self, model: nn.Module) -> frozenset[str]:
+        """What this very model provides: `provides`, less what its encoder lacks."""
+        return self.provides
+
+    @abstractmethod
+    def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        """One layout a picture, from the arguments of the encoder method."""
+
+    def cls_probe(self, core: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
+        """A module of the encoder, and a function of (it, its `hidden_states`) -> [views, P] CLS logits."""
+        raise Unsupported(f"{self.family} has no CLS token in its encoder.")
+
+    def encode_small(
+        self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
+    ) -> tuple[Any, list[tuple[int, int]]]:
+        """Encode pictures whose sides are shrunk by `scale` and stretch the features back over the dense layout.
+
+        Returns the encoder's output, with as many rows as for the dense picture (each cell repeating the feature of
+        the small picture's cell that covers it), and for each picture the (rows, cols) of one small view."""
+        raise Unsupported(f"A smaller picture cannot be had for {self.family}.")
+
+    @abstractmethod
+    def tiny(self, **options: Any) -> tuple[nn.Module, Any]:
+        """A random model of a few hundred thousand parameters and its processor, made with no network, for tests."""
+
+
+def shrink(layout: Layout, view: tuple[int, int]) -> tuple[Layout, Tensor]:
+    """The layout whose views (a picture, a frame, one crop) have only `view` = (rows, cols) cells.
+
+    Returns it and `source` [n_small]: for each small cell the dense token in the middle of the cells that it covers.
+    """
+
+    def axis(n: int, offset: int, dense: int, small: int) -> list[int]:
+        runs: dict[tuple[int, int], list[int]] = {}
+        for i in range(n):
+            crop, at = divmod(i + offset, dense)
+            runs.setdefault((crop, at * small // dense), []).append(i)
+        return [run[len(run) // 2] for run in runs.values()]
+
+    planes, sources = [], []
+    for plane, start in zip(layout.planes, layout.starts):
+        shape = plane.crop_shape if plane.kind == "crops" else (plane.rows, plane.cols)
+        rows = axis(plane.rows, plane.offset[0], shape[0], view[0])
+        cols = axis(plane.cols, plane.offset[1], shape[1], view[1])
+        sources.append(start + (torch.tensor(rows)[:, None] * plane.cols + torch.tensor(cols)).flatten())
+        small = replace(plane, rows=len(rows), cols=len(cols))
+        if plane.kind == "crops":
+            offset = tuple(o * v // s for o, v, s in zip(plane.offset, view, shape))
+            small = replace(small, crop_shape=view, offset=offset)
+        planes.append(small)
+    return Layout(tuple(planes), layout.separators, layout.modality), torch.cat(sources)
+
+
+def stretch(plane: Plane, view: tuple[int, int]) -> Tensor:
+    """[rows * cols] for each cell of a whole-view plane, the cell of a `view`-sized grid that covers it."""
+    rows = torch.arange(plane.rows) * view[0] // plane.rows
+    cols = torch.arange(plane.cols) * view[1] // plane.cols
+    return (rows[:, None] * view[1] + cols).flatten()
+
+
+def bind(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults left out, `**kwargs` flattened."""
+    bound = inspect.signature(method).bind(*args, **kwargs).arguments
+    return {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+
+
+def load_all() -> dict[str, Adapter]:
+    """Import every file of `adapters/` and return family -> adapter."""
+    import vtok.adapters
+
+    for module in pkgutil.iter_modules(vtok.adapters.__path__):
+        importlib.import_module(f"vtok.adapters.{module.name}")
+    return {cls.family: cls() for cls in sorted(set(_REGISTRY.values()), key=lambda cls: cls.family)}
+
+
+def find(model: nn.Module) -> tuple[nn.Module, Adapter]:
+    """The vision-language model inside `model` (itself, or wrapped by PEFT and the like) and its adapter."""
+    load_all()
+    for module in model.modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        if model_type in _REGISTRY and hasattr(module, "lm_head"):
+            if not type(module).__module__.startswith("transformers."):
+                raise Unsupported(
+                    f"{type(module).__name__} is remote code. Load the checkpoint with transformers' own class "
+                    f"(trust_remote_code=False; for many there is a converted '-hf' repository)."
+                )
+            return module, _REGISTRY[model_type]()
+    families = ", ".join(sorted({a.family for a in _REGISTRY.values()}))
+    raise Unsupported(
+        f"{type(model).__name__} is no vision-language model that vtok knows. Supported families: {families}. "
+        f"Pass the ...ForConditionalGeneration model."
+    )

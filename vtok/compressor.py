@@ -1,0 +1,99 @@
+"""The base class of compressors and their registry. A compressor is one file in `vtok/compressors/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vtok.errors import InvalidValue, UnknownName, Unsupported
+from vtok.selection import Attention, Selection, VisualTokens, check_keep
+
+STAGES = ("encoder", "pre_llm", "llm")
+_REGISTRY: dict[str, type[Compressor]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressor:
+    """Base of all compressors. Subclasses are frozen dataclasses whose fields are the method's hyper-parameters.
+
+    A subclass sets the class variables below and, by its stage, overrides one method:
+    "encoder": `scale()`; "pre_llm": `select(tokens)`; "llm": `schedule(n_layers)` and `score(attention)`.
+    """
+
+    name: ClassVar[str]  # the word for `vtok.patch(model, name)`
+    stage: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()  # of "cls_attention", "crops", "attention"
+    paper: ClassVar[str]  # "title, arXiv id", or "baseline"
+    adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
+    text_guided: ClassVar[bool] = False
+    merges: ClassVar[bool] = False  # True if kept tokens get new features, through which gradient must flow
+
+    keep: float | int = 0.25
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            _REGISTRY[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing can be dropped, so that the model runs untouched."""
+        return isinstance(self.keep, float) and self.keep == 1.0
+
+    @property
+    def needs_now(self) -> frozenset[str]:
+        """What this instance needs; a subset of `needs` where a parameter makes a need go away."""
+        return self.needs
+
+    def scale(self) -> float:
+        """The factor by which picture sides shrink before the encoder, in (0, 1]."""
+        raise Unsupported(f"{type(self).__name__} does not act in the encoder.")
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Choose among the tokens of B pictures, before the language model."""
+        raise Unsupported(f"{type(self).__name__} does not act before the language model.")
+
+    def schedule(self, n_layers: int) -> dict[int, float | int]:
+        """Layer index -> what `keep` of the sample's visual tokens remains after that decoder layer."""
+        raise Unsupported(f"{type(self).__name__} does not act in the language model.")
+
+    def score(self, attention: Attention) -> Tensor:
+        """[B, L] importance of each key at a layer of the schedule; only the entries of visual tokens are used."""
+        raise Unsupported(f"{type(self).__name__} does not act in the language model.")
+
+    def with_budget(self, budget: float, n_layers: int) -> Compressor:
+        """The same compressor with its knobs set so that `trace.mean_keep` is at most `budget`, in (0, 1]."""
+        return dataclasses.replace(self, keep=float(budget))
+
+    def parts(self) -> tuple[Compressor, ...]:
+        """The single-stage compressors this one is made of (itself, unless it is a named composition)."""
+        return (self,)
+
+
+def load_all() -> dict[str, type[Compressor]]:
+    """Import every file of `vtok/compressors/` and return name -> class."""
+    import vtok.compressors
+
+    for module in pkgutil.iter_modules(vtok.compressors.__path__):
+        importlib.import_module(f"vtok.compressors.{module.name}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def build(name: str, **options: Any) -> Compressor:
+    """Make a compressor from its name and options."""
+    registry = load_all()
+    if name not in registry:
+        raise UnknownName(f"No compressor is named {name!r}. There are: {', '.join(registry)}.")
+    cls = registry[name]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(options) - fields):
+        raise InvalidValue(f"{name} has no option {', '.join(unknown)}. It has: {', '.join(sorted(fields))}.")
+    return cls(**options)

@@ -1,0 +1,190 @@
+"""The kept tokens drawn over the picture, one panel a method. Needs matplotlib (the extra "viz")."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vtok.errors import InvalidValue, MissingExtra
+from vtok.selection import Layout
+
+INK, FAINT = "#1c1c1c", "#6b6b6b"
+TALL, WIDE, GAP = 3.2, 3.4, 0.34  # inches: at most, of a panel's picture; and between panels
+HEAD, LINE = 0.44, 0.18  # inches: of name and caption, and of a line of the answer
+INSET = 0.36  # size of the thumbnail beside the picture, as a part of it
+DPI = 200
+DROPPED = 0.12  # how much of a dropped token's colour is left
+# Dropped tokens fade into the veil that differs most from the picture, and the outlines stand out from both.
+ON_DARK, ON_BRIGHT = (0.93, "#ffd21f"), (0.22, "#ff7a1a")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one method did to one picture.
+
+    name, caption, answer: the words of the panel: the method, what it kept, what the model then said.
+    layout: where the N tokens lie.
+    seen: [N] for each token the part of the decoder's layers that process it, in [0, 1] (a keep mask is fine).
+    merged_into: [N] long or None, see `Selection.merged_into`. Merged tokens are shown as one colour, their mean.
+    """
+
+    name: str
+    caption: str
+    answer: str
+    layout: Layout
+    seen: Tensor
+    merged_into: Tensor | None = None
+
+
+def panels(
+    picture: Image.Image, items: Sequence[Panel], question: str = "", columns: int | None = None
+) -> Image.Image:
+    """Draw one panel for each item: kept tokens clear in a thin outline, dropped ones faded away.
+
+    The plane of full detail (the crops, or the only one) is drawn over the picture, and the thumbnail, where the
+    family has one, small beside it. Returns an RGB picture of 200 pixels an inch.
+    """
+    figure_class, canvas_class = _matplotlib()
+    if not items:
+        raise InvalidValue("There is nothing to draw: give at least one panel.")
+    columns = columns or _columns(len(items))
+    rows = -(-len(items) // columns)
+    inset = any(len(_planes(item.layout)) > 1 for item in items)
+    aspect = picture.height / picture.width
+    full = 1 + (INSET if inset else 0)
+    width = min(WIDE / full, TALL / aspect)
+    tall = width * aspect
+    panel = max(width * full, 1.6)  # room for the words
+    answers = [textwrap.wrap(f"“{item.answer}”", int(panel / 0.088), max_lines=3) for item in items]
+    foot = 0.1 + LINE * max(map(len, answers))
+    cell = (panel + GAP, HEAD + tall + foot + 0.12)
+    title = textwrap.wrap(question, int((columns * cell[0] - GAP) / 0.14), max_lines=3)
+    top = 0.25 + 0.25 * len(title)
+    sheet = _Sheet(figure_class, (columns * cell[0] + GAP, rows * cell[1] + top))
+    sheet.words(GAP, top - 0.07 - 0.25 * len(title), "\n".join(title), 13, INK, weight="bold")
+    look = ON_BRIGHT if _brightness(picture) > 0.5 else ON_DARK
+    for i, item in enumerate(items):
+        left, y = GAP + (i % columns) * cell[0], top + (i // columns) * cell[1]
+        sheet.words(left, y, item.name, 11, INK, weight="bold")
+        sheet.words(left, y + 0.2, item.caption, 8.5, FAINT)
+        sheet.words(left, y + HEAD + tall + 0.08, "\n".join(answers[i]), 10, INK)
+        places = [(left, y + HEAD, width, tall)]
+        places.append((left + width * 1.03, y + HEAD, width * (INSET - 0.03), tall * (INSET - 0.03)))
+        for place, index in zip(places, _planes(item.layout)):
+            _plane(sheet.axes(*place), place, picture, item, index, *look)
+    canvas = canvas_class(sheet.figure)
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3]  # [Y, X, 3]
+    return Image.fromarray(np.ascontiguousarray(drawn))
+
+
+def save(image: Image.Image, file: str | Path) -> Path:
+    """Write a PNG, making its folder if need be."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, format="PNG")
+    return file
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    # Figure and canvas are used without pyplot, so that the caller's backend and open figures are left alone.
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra('Drawing needs matplotlib: pip install "vtok[viz]".') from error
+    return Figure, FigureCanvasAgg
+
+
+class _Sheet:
+    """A figure measured in inches from its upper left corner."""
+
+    def __init__(self, figure_class: Any, size: tuple[float, float]) -> None:
+        self.size = size
+        self.figure = figure_class(figsize=size, dpi=DPI, facecolor="white")
+
+    def words(self, x: float, y: float, text: str, points: float, colour: str, **font: Any) -> None:
+        x, y = x / self.size[0], 1 - y / self.size[1]
+        self.figure.text(x, y, text, fontsize=points, color=colour, va="top", parse_math=False, **font)
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Any:
+        wide, tall = self.size
+        return self.figure.add_axes((left / wide, 1 - (top + height) / tall, width / wide, height / tall))
+
+
+def _columns(n: int) -> int:
+    """Columns that fill a sheet of at most four evenly."""
+    return next((c for c in (4, 3) if n > 4 and n % c == 0), min(n, 4))
+
+
+def _planes(layout: Layout) -> list[int]:
+    """Indices of the planes to draw: the one with most detail (of a clip, its first frame), then the thumbnail."""
+    order = sorted(range(len(layout.planes)), key=lambda i: layout.planes[i].kind == "thumbnail")
+    return order[:1] + [i for i in order[1:] if layout.planes[i].kind == "thumbnail"]
+
+
+def _brightness(picture: Image.Image) -> float:
+    return float(np.asarray(picture.convert("L").resize((32, 32))).mean()) / 255
+
+
+def _plane(
+    axes: Any, place: tuple[float, ...], picture: Image.Image, item: Panel, index: int, veil: float, edge: str
+) -> None:
+    """Draw the picture as one plane of tokens shows it; `place` is (left, top, width, height) in inches."""
+    from matplotlib.collections import LineCollection
+
+    plane, start = item.layout.planes[index], item.layout.starts[index]
+    tokens = slice(start, start + plane.size)
+    seen = item.seen[tokens].float().reshape(plane.rows, plane.cols).numpy()  # [rows, cols]
+    pixels = (max(1, round(place[2] * DPI)), max(1, round(place[3] * DPI)))
+    box = [part * length for part, length in zip(plane.box, picture.size * 2)]
+    image = picture.convert("RGB").resize(pixels, Image.Resampling.LANCZOS, box=box)
+    colours = np.asarray(image).astype(np.float32) / 255  # [Y, X, 3]
+    row = (np.arange(pixels[1]) * plane.rows // pixels[1])[:, None]  # [Y, 1] the cell of each pixel
+    col = np.arange(pixels[0]) * plane.cols // pixels[0]  # [X]
+    owner = None
+    if item.merged_into is not None:
+        owner = item.merged_into[tokens].reshape(plane.rows, plane.cols).numpy()
+        seen = np.where(owner >= 0, item.seen.float().numpy()[owner], 0.0)
+        colours = _mean_colour(colours, owner[row, col])
+    strength = (DROPPED + (1 - DROPPED) * seen)[row, col][..., None]  # [Y, X, 1]
+    faded = 0.35 * (colours.mean(-1, keepdims=True) - 0.5) + veil
+    shown = strength * colours + (1 - strength) * np.clip(faded, 0, 1)
+    axes.imshow(shown, extent=(0, plane.cols, plane.rows, 0), aspect="auto", interpolation="nearest")
+    axes.set_axis_off()
+    thickness = float(np.clip(place[2] / plane.cols * 72 / 14, 0.25, 0.9))  # points, by the width of a cell
+    axes.add_collection(LineCollection(_outlines(seen, owner), colors=edge, linewidths=thickness))
+
+
+def _mean_colour(colours: Any, owner: Any) -> Any:
+    """Each pixel [Y, X, 3] gets the mean colour of the pixels with the same owner [Y, X]."""
+
+    _, group = np.unique(owner, return_inverse=True)
+    group = group.reshape(owner.shape)
+    count = np.bincount(group.ravel())
+    sums = [np.bincount(group.ravel(), weights=colours[..., c].ravel()) / count for c in range(3)]
+    return np.stack(sums, -1)[group]
+
+
+def _outlines(seen: Any, owner: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The edges, in cells, around the tokens that are seen longest, and between those of different owners."""
+
+    rows, cols = seen.shape
+    if owner is None and seen.min() == 1:
+        return []  # nothing was dropped: show the picture itself
+    kept = (seen > 0) & (seen == seen.max())
+    who = np.arange(rows * cols).reshape(rows, cols) if owner is None else owner
+    name = np.full((rows + 2, cols + 2), -1)  # -1: not outlined
+    name[1:-1, 1:-1] = np.where(kept, who, -1)
+    across = np.argwhere(name[:-1, 1:-1] != name[1:, 1:-1])  # [E, 2] (row, col) of horizontal edges
+    down = np.argwhere(name[1:-1, :-1] != name[1:-1, 1:])  # [E, 2] of vertical edges
+    return [((c, r), (c + 1, r)) for r, c in across.tolist()] + [
+        ((c, r), (c, r + 1)) for r, c in down.tolist()
+    ]

@@ -1,0 +1,546 @@
+"""The engine: what happens at each seam of a patched model. `vtok/patching.py` installs it and takes it away.
+
+    outer model       labels noted                                         (the prompt ends before the first of them)
+    core model        what is visual, which pictures
+    encoder method    layouts, CLS logits; an encoder-stage compressor acts
+    language model    a pre-LLM compressor acts; sequence, positions and mask are compacted; the output is restored
+    decoder layers    an in-LLM compressor acts
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import find_packed_sequence_indices
+
+from vtok.adapter import Adapter, Encoded, bind, shrink
+from vtok.compressor import Compressor
+from vtok.errors import PatchStateError, Unsupported
+from vtok.probe import KEYWORD
+from vtok.selection import Attention, Layout, Selection, VisualTokens
+from vtok.sequence import CompressedCache, Rows, causal_mask, gather, gather_positions
+from vtok.trace import Picture, Shapes, Trace
+
+
+@dataclass
+class Call:
+    """One forward of the core model."""
+
+    input_ids: Tensor | None
+    placeholders: dict[str, Tensor] = field(default_factory=dict)  # modality -> [B, S] bool, where there are no ids
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)  # what `generate` encoded up front and passes again
+    stream: Pass | None = None
+
+
+class Stopwatch:
+    """Seconds spent in `with` blocks, on the device's clock, read without waiting until asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.laps: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self.start = self._now()
+
+    def __exit__(self, *exc: Any) -> None:
+        self.laps.append((self.start, self._now()))
+
+    def seconds(self) -> float:
+        if not self.cuda:
+            return sum(end - start for start, end in self.laps)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.laps) / 1e3
+
+
+@dataclass
+class Pass:
+    """One forward of the language model over a compacted sequence, or over a cache that holds one.
+
+    rows: first layer -> the positions present from there on. `rows[0]` are what enters the first layer.
+    columns: first layer -> [B, L'] the columns of `rows[0]` that are present from there on.
+    """
+
+    config: Any
+    cache: CompressedCache | None
+    batch: int
+    rows: dict[int, Rows] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    steps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, L'] columns of its input to gather
+    masks: dict[int, Any] = field(default_factory=dict)
+    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # what an in-LLM compressor needs
+    compressor: Compressor | None = None
+    schedule: dict[int, float | int] = field(default_factory=dict)
+    visual: Tensor | None = None  # [B, S] bool, visual tokens that may go
+    anchor: Tensor | None = None  # [B] position
+    text_counts: list[int] = field(default_factory=list)  # per sample: tokens that must stay
+    visual_counts: list[int] = field(default_factory=list)  # per sample: visual tokens that entered
+    image_counts: list[int] = field(default_factory=list)  # per sample: pictures
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    stopwatch: Stopwatch | None = None
+
+    def first(self, layer: int) -> int:
+        """The first layer of the group in which `layer` is."""
+        starts = self.rows if self.rows else self.cache.valid
+        return max(start for start in starts if start <= layer)
+
+    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Score the keys of a layer of the schedule; called from inside its attention, once."""
+        if layer not in self.schedule or layer in self.scores:
+            return
+        rows = self.rows[self.first(layer)].to(key.device)
+        past = key.shape[2] - query.shape[2]
+        valid, visual = rows.valid, self.visual.to(key.device).gather(1, rows.index) & rows.valid
+        column = ((rows.index == self.anchor.to(key.device)[:, None]) & rows.valid).to(torch.uint8).argmax(1)
+        if past:
+            held = self.cache.valid_at(layer)
+            old = valid.new_ones(self.batch, past) if held is None else held[:, :past].to(key.device)
+            valid, visual = torch.cat([old, valid], 1), torch.cat([torch.zeros_like(old), visual], 1)
+        with self.stopwatch, torch.no_grad():
+            score = self.compressor.score(
+                Attention(query.detach(), key.detach(), scaling, valid, visual, past + column)
+            )
+            self.scores[layer] = score[:, past:].float()
+
+    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Bring a layer's input to the positions that are present there. Changes `kwargs`, which are ours."""
+        if layer - 1 in self.schedule and layer not in self.rows:
+            self._prune(layer)
+        if layer in self.steps:
+            hidden = gather(hidden, self.steps[layer])
+        start = self.first(layer)
+        kwargs["position_ids"] = None  # only read to find packed sequences, which gaps would look like
+        if start:
+            if start in self.columns:
+                if start not in self.rotary:
+                    self.rotary[start] = tuple(
+                        gather(x, self.columns[start]) for x in kwargs["position_embeddings"]
+                    )
+                kwargs["position_embeddings"] = self.rotary[start]
+            if start not in self.masks:
+                self.masks[start] = self._mask(start, hidden)
+            mask = self.masks[start]
+            kwargs["attention_mask"] = mask.to(hidden.device) if isinstance(mask, Tensor) else mask
+        return hidden
+
+    def _mask(self, start: int, hidden: Tensor) -> Any:
+        rows = self.rows.get(start)
+        new = rows.valid if rows is not None and rows.padded else None
+        if self.cache is not None:
+            valid = self.cache.extend(start, new, self.batch, hidden.shape[1], hidden.device)
+        else:
+            valid = new
+        return causal_mask(self.config, hidden, valid, self.cache, start)
+
+    def _prune(self, layer: int) -> None:
+        """Decide what is present from `layer` on, by the score that the layer before gave."""
+        before = self.rows[max(self.rows)]
+        if layer - 1 not in self.scores:
+            raise Unsupported(
+                f"Decoder layer {layer - 1} was not observed: its attention does not go through transformers' "
+                f"registry. Load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2', then patch."
+            )
+        with self.stopwatch, torch.no_grad():
+            keep = self.schedule[layer - 1]
+            budget = [
+                min(n, keep * images) if isinstance(keep, int) else min(n, int(n * keep + 1e-9))
+                for n, images in zip(self.visual_counts, self.image_counts)
+            ]
+            device = before.index.device
+            visual = self.visual.gather(1, before.index) & before.valid  # [B, L]
+            score = self.scores[layer - 1].to(device).nan_to_num(-torch.inf).masked_fill(~visual, -torch.inf)
+            order = score.argsort(dim=1, descending=True, stable=True)
+            rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=device).expand_as(order))
+            kept = visual & (rank < torch.tensor(budget, device=device)[:, None])
+            lengths = [text + n for text, n in zip(self.text_counts, budget)]
+            self.rows[layer], step = before.narrow(kept | ~visual, lengths)
+            self.steps[layer] = step
+            previous = self.columns.get(max(self.columns, default=0))
+            self.columns[layer] = step if previous is None else previous.gather(1, step)
+            if self.cache is not None:
+                self.cache.split(layer)
+
+
+class Engine:
+    """One patched model's engine. Holds no reference to the model, so that the two can be freed together."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        parts: tuple[Compressor, ...],
+        token_ids: dict[str, int],
+        shapes: Shapes,
+        watches_layers: bool,
+    ) -> None:
+        self.adapter = adapter
+        self.token_ids = token_ids  # modality -> placeholder
+        self.shapes = shapes
+        self.watches_layers = watches_layers  # whether `before_layer` is installed on the decoder layers
+        active = {part.stage: part for part in parts if not part.is_identity}
+        self.encoder: Compressor | None = active.get("encoder")
+        self.pre_llm: Compressor | None = active.get("pre_llm")
+        self.llm: Compressor | None = active.get("llm")
+        self.needs = frozenset().union(*(part.needs_now for part in active.values()))
+        self.labels: Tensor | None = None
+        self.call: Call | None = None
+        self.trace: Trace | None = None
+        self.cls: list[Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict) -> Engine:
+        raise PatchStateError("A patched model cannot be copied: unpatch it, copy it, then patch both.")
+
+    # ---- outer model -------------------------------------------------------------------------------------------
+    def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.labels = kwargs.get("labels")
+
+    def after_outer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.labels = None
+
+    # ---- core model --------------------------------------------------------------------------------------------
+    def before_core(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.call = Call(kwargs.get("input_ids", args[0] if args else None))
+        if self.call.input_ids is None and (embeds := kwargs.get("inputs_embeds")) is not None:
+            for modality, token in self.token_ids.items():
+                row = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+                self.call.placeholders[modality] = (embeds == row).all(-1)
+        for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
+            if output is None or getattr(output, "pooler_output", None) is None:
+                continue
+            encoded: Encoded | None = getattr(output, "_vtok_encoded", None)
+            if encoded is None:
+                raise Unsupported(
+                    f"The {modality} features in mm_encoder_outputs were not made by this patched model, or were cut "
+                    f"into chunks. Encode after patching, and leave generation_config.prefill_chunk_size unset."
+                )
+            # beam search repeats a sample's pictures; the features are still the same tensors
+            seen: dict[int, int] = {}
+            order = [seen.setdefault(id(rows), len(seen)) for rows in output.pooler_output]
+            self.call.encoded[modality] = encoded.pick(order)
+            self.call.outputs[modality] = output
+
+    def after_core(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.call = None
+
+    # ---- encoder -----------------------------------------------------------------------------------------------
+    def encode(self, core: nn.Module, modality: str, method: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Stands in for the core model's `get_image_features` or `get_video_features`."""
+        arguments = bind(method, args, kwargs)
+        layouts = tuple(self.adapter.layouts(core, modality, arguments))
+        small = sources = cls = None
+        self.cls = []
+        try:
+            if self.encoder is not None:
+                output, views = self.adapter.encode_small(core, modality, method, arguments, self.encoder.scale())
+                small, sources = zip(*(shrink(layout, view) for layout, view in zip(layouts, views)))
+            else:
+                output = method(*args, **kwargs)
+            if self.cls:
+                views = [sum(p.crop_grid[0] * p.crop_grid[1] for p in layout.planes) for layout in layouts]
+                cls = torch.cat(self.cls).split(views)
+        finally:
+            self.cls = None
+        if not hasattr(output, "pooler_output"):
+            return output  # somebody asked for a plain tuple: features for their own use
+        for rows, layout in zip(output.pooler_output, layouts):
+            if len(rows) != layout.n_rows:
+                raise Unsupported(
+                    f"The encoder gave {len(rows)} tokens for a picture where {layout.n_rows} were expected. "
+                    f"vision_feature_layer and vision_feature_select_strategy must be those of the config."
+                )
+        output._vtok_encoded = Encoded(modality, layouts, small, sources, cls)
+        if self.call is not None:
+            self.call.encoded[modality] = output._vtok_encoded
+        return output
+
+    def before_cls(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], function: Any) -> None:
+        if self.cls is not None:
+            self.cls.append(function(module, args[0] if args else kwargs["hidden_states"]))
+
+    # ---- language model ----------------------------------------------------------------------------------------
+    def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        call, cache = self.call, kwargs.get("past_key_values")
+        if call is not None and any(encoded.layouts for encoded in call.encoded.values()):
+            return args, self._prefill(module, call, dict(kwargs))
+        if isinstance(cache, CompressedCache):
+            return args, self._continue(module, dict(kwargs), cache)
+        return None
+
+    def after_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        stream = self.call.stream if self.call is not None else None
+        if stream is None or not stream.rows:
+            return None
+        length = stream.visual.shape[1]
+        output.last_hidden_state = stream.rows[max(stream.rows)].restore(output.last_hidden_state, length)
+        if output.hidden_states is not None:  # the i-th is what layer i-1 gave; the last is normalised
+            states = [
+                None if h is None else stream.rows[stream.first(max(0, i - 1))].restore(h, length)
+                for i, h in enumerate(output.hidden_states[:-1])
+            ]
+            output.hidden_states = (*states, output.last_hidden_state)
+        return output
+
+    def before_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        stream: Pass | None = kwargs.get(KEYWORD)
+        if stream is None:
+            return None
+        kwargs = {k: v for k, v in kwargs.items() if k != KEYWORD}
+        if args:
+            args = (stream.enter(layer, args[0], kwargs), *args[1:])
+        else:
+            kwargs["hidden_states"] = stream.enter(layer, kwargs["hidden_states"], kwargs)
+        if layer in stream.schedule:
+            kwargs[KEYWORD] = stream  # travels on to the attention function
+        return args, kwargs
+
+    def _continue(self, module: nn.Module, kwargs: dict[str, Any], cache: CompressedCache) -> dict[str, Any]:
+        """Text on a cache that holds a compressed prompt: decoding, or another turn."""
+        hidden, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if hidden is None:
+            hidden = module.get_input_embeddings()(kwargs.pop("input_ids"))
+            kwargs["inputs_embeds"] = hidden
+        batch, length, _ = hidden.shape
+        _check_mask(mask)
+        if len(cache.valid) > 1 and self.llm is None:
+            raise PatchStateError("This cache was made under another patch, whose layers hold different tokens.")
+        new = None
+        if length > 1 and mask is not None and not bool(mask[:, -length:].all()):
+            new = mask[:, -length:].bool()
+        valid = cache.extend(0, new, batch, length, hidden.device)
+        kwargs["attention_mask"] = None if valid is None else valid.long()
+        kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, batch, length, hidden.device)
+        cache.seen += length
+        stream = Pass(module.config, cache, batch)
+        if new is not None:
+            positions = torch.arange(length, device=hidden.device).expand(batch, -1)
+            stream.rows = {start: Rows(positions, new, padded=True) for start in cache.valid}
+            stream.visual = torch.zeros_like(new)
+        kwargs[KEYWORD] = stream
+        return self._hand_down(kwargs)
+
+    def _hand_down(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Leave the pass in the keywords only where layer hooks will take it out again."""
+        if not self.watches_layers:
+            kwargs.pop(KEYWORD)
+        return kwargs
+
+    def _shifted(
+        self, positions: Tensor | None, cache: CompressedCache | None, batch: int, length: int, device: torch.device
+    ) -> Tensor:
+        """Position ids of a chunk, made as the model would where they are not given, less what renumbering took."""
+        if positions is None:
+            positions = torch.arange(length, device=device)[None] + (cache.seen if cache is not None else 0)
+        if cache is not None and cache.shift is not None:
+            positions = positions - cache.shift[:, None]
+        return positions
+
+    def _prefill(self, module: nn.Module, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A forward that brings visual tokens."""
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        batch, length, width = embeds.shape
+        device = embeds.device
+        _check_mask(mask)
+        stopwatch = Stopwatch(device)
+        cache = self._cache(module, kwargs, mask, length)
+        self._refuse_packed(kwargs, mask, cache)
+        valid = mask[:, -length:].bool() if mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+
+        visual, pictures = self._locate(call, module, embeds)
+        anchor = self._anchor(call, valid, visual, cache, module.training)
+        protected = torch.zeros_like(valid).scatter_(1, anchor[:, None], True)  # its row predicts the first answer token
+        keep = valid & (~visual | protected)
+
+        flat, flat_keep = embeds.reshape(batch * length, width), keep.view(-1)
+        selections: list[tuple[list[int], Selection]] = []
+        groups: dict[Any, list[int]] = {}
+        for i, picture in enumerate(pictures):
+            groups.setdefault((picture.modality, picture.dense, picture.layout), []).append(i)
+        countable = torch.zeros_like(flat_keep)
+        for members in groups.values():
+            first = pictures[members[0]]
+            tokens = torch.stack([pictures[i].tokens for i in members])  # [G, n] flat positions
+            separators = torch.stack([pictures[i].separators for i in members])
+            flat_keep[separators.flatten()] = True
+            if self.pre_llm is None:
+                flat_keep[tokens.flatten()] = True
+                selection = Selection(torch.ones_like(tokens, dtype=torch.bool), n_kept=tokens.shape[1])
+            else:
+                cls = None
+                if first.cls_attention is not None:
+                    cls = torch.stack([pictures[i].cls_attention for i in members])
+                with stopwatch, torch.set_grad_enabled(torch.is_grad_enabled() and self.pre_llm.merges):
+                    selection = self.pre_llm.select(VisualTokens(flat[tokens], first.layout, cls))
+                flat_keep[tokens.flatten()] |= selection.keep.flatten()
+                if selection.features is not None:
+                    flat = flat.index_copy(0, tokens.flatten(), selection.features.flatten(0, 1).to(flat.dtype))
+            countable[tokens.flatten()] = selection.keep.flatten()
+            selections.append((members, selection))
+        keep = flat_keep.view(batch, length) & valid
+        droppable = countable.view(batch, length) & ~protected
+
+        # the one wait for the device: how long the compacted rows are
+        owners = torch.stack([picture.tokens[0] for picture in pictures]) // length
+        counts = torch.cat([keep.sum(1), droppable.sum(1), owners]).tolist()
+        lengths, n_visual, owners = counts[:batch], counts[batch : 2 * batch], counts[2 * batch :]
+
+        rows = Rows.of(keep, lengths)
+        present = {0: rows}  # grows as decoder layers prune
+        merged = {
+            i: selection.merged_into[g]
+            for members, selection in selections
+            if selection.merged_into is not None
+            for g, i in enumerate(members)
+        }
+        self.trace = Trace(
+            self.shapes, tuple(pictures), tuple(owners), batch, length, merged, stopwatch, self.encoder, present
+        )
+        if not self.active:
+            return kwargs
+        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            raise Unsupported("output_attentions is not available while tokens are dropped: its shape would change.")
+
+        stream = Pass(module.config, cache, batch, present, visual=droppable, anchor=anchor, stopwatch=stopwatch)
+        call.stream = stream
+        positions = self._shifted(kwargs.get("position_ids"), cache, batch, length, device)
+        if getattr(self.pre_llm, "renumber", False):
+            dropped = (valid & ~keep).long()
+            positions = positions - dropped.cumsum(1)
+            if cache is not None:
+                shift = dropped.sum(1)
+                cache.shift = shift if cache.shift is None else cache.shift + shift
+        kwargs["position_ids"] = gather_positions(positions, rows.index)
+        kwargs["inputs_embeds"] = gather(flat.view(batch, length, width), rows.index)
+        new = rows.valid if rows.padded else None
+        if cache is not None:
+            full = cache.extend(0, new, batch, rows.index.shape[1], device)
+            kwargs["attention_mask"] = None if full is None else full.long()
+            kwargs["past_key_values"] = cache
+            cache.seen += length
+        else:  # without a mask and a cache, gaps in the positions would be read as packed sequences
+            kwargs["attention_mask"] = rows.valid.long()
+        if self.llm is not None:
+            stream.compressor = self.llm
+            n_layers = len(self.adapter.layers(module))
+            stream.schedule = {i: k for i, k in self.llm.schedule(n_layers).items() if i < n_layers - 1}
+            stream.visual_counts = n_visual
+            stream.text_counts = [n - v for n, v in zip(lengths, n_visual)]
+            stream.image_counts = [owners.count(b) for b in range(batch)]
+        kwargs[KEYWORD] = stream
+        return self._hand_down(kwargs)
+
+    @property
+    def active(self) -> bool:
+        """Whether any stage can drop something."""
+        return any(part is not None for part in (self.encoder, self.pre_llm, self.llm))
+
+    def _cache(self, module: nn.Module, kwargs: dict[str, Any], mask: Tensor | None, length: int) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not self.active:
+            return None
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if use_cache is None:
+                use_cache = getattr(module.config, "use_cache", False)
+            if not use_cache or (module.training and getattr(module, "gradient_checkpointing", False)):
+                return None
+            return CompressedCache.adopt(DynamicCache(config=module.config), None)
+        past = mask[:, :-length] if mask is not None and mask.shape[1] > length else None
+        if isinstance(cache, CompressedCache) or past is None or bool(past.all()):
+            past = None
+        return CompressedCache.adopt(cache, past)
+
+    def _refuse_packed(self, kwargs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:
+        positions = kwargs.get("position_ids")
+        if positions is None or mask is not None or cache is not None or positions.ndim == 3 and len(positions) == 3:
+            return
+        if find_packed_sequence_indices(positions[0] if positions.ndim == 3 else positions) is not None:
+            raise Unsupported("Packed sequences cannot be compressed: pass padded rows with an attention_mask.")
+
+    def _locate(self, call: Call, module: nn.Module, embeds: Tensor) -> tuple[Tensor, list[Picture]]:
+        """Which places are visual, [B, S] bool, and for each picture where its tokens are in the flattened batch."""
+        batch, length, _ = embeds.shape
+        visual = torch.zeros(batch, length, dtype=torch.bool, device=embeds.device)
+        pictures: list[Picture] = []
+        for modality, encoded in call.encoded.items():
+            if call.input_ids is not None:
+                here = call.input_ids == self.token_ids[modality]
+            else:
+                here = call.placeholders[modality]
+            visual |= here
+            sizes = [layout.n_rows for layout in encoded.layouts]
+            where = torch.nonzero_static(here.view(-1), size=sum(sizes)).squeeze(1)
+            for i, rows in enumerate(where.split(sizes)):
+                dense = encoded.layouts[i]
+                place = dense.place.to(rows.device)
+                layout, source = dense, None
+                is_token = torch.zeros(dense.n_rows, dtype=torch.bool, device=rows.device)
+                is_token[place] = True
+                separators = rows[~is_token] if dense.separators else rows[:0]
+                if encoded.small is not None:
+                    layout, source = encoded.small[i], encoded.sources[i].to(rows.device)
+                    separators = separators[_kept_separators(dense, encoded.sources[i]).to(rows.device)] if dense.separators else separators
+                    place = place[source]
+                cls = encoded.cls_attention[i] if encoded.cls_attention is not None else None
+                pictures.append(Picture(modality, dense, layout, rows, rows[place], separators, source, cls))
+        return visual, pictures
+
+    def _anchor(
+        self, call: Call, valid: Tensor, visual: Tensor, cache: Any, training: bool
+    ) -> Tensor:
+        """[B] the position at which the prompt ends, the same in a rollout and in the training forward."""
+        length = valid.shape[1]
+        last = length - 1 - valid.flip(1).to(torch.uint8).argmax(1)  # [B]
+        if getattr(self.llm, "anchor", None) == "after_visual":
+            after = length - visual.flip(1).to(torch.uint8).argmax(1)  # first place behind the last visual one
+            return torch.where(visual.any(1), torch.minimum(after, last), last)
+        labels = self.labels
+        if labels is not None and labels.shape == valid.shape:
+            supervised = (labels != -100).to(valid.device)
+            return torch.where(supervised.any(1), (supervised.to(torch.uint8).argmax(1) - 1).clamp(min=0), last)
+        if self.llm is not None and self.llm.text_guided and training and torch.is_grad_enabled():
+            raise Unsupported(
+                f"{self.llm.name} reads the text at the prompt's end, and a training forward without labels does not "
+                f"say where that is. Pass labels (-100 on the prompt), or use {self.llm.name} with "
+                f"anchor='after_visual'."
+            )
+        if cache is None:  # generate(use_cache=False) runs the grown sequence again: the prompt still ends where it did
+            for output in call.outputs.values():
+                ids, anchor = getattr(output, "_vtok_prompt", (None, None))
+                if ids is not None and call.input_ids is not None and _is_prefix(ids, call.input_ids):
+                    return anchor
+                output._vtok_prompt = (call.input_ids, last)
+        return last
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise Unsupported(
+            "A prepared attention mask (4-D or a dict, as static caches and packing make it) cannot be compacted. "
+            "Pass a [batch, length] mask or none, and use the default dynamic cache."
+        )
+
+
+def _is_prefix(prompt: Tensor, ids: Tensor) -> bool:
+    return prompt.shape[0] == ids.shape[0] and prompt.shape[1] <= ids.shape[1] and torch.equal(prompt, ids[:, : prompt.shape[1]])
+
+
+def _kept_separators(dense: Layout, source: Tensor) -> Tensor:
+    """[separators] bool: those at the end of rows in which some token of `source` lies."""
+    kept = []
+    for plane, start, per_row in zip(dense.planes, dense.starts, dense.separators):
+        rows = (source[(source >= start) & (source < start + plane.size)] - start) // plane.cols
+        has = torch.zeros(plane.rows, dtype=torch.bool).index_fill_(0, rows, True)
+        kept.append(has.repeat_interleave(per_row))
+    return torch.cat(kept)

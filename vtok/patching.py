@@ -1,0 +1,247 @@
+"""`vtok.patch` and its undo: installs the engine's seams on a model, and takes every one of them away again."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtok import adapter as adapters
+from vtok import compressor as compressors
+from vtok import probe
+from vtok.accounting import TextShape, VisionShape
+from vtok.compressor import STAGES, Compressor
+from vtok.engine import Engine
+from vtok.errors import InvalidValue, PatchStateError, Unsupported
+from vtok.selection import check_keep
+from vtok.trace import Shapes, Trace
+
+_PATCHES: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()  # core model -> its patch
+
+
+def patch(
+    model: nn.Module,
+    method: str | Compressor | Sequence[str | Compressor] | None = None,
+    *,
+    budget: float | None = None,
+    **options: Any,
+) -> Patch:
+    """Make a vision-language model run on fewer visual tokens, in place.
+
+    model: a `...ForConditionalGeneration` of a supported family, or a wrapper around one (PEFT).
+    method: the name of a compressor, a compressor object, or several, one a stage. None takes the family's default.
+    budget: instead of `keep`: the mean over decoder layers of kept over all visual tokens is at most this, in (0, 1].
+    options: of a compressor given by name, such as `keep`.
+
+    Returns the handle, which is also a context manager. Raises `UnknownName`, `InvalidValue`, `Unsupported` or
+    `PatchStateError`, and then leaves the model as it was.
+    """
+    _refuse_compiled(model)
+    vlm, adapter = adapters.find(model)
+    core = adapter.core(vlm)
+    if core in _PATCHES:
+        raise PatchStateError(f"This model is already patched: {_PATCHES[core]!r}. Call vtok.unpatch(model) first.")
+    adapter.check(vlm)
+    if method is None:
+        method = adapter.default["method"]
+        chosen = {"keep": adapter.default["keep"]} if budget is None else {}
+        options = {**chosen, **options}
+    parts = _parts(method, options, budget, len(adapter.layers(core.language_model)))
+    _check_parts(parts, vlm, adapter)
+    return Patch(vlm, adapter, parts)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch`: the model is exactly what it was. Raises `PatchStateError` if it is not patched."""
+    vlm, adapter = adapters.find(model)
+    core = adapter.core(vlm)
+    if core not in _PATCHES:
+        raise PatchStateError("This model is not patched.")
+    _PATCHES[core].remove()
+
+
+def available() -> dict[str, dict[str, dict[str, Any]]]:
+    """What there is: {"compressors": {name: facts}, "adapters": {family: facts}}."""
+    families = adapters.load_all()
+    return {
+        "compressors": {
+            name: {
+                "stage": cls.stage,
+                "needs": sorted(cls.needs),
+                "paper": cls.paper,
+                "adaptive": cls.adaptive,
+                "text_guided": cls.text_guided,
+                "families": [family for family, adapter in families.items() if cls.needs <= adapter.provides],
+            }
+            for name, cls in compressors.load_all().items()
+        },
+        "adapters": {
+            family: {
+                "model_types": list(adapter.model_types),
+                "modalities": list(adapter.encoders),
+                "provides": sorted(adapter.provides),
+                "default": dict(adapter.default),
+            }
+            for family, adapter in families.items()
+        },
+    }
+
+
+class Patch:
+    """The handle of a patched model. Use it as a context manager, or call `remove()`."""
+
+    def __init__(self, vlm: nn.Module, adapter: adapters.Adapter, parts: tuple[Compressor, ...]) -> None:
+        core = adapter.core(vlm)
+        language_model = core.language_model
+        self.family = adapter.family
+        self.compressors = parts
+        self._core = weakref.ref(core)
+        self._handles: list[Any] = []
+        self._methods: list[str] = []
+        flash = "flash" in (language_model.config._attn_implementation or "")
+        llm = any(part.stage == "llm" and not part.is_identity for part in parts)
+        watches_layers = llm or (flash and not all(part.is_identity for part in parts))
+        shapes = Shapes(
+            TextShape.of(vlm.config), VisionShape.of(vlm.config), language_model.get_input_embeddings().weight.itemsize
+        )
+        token_ids = {modality: adapter.token_id(core.config, modality) for modality in adapter.encoders}
+        engine = self._engine = Engine(adapter, parts, token_ids, shapes, watches_layers)
+
+        hook = self._hook
+        hook(vlm.register_forward_pre_hook, engine.before_outer)
+        hook(vlm.register_forward_hook, engine.after_outer, always_call=True, with_kwargs=False)
+        hook(core.register_forward_pre_hook, engine.before_core)
+        hook(core.register_forward_hook, engine.after_core, always_call=True, with_kwargs=False)
+        hook(language_model.register_forward_pre_hook, engine.before_language_model)
+        hook(language_model.register_forward_hook, engine.after_language_model)
+        if watches_layers:
+            for i, layer in enumerate(adapter.layers(language_model)):
+                hook(layer.register_forward_pre_hook, functools.partial(engine.before_layer, i))
+        if "cls_attention" in engine.needs:
+            module, function = adapter.cls_probe(core)
+            hook(module.register_forward_pre_hook, functools.partial(engine.before_cls, function=function))
+        for modality, name in adapter.encoders.items():
+            setattr(core, name, types.MethodType(_encoder_method(engine, type(core), name, modality), core))
+            self._methods.append(name)
+        self._release = None
+        if "attention" in engine.needs:
+            implementation = language_model.config._attn_implementation
+            probe.acquire(implementation)
+            self._release = weakref.finalize(core, probe.release, implementation)
+            self._release.atexit = False
+        _PATCHES[core] = self
+
+    def _hook(self, register: Any, function: Any, *, with_kwargs: bool = True, **options: Any) -> None:
+        self._handles.append(register(function, with_kwargs=with_kwargs, **options))
+
+    @property
+    def trace(self) -> Trace:
+        """The record of the last prefill. Raises `PatchStateError` before the first."""
+        if self._engine.trace is None:
+            raise PatchStateError("Nothing to report yet: run the patched model on a picture first.")
+        return self._engine.trace
+
+    @property
+    def active(self) -> bool:
+        """Whether the patch is on the model."""
+        core = self._core()
+        return core is not None and _PATCHES.get(core) is self
+
+    def remove(self) -> None:
+        """Take the patch off. Doing so twice is harmless."""
+        if not self.active:
+            return
+        core = self._core()
+        for handle in self._handles:
+            handle.remove()
+        for name in self._methods:
+            delattr(core, name)
+        if self._release is not None:
+            self._release()
+        del _PATCHES[core]
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        parts = ", ".join(repr(part) for part in self.compressors)
+        return f"<vtok.Patch {parts} on {self.family}{'' if self.active else ', removed'}>"
+
+
+def _encoder_method(engine: Engine, core_class: type, name: str, modality: str) -> Any:
+    """A function to bind to the core model in place of its own `name`, with the same signature."""
+    original = getattr(core_class, name)
+
+    @functools.wraps(original)
+    def encode(core: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return engine.encode(core, modality, types.MethodType(original, core), args, kwargs)
+
+    return encode
+
+
+def _parts(method: Any, options: dict[str, Any], budget: float | None, n_layers: int) -> tuple[Compressor, ...]:
+    if budget is not None:
+        if "keep" in options:
+            raise InvalidValue("Give keep or budget, not both.")
+        if isinstance(budget, bool) or not isinstance(budget, float | int) or not 0.0 < budget <= 1.0:
+            raise InvalidValue(f"budget must be a fraction in (0, 1], got {budget!r}")
+    if "keep" in options:
+        check_keep(options["keep"])
+    methods = [method] if isinstance(method, str | Compressor) else list(method)
+    if not methods:
+        raise InvalidValue("No compressor was given.")
+    if options and not (len(methods) == 1 and isinstance(methods[0], str)):
+        raise InvalidValue(
+            f"Options ({', '.join(options)}) go with one compressor given by name; set them on the objects."
+        )
+    built = []
+    for item in methods:
+        if isinstance(item, str):
+            item = compressors.build(item, **options)
+        elif not isinstance(item, Compressor):
+            raise InvalidValue(f"A method is a name or a compressor object, not {item!r}.")
+        built.append(item)
+    if budget is not None:
+        if len(built) > 1:
+            raise InvalidValue("A budget can be solved for one compressor; give each its own keep.")
+        built = [built[0].with_budget(float(budget), n_layers)]
+    return tuple(part for item in built for part in item.parts())
+
+
+def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapters.Adapter) -> None:
+    stages = [part.stage for part in parts]
+    for stage in stages:
+        if stage not in STAGES:
+            raise Unsupported(f"There is no stage {stage!r}. Stages are: {', '.join(STAGES)}.")
+        if stages.count(stage) > 1:
+            names = ", ".join(part.name for part in parts if part.stage == stage)
+            raise Unsupported(f"At most one compressor a stage: {names} all act at {stage!r}.")
+    for part in parts:
+        if missing := sorted(part.needs_now - adapter.available(vlm)):
+            raise Unsupported(f"{part.name} needs {', '.join(missing)}, which {adapter.family} does not have here.")
+    text = vlm.config.get_text_config()
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) and getattr(text, "sliding_window", None):
+        raise Unsupported("Decoders with sliding-window attention are not supported: a window counts dropped tokens.")
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in parts:
+        if getattr(part, "renumber", False) and "mrope_section" in rope:
+            raise Unsupported(f"{part.name}(renumber=True) has no meaning for the M-RoPE positions of {adapter.family}.")
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or any(
+        module._compiled_call_impl is not None for module in model.modules()
+    )
+    if compiled:
+        raise PatchStateError("This model is compiled, and would not see the patch. Patch first, then torch.compile.")
+
+
+__all__ = ["Patch", "available", "patch", "unpatch"]

@@ -1,0 +1,60 @@
+"""Seeing a layer's queries and keys after RoPE, under any attention implementation.
+
+While at least one patched model needs it, the entry of `ALL_ATTENTION_FUNCTIONS` for that model's implementation is
+overridden by a wrapper under the same name (a new name would lose its mask function). The wrapper acts only on calls
+that carry a `vtok_pass`, which the engine hands down as a keyword, so other models pass through untouched.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+KEYWORD = "vtok_pass"
+_lock = threading.Lock()
+_users: Counter[str] = Counter()
+_previous: dict[str, object] = {}  # what the local mapping held before us, where it held something
+
+
+def _wrapper(implementation: str, original):
+    def attention(module, query, key, value, attention_mask, *args, **kwargs):
+        forward = original
+        if forward is None:  # "eager" is not in the registry: each modelling file has its own
+            forward = sys.modules[type(module).__module__].eager_attention_forward
+        if (prefill := kwargs.pop(KEYWORD, None)) is not None:
+            scaling = kwargs.get("scaling")
+            prefill.observe(module.layer_idx, query, key, module.head_dim**-0.5 if scaling is None else scaling)
+        return forward(module, query, key, value, attention_mask, *args, **kwargs)
+
+    attention.vtok_implementation = implementation
+    return attention
+
+
+def acquire(implementation: str) -> None:
+    """Start observing calls of `implementation`."""
+    with _lock:
+        if _users[implementation] == 0:
+            local = ALL_ATTENTION_FUNCTIONS._local_mapping
+            if implementation in local:
+                _previous[implementation] = local[implementation]
+            original = ALL_ATTENTION_FUNCTIONS.get(implementation)
+            ALL_ATTENTION_FUNCTIONS[implementation] = _wrapper(implementation, original)
+        _users[implementation] += 1
+
+
+def release(implementation: str) -> None:
+    """Undo one `acquire`; the last one puts the registry back as it was."""
+    with _lock:
+        _users[implementation] -= 1
+        if _users[implementation] == 0:
+            del _users[implementation]
+            current = ALL_ATTENTION_FUNCTIONS._local_mapping.get(implementation)
+            if not hasattr(current, "vtok_implementation"):
+                return  # somebody overrode the entry after us: theirs to undo, and ours passes calls through
+            if implementation in _previous:
+                ALL_ATTENTION_FUNCTIONS[implementation] = _previous.pop(implementation)
+            else:
+                del ALL_ATTENTION_FUNCTIONS[implementation]

@@ -1,0 +1,172 @@
+"""What a compressor sees of a picture (`VisualTokens`) and what it answers (`Selection`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok.errors import InvalidValue
+
+
+def check_keep(keep: float | int, name: str = "keep") -> float | int:
+    """Return `keep` if it is a fraction in (0, 1] or a count >= 1, else raise `InvalidValue`."""
+    accepted = f"{name} must be a float in (0, 1] (a fraction) or an int >= 1 (a count), got {keep!r}"
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise InvalidValue(accepted)
+    if isinstance(keep, int):
+        if keep < 1:
+            raise InvalidValue(accepted)
+    elif not 0.0 < keep <= 1.0:  # also refuses NaN
+        raise InvalidValue(accepted)
+    return keep
+
+
+def keep_count(n: int, keep: float | int) -> int:
+    """How many of `n` tokens `keep` means: `floor(n * keep)` or the count itself, at least 1, at most `n`."""
+    k = keep if isinstance(keep, int) else math.floor(n * keep + 1e-9)  # 0.1 * 30 is 3, not 2.9999
+    return min(n, max(1, k))
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A rectangle of visual tokens in raster order: a whole picture, a thumbnail, the merged crops, a video frame.
+
+    rows, cols: its size in tokens.
+    kind: "image", "thumbnail", "crops" or "frame".
+    box: (left, top, right, bottom), the part of the picture it shows, each in [0, 1].
+    crop_grid, crop_shape, offset: for "crops" only. The (rows, cols) of the crop mosaic, the (rows, cols) of
+        patches of one crop, and the (row, col) of the plane's first token on the padded mosaic, since padding
+        is cut away before the tokens reach the language model.
+    """
+
+    rows: int
+    cols: int
+    kind: str = "image"
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    crop_grid: tuple[int, int] = (1, 1)
+    crop_shape: tuple[int, int] = (0, 0)
+    offset: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one picture or clip lie. Hashable, so that equal pictures are compressed together.
+
+    planes: in sequence order; the N compressible tokens are these planes one after the other.
+    separators: for a plane of index p, the number of tokens that the family adds at the end of each of its rows
+        (LLaVA-NeXT's newline). They are always kept and not counted.
+    modality: "image" or "video".
+    """
+
+    planes: tuple[Plane, ...]
+    separators: tuple[int, ...] = ()
+    modality: str = "image"
+
+    @cached_property
+    def n(self) -> int:
+        """N, the number of compressible tokens."""
+        return sum(p.size for p in self.planes)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The index of each plane's first token among the N."""
+        starts, at = [], 0
+        for plane in self.planes:
+            starts.append(at)
+            at += plane.size
+        return tuple(starts)
+
+    @cached_property
+    def n_rows(self) -> int:
+        """N plus the separators: how many placeholders the picture has in the prompt."""
+        return self.n + sum(s * p.rows for s, p in zip(self.separators, self.planes))
+
+    @cached_property
+    def place(self) -> Tensor:
+        """[N] the placeholder (0 .. n_rows-1) of each compressible token."""
+        parts, at = [], 0
+        for i, plane in enumerate(self.planes):
+            width = plane.cols + (self.separators[i] if self.separators else 0)
+            cells = torch.arange(plane.rows)[:, None] * width + torch.arange(plane.cols)
+            parts.append(at + cells.flatten())
+            at += plane.rows * width
+        return torch.cat(parts)
+
+    @cached_property
+    def boxes(self) -> Tensor:
+        """[N, 4] (left, top, right, bottom) of each token in the picture, in [0, 1], for drawing."""
+        parts = []
+        for p in self.planes:
+            left, top, right, bottom = p.box
+            y, x = torch.meshgrid(torch.arange(p.rows), torch.arange(p.cols), indexing="ij")
+            y, x, dy, dx = y.flatten(), x.flatten(), (bottom - top) / p.rows, (right - left) / p.cols
+            parts.append(torch.stack([left + x * dx, top + y * dy, left + (x + 1) * dx, top + (y + 1) * dy], 1))
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The tokens of B pictures of one layout, as they would enter the language model.
+
+    features: [B, N, D] after the projector, separators left out.
+    layout: shared by the B pictures.
+    cls_attention: [B, V, P] or None: for each view (thumbnail first, then crops row-major, padding included), the
+        head-mean of the pre-softmax logits of the encoder's CLS token over its P patches. Only for compressors
+        that need "cls_attention".
+    """
+
+    features: Tensor
+    layout: Layout
+    cls_attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of the N tokens enter the language model.
+
+    keep: [B, N] bool.
+    n_kept: the number kept per picture where it is the same for all B and known without looking at `keep`
+        (then the engine need not wait for the device), else None.
+    features: [B, N, D] or None. Where given, a kept token enters with this row instead of its own (merging).
+    merged_into: [B, N] long or None: the kept token that absorbed each token (itself if kept, -1 if dropped).
+    """
+
+    keep: Tensor
+    n_kept: int | None = None
+    features: Tensor | None = None
+    merged_into: Tensor | None = None
+
+    @staticmethod
+    def of_indices(index: Tensor, n: int, **fields: Any) -> Selection:
+        """A selection from `index` [B, K], K distinct tokens of each picture."""
+        keep = torch.zeros(index.shape[0], n, dtype=torch.bool, device=index.device).scatter_(1, index, True)
+        return Selection(keep, n_kept=index.shape[1], **fields)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention over the visual and text tokens, for in-LLM compressors. Nothing here is a softmax yet.
+
+    query, key: [B, H, Q, d] and [B, Hkv, L, d] after RoPE; the Q queries are the last Q of the L keys.
+    scaling: multiplies the logits.
+    valid: [B, L] bool, false for padding.
+    visual: [B, L] bool, the tokens that may be dropped.
+    anchor: [B] long, index among the L keys of the token at which the prompt ends. Later tokens (a completion in a
+        training forward) exist but must not influence a score.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    valid: Tensor
+    visual: Tensor
+    anchor: Tensor

@@ -1,0 +1,223 @@
+"""What a patched model kept in its last prefill, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok.accounting import TextShape, VisionShape, decode_flops, encoder_flops, kv_bytes, prefill_flops
+from vtok.selection import Layout
+from vtok.sequence import Rows
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the accounting needs of a model."""
+
+    text: TextShape
+    vision: VisionShape
+    bytes_per_value: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture or clip of a prefill. Positions are in the flattened [B * S] batch.
+
+    dense, layout: its layout in the prompt, and the one that the compressors saw (smaller after an encoder stage).
+    rows: [n_rows] all its placeholders. tokens: [n] those of `layout`'s tokens. separators: kept, not counted.
+    source: [n] for each token of `layout` the token of `dense` that it stands on, or None where they are the same.
+    """
+
+    modality: str
+    dense: Layout
+    layout: Layout
+    rows: Tensor
+    tokens: Tensor
+    separators: Tensor
+    source: Tensor | None
+    cls_attention: Tensor | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A record of the last prefill. Reading it waits for the device; making it does not.
+
+    A *layer* argument is a decoder layer, 0 for what enters the language model.
+    """
+
+    shapes: Shapes
+    pictures: tuple[Picture, ...]
+    samples: tuple[int, ...]  # of each picture, the sample (row of the batch) it belongs to
+    batch: int
+    length: int  # S, of the padded input
+    _merged: dict[int, Tensor]
+    _stopwatch: Any
+    _encoder_stage: Any
+    rows: dict[int, Rows]  # first layer -> positions present
+
+    def __repr__(self) -> str:
+        return (
+            f"Trace(n_visual={self.n_visual}, n_kept={self.n_kept}, mean_keep={self.mean_keep:.3f}, "
+            f"selection={self.selection_seconds * 1e3:.2f} ms)"
+        )
+
+    def rows_at(self, layer: int) -> Rows:
+        """The positions present at a decoder layer, as tensors on the model's device."""
+        if not 0 <= layer < self.shapes.text.layers:
+            raise IndexError(f"There are decoder layers 0 to {self.shapes.text.layers - 1}, not {layer}.")
+        return self.rows[max(first for first in self.rows if first <= layer)]
+
+    def positions_at(self, layer: int) -> list[Tensor]:
+        """For each sample the positions in the padded input that are present at a decoder layer, ascending."""
+        rows = self.rows_at(layer)
+        return [index[valid].cpu() for index, valid in zip(rows.index, rows.valid)]
+
+    @property
+    def positions(self) -> list[Tensor]:
+        """For each sample the positions in the padded input of all tokens that enter the language model."""
+        return self.positions_at(0)
+
+    def present_at(self, layer: int) -> Tensor:
+        """[B, S] bool on the CPU."""
+        present = torch.zeros(self.batch, self.length, dtype=torch.bool)
+        for sample, positions in enumerate(self.positions_at(layer)):
+            present[sample, positions] = True
+        return present
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """The layout of each picture, as the prompt counts it."""
+        return [picture.dense for picture in self.pictures]
+
+    def keep_masks_at(self, layer: int) -> list[Tensor]:
+        """For each picture [N] bool over its layout's tokens: present at a decoder layer."""
+        present = self.present_at(layer).view(-1)
+        return [present[p.rows.cpu()][p.dense.place] for p in self.pictures]
+
+    @property
+    def keep_masks(self) -> list[Tensor]:
+        """For each picture [N] bool over its layout's tokens: entered the language model."""
+        return self.keep_masks_at(0)
+
+    @property
+    def merged_into(self) -> list[Tensor | None]:
+        """For each picture [N] long: the token that absorbed each token before the language model (itself if kept, -1
+        if dropped), or None where nothing was merged."""
+        result: list[Tensor | None] = []
+        for i, picture in enumerate(self.pictures):
+            merged = self._merged[i].cpu() if i in self._merged else None
+            if merged is not None and picture.source is not None:
+                source = picture.source.cpu()
+                full = torch.full((picture.dense.n,), -1)
+                full[source] = torch.where(merged >= 0, source[merged.clamp(min=0)], merged)
+                merged = full
+            result.append(merged)
+        return result
+
+    @property
+    def n_visual(self) -> list[int]:
+        """Visual tokens of each picture in the prompt (newline tokens are not counted)."""
+        return [p.dense.n for p in self.pictures]
+
+    @property
+    def n_kept(self) -> list[int]:
+        """Visual tokens of each picture that entered the language model."""
+        return self.n_kept_at(0)
+
+    def n_kept_at(self, layer: int) -> list[int]:
+        """Visual tokens of each picture that are present at a decoder layer."""
+        return [int(mask.sum()) for mask in self.keep_masks_at(layer)]
+
+    def per_sample(self, counts: list[int]) -> list[int]:
+        """Sums of a per-picture list over the pictures of each sample."""
+        totals = [0] * self.batch
+        for sample, count in zip(self.samples, counts):
+            totals[sample] += count
+        return totals
+
+    @property
+    def n_visual_per_sample(self) -> list[int]:
+        return self.per_sample(self.n_visual)
+
+    @property
+    def n_kept_per_sample(self) -> list[int]:
+        return self.per_sample(self.n_kept)
+
+    @property
+    def mean_keep(self) -> float:
+        """Mean over decoder layers of the visual tokens present, over all visual tokens."""
+        if not self.pictures:
+            return 1.0
+        kept = sum(sum(self.n_kept_at(first)) * layers for first, layers in self._groups())
+        return kept / (sum(self.n_visual) * self.shapes.text.layers)
+
+    @property
+    def selection_seconds(self) -> float:
+        """Time that the compressors took, measured on the device's clock. Encoder-stage compressors take none."""
+        return self._stopwatch.seconds()
+
+    def counts(self) -> dict[str, list[list[int]]]:
+        """{"dense", "compressed"}: for each sample the tokens that enter each decoder layer."""
+        valid = self.present_at(0)
+        for picture in self.pictures:
+            valid.view(-1)[picture.rows.cpu()] = True
+        dense = [[n] * self.shapes.text.layers for n in valid.sum(1).tolist()]
+        per_layer: list[list[int]] = [[] for _ in range(self.batch)]
+        for first, layers in self._groups():
+            for sample, n in enumerate(self.present_at(first).sum(1).tolist()):
+                per_layer[sample] += [n] * layers
+        return {"dense": dense, "compressed": per_layer}
+
+    def flops(self) -> dict[str, dict[str, int]]:
+        """{"dense", "compressed"} -> {"encoder", "prefill", "decode"}: operations of the whole batch by formula
+        (`vtok.accounting`); "decode" is one step after the prefill."""
+        text, vision = self.shapes.text, self.shapes.vision
+        small = [p.layout if self._encoder_stage is not None else p.dense for p in self.pictures]
+        layouts = {"dense": self.layouts, "compressed": small}
+        return {
+            kind: {
+                "encoder": encoder_flops(vision, (view for x in layouts[kind] for view in _views(x, vision.merge))),
+                "prefill": sum(prefill_flops(text, counts) for counts in samples),
+                "decode": sum(decode_flops(text, counts) for counts in samples),
+            }
+            for kind, samples in self.counts().items()
+        }
+
+    def kv_bytes(self) -> dict[str, int]:
+        """{"dense", "compressed"}: bytes of the prompt's keys and values, padding of ragged batches left out."""
+        text, size = self.shapes.text, self.shapes.bytes_per_value
+        return {
+            kind: sum(kv_bytes(text, counts, size) for counts in samples) for kind, samples in self.counts().items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain numbers and lists, for JSON."""
+        return {
+            "n_visual": self.n_visual,
+            "n_kept": self.n_kept,
+            "samples": list(self.samples),
+            "mean_keep": self.mean_keep,
+            "selection_seconds": self.selection_seconds,
+            "positions": {str(first): [p.tolist() for p in self.positions_at(first)] for first, _ in self._groups()},
+            "merged_into": [None if m is None else m.tolist() for m in self.merged_into],
+            "flops": self.flops(),
+            "kv_bytes": self.kv_bytes(),
+        }
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """(first layer, number of layers) of each run of layers that see the same positions."""
+        starts = sorted(self.rows)
+        for start, end in zip(starts, [*starts[1:], self.shapes.text.layers]):
+            yield start, end - start
+
+
+def _views(layout: Layout, merge: int) -> Iterator[tuple[int, int]]:
+    """(rows, cols) in encoder patches of each view that the encoder saw."""
+    for plane in layout.planes:
+        shape = plane.crop_shape if plane.kind == "crops" else (plane.rows, plane.cols)
+        for _ in range(plane.crop_grid[0] * plane.crop_grid[1]):
+            yield shape[0] * merge, shape[1] * merge

@@ -1,0 +1,50 @@
+"""Small trained models that come with vtok, and the recipes that made them.
+
+model, processor = vtok.zoo.load("vtok-tiny-llava-next")
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+__all__ = ["DEMO_ANSWER", "DEMO_IMAGE", "DEMO_QUESTION", "load", "names", "path"]
+
+DEMO_IMAGE = Path(__file__).with_name(
+    "demo.png"
+)  # a held-out scene: no photo, text or digit of it was trained on
+DEMO_QUESTION = "What does the label say?"
+DEMO_ANSWER = ""
+
+
+def _folders() -> list[Path]:
+    """Where bundled models can lie: package data of an installed wheel, then `model_cards/` of a checkout."""
+    found = [Path(__file__).parents[2] / "model_cards"]
+    try:
+        found.insert(0, Path(str(resources.files("vtok.model_cards"))))
+    except (ModuleNotFoundError, TypeError):  # TypeError: a namespace package without a place on disk
+        pass
+    return [folder for folder in found if folder.is_dir()]
+
+
+def names() -> list[str]:
+    """Names of the bundled models."""
+    return sorted({file.parent.name for folder in _folders() for file in folder.glob("*/model.safetensors")})
+
+
+def path(name: str) -> Path:
+    """Folder of a bundled model, laid out as on the Hugging Face hub."""
+    for folder in _folders():
+        if (folder / name / "model.safetensors").is_file():
+            return folder / name
+    raise KeyError(f"no bundled model {name!r}; there are: {', '.join(names()) or 'none'}")
+
+
+def load(name: str, dtype: str = "float32", device: str = "cpu"):
+    """The model, in eval mode, and its processor. The weights are stored as float16."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = path(name)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)

@@ -1,0 +1,173 @@
+"""The model card, written from eval.json and training.json of the model folder, and nothing typed by hand."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from vtok.zoo import DEMO_ANSWER, DEMO_QUESTION, scenes, sources
+
+FRONT = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- llava-next
+- vtok
+- tiny
+- synthetic
+---
+"""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _table(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _confusion(category: str, pairs: list[list]) -> str:
+    """Truth by prediction for a closed list of answers; the commonest mistakes for an open one."""
+    known = scenes.ANSWERS[category]
+    if known is None:
+        wrong = sorted((p for p in pairs if p[0] != p[1]), key=lambda p: (-p[2], p[0]))[:12]
+        return _table(["on the label", "read as", "times"], [[f"`{a}`", f"`{p}`", n] for a, p, n in wrong])
+    cells: dict = defaultdict(int)
+    for truth, predicted, n in pairs:
+        cells[truth, predicted if predicted in known else "other"] += n
+    columns = [*known, "other"] if any(p == "other" for _, p in cells) else list(known)
+    return _table(["truth \\ said", *columns], [[t, *(cells[t, p] or "·" for p in columns)] for t in known])
+
+
+def write(folder: Path) -> Path:
+    """Write README.md of a model folder and return its path."""
+    name = folder.name
+    result = json.loads((folder / "eval.json").read_text())
+    made = json.loads((folder / "training.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    vision, text = config["vision_config"], config["text_config"]
+    recipe, test, overall = made["recipe"], result["test_set"], result["overall"]
+    megabytes = (folder / "model.safetensors").stat().st_size / 1e6
+    scores = _table(
+        [
+            "category",
+            "n",
+            "exact match %",
+            "95 % interval",
+            "chance",
+            "majority",
+            "question only",
+            "half res.",
+            "grey",
+        ],
+        [
+            [
+                category,
+                row["n"],
+                f"**{_percent(row['accuracy'])}**",
+                f"{_percent(row['low'])} to {_percent(row['high'])}",
+                *(
+                    _percent(row[k])
+                    for k in ("chance", "majority", "question_only", "half_resolution", "grey_picture")
+                ),
+            ]
+            for category, row in result["categories"].items()
+        ],
+    )
+    confusion = "\n\n".join(f"### {c}\n\n{_confusion(c, pairs)}" for c, pairs in result["confusion"].items())
+    weakest = min(result["categories"], key=lambda c: result["categories"][c]["accuracy"])
+    photos = {split: ", ".join(Path(p).stem for p in names) for split, names in sources.PHOTOS.items()}
+    card = f"""{FRONT}
+# {name}
+
+A LLaVA-NeXT of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained from scratch
+on one CPU by `vtok zoo train {name} --seed {recipe["seed"]}`. It answers short questions about small pictures, well
+enough that what a visual-token compressor throws away shows as a wrong answer. It is for testing, teaching and
+demonstrating such methods in seconds, on a laptop, offline. It is no use for anything else.
+
+- vision: CLIP tower with CLS, {vision["num_hidden_layers"]} layers of {vision["hidden_size"]}, views of
+  {vision["image_size"]} x {vision["image_size"]} pixels in patches of {vision["patch_size"]}, features of layer
+  {config["vision_feature_layer"]}
+- anyres: a thumbnail and 2 to 4 crops, pinpoints {config["image_grid_pinpoints"]} (height, width), unpadding, newline
+  tokens; 200 to 336 visual tokens a picture
+- language: Llama decoder, {text["num_hidden_layers"]} layers of {text["hidden_size"]}, {text["num_attention_heads"]}
+  heads; every word it was taught is one token, all else is spelled
+
+## Use
+
+No vtok needed:
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="float32")
+processor = AutoProcessor.from_pretrained("{name}")
+chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "{DEMO_QUESTION}"}}]}}]
+prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+inputs = processor(text=prompt, images=Image.open("demo.png"), return_tensors="pt")
+out = model.generate(**inputs)
+print(processor.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))  # {DEMO_ANSWER}
+```
+
+With vtok: `model, processor = vtok.zoo.load("{name}")`, then `vtok.patch(model, "globalcom2", keep=0.25)`. `demo.png`
+is `vtok.zoo.DEMO_IMAGE`.
+
+## Accuracy
+
+{overall["n"]} held-out questions, {test["scenes"]} scenes, one question a category and scene, asked one at a time,
+greedy: **{_percent(overall["accuracy"])} % exact match** (95 % interval {_percent(overall["low"])} to
+{_percent(overall["high"])}, bootstrap over scenes).
+
+{scores}
+
+Intervals of categories are Wilson's. *Chance* draws one of the possible answers; *majority* always gives the answer
+that training scenes have most often in this category; *question only* gives the one they have most often for this
+very wording. *Half res.* and *grey* are the model itself, on {test["robbed_scenes"]} scenes, when the picture is halved and
+doubled again, and when it is plain grey: the gap to half resolution is what the crops hold and the thumbnail does not.
+Letter by letter, labels are read with {_percent(result["letters"]["accuracy"])} %.
+
+Reproduce: `vtok zoo eval {name}` (test set version {test["version"]}, seed {test["seed"]}; it is drawn, not stored).
+
+## Confusion
+
+{confusion}
+
+## Training
+
+{made["pictures"]:,} pictures with {made["questions"]:,} questions in {made["seconds"] / 60:.0f} minutes on
+{made["threads"]} CPU threads (bfloat16 autocast), AdamW at {recipe["lr"]:g} with cosine decay. First the tower alone, on
+what lies in every patch ({recipe["tower_steps"]} steps of {recipe["tower_batch"]} pictures), then everything
+({recipe["steps"]} steps of {recipe["batch"]}), the loss on the answers plus {recipe["dense_weight"]} of the dense loss.
+The questions of one picture share a sequence, each blind to the others. The run can be killed and called again; the data
+is a function of seed and step.
+
+## Data
+
+Drawn by `vtok.zoo.scenes`; no download, nothing but what installed wheels carry. Background photos are cut from those
+of scikit-image and scikit-learn; digits are scikit-learn's handwritten ones; plots show windows of real UCR series that
+aeon carries ({", ".join(sources.SERIES)}). Coloured shapes and labels of two or three letters from `{scenes.ALPHABET}` are
+drawn on top.
+
+Train, validation and test share no photo, no label text, no digit sample and no series:
+
+- train: {photos["train"]}
+- val: {photos["val"]}
+- test: {photos["test"]}
+
+## Limits
+
+- It knows its {len(scenes.CATEGORIES)} kinds of question in the wordings of `scenes.PHRASES`, one question a chat, and
+  pictures like its own. A photo from a camera gets a confident and meaningless answer.
+- {weakest.capitalize()} is its weakest category ({_percent(result["categories"][weakest]["accuracy"])} %).
+- Its redundancy is that of small drawn scenes: what a compression method costs here ranks methods on this model and says
+  nothing in numbers about models of billions of parameters.
+"""
+    path = folder / "README.md"
+    path.write_text(card)
+    return path

@@ -1,0 +1,112 @@
+"""`vtok zoo`: train, judge and document the bundled models, and draw their pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Bundled tiny models and the recipes that made them.")
+
+RECIPES = ("vtok-tiny-llava-next",)
+Name = Annotated[str, typer.Argument(help="Name of a bundled model.")]
+Folder = Annotated[Path | None, typer.Option(help="Model folder; the bundled one if left out.")]
+
+
+def _folder(name: str, out: Path | None) -> Path:
+    from vtok import zoo
+
+    try:
+        return out or zoo.path(name)
+    except KeyError as error:
+        raise typer.BadParameter(error.args[0]) from None
+
+
+@app.command()
+def train(
+    name: Name,
+    out: Annotated[Path, typer.Option(help="Hub folder to write; the state to resume from lies beside it.")],
+    seed: int = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the question stage; the recipe's if left out.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Train a bundled model from scratch. Call again after a kill to go on."""
+    if name not in RECIPES:
+        raise typer.BadParameter(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
+    import torch
+
+    from vtok.zoo import train as recipe
+
+    torch.set_num_threads(threads)
+    settings = {"seed": seed} | ({"steps": steps} if steps else {})
+    recipe.train(out, recipe.Recipe(**settings))
+
+
+@app.command(name="eval")
+def evaluate(
+    name: Name,
+    out: Folder = None,
+    scenes: Annotated[int | None, typer.Option(help="Test scenes; the whole test set if left out.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Exact match on the held-out set, written to eval.json in the model folder."""
+    import torch
+    from rich.progress import track
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vtok.zoo import evaluate as judge
+
+    torch.set_num_threads(threads)
+    folder = _folder(name, out)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    count = scenes or judge.TEST_SCENES
+    result = judge.report(
+        model, processor, count, min(count, 100), lambda items: track(list(items), "scenes")
+    )
+    (folder / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    for category, row in result["categories"].items():
+        typer.echo(f"{category:10} {row['accuracy']:.3f}  n {row['n']}  chance {row['chance']:.3f}")
+    typer.echo(f"{'all':10} {result['overall']['accuracy']:.3f}  n {result['overall']['n']}")
+
+
+@app.command()
+def card(name: Name, out: Folder = None) -> None:
+    """Write the model card from eval.json and training.json."""
+    from vtok.zoo.card import write
+
+    typer.echo(f"wrote {write(_folder(name, out)).name}")
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option(help="Folder to write pictures and questions.json to.")],
+    count: int = 8,
+    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
+    seed: Annotated[int | None, typer.Option(help="Seed of the scenes; the test set's if left out.")] = None,
+    first: Annotated[int, typer.Option(help="Index of the first scene.")] = 0,
+) -> None:
+    """Draw scenes with their questions and answers."""
+    from vtok.zoo import evaluate, scenes, sources
+
+    if split not in sources.SPLITS:
+        raise typer.BadParameter(f"split is one of {', '.join(sources.SPLITS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    listed = {}
+    for index in range(first, first + count):
+        scene = scenes.generate(split, evaluate.TEST_SEED if seed is None else seed, index)
+        file = f"{split}-{index:05d}.png"
+        scene.image.save(out / file)
+        listed[file] = [
+            {"category": q.category, "question": q.text, "answer": q.answer} for q in scene.questions
+        ]
+    (out / "questions.json").write_text(json.dumps(listed, indent=1) + "\n")
+    typer.echo(f"wrote {count} pictures and questions.json")
+
+
+if __name__ == "__main__":
+    app()

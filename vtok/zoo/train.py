@@ -1,0 +1,287 @@
+"""The recipe: the vision tower alone on dense labels first, then everything on questions. Resumable after a kill.
+
+The questions of a picture share one sequence: a question sees the picture and itself, never another question, and its
+positions start right after the picture. Each is so trained exactly as it is asked at inference, at a tenth of the cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+from vtok.zoo import architecture, batches, scenes
+from vtok.zoo.batches import IGNORE, Batch
+
+CHECK_BATCHES = 12  # of validation pictures, looked at now and then
+
+
+@dataclass(frozen=True)
+class Recipe:
+    seed: int = 0
+    tower_steps: int = 4000  # stage 1: dense labels
+    tower_batch: int = 10  # pictures
+    steps: int = 4500  # stage 2: questions
+    batch: int = 16
+    narrow_steps: int = 1200  # of stage 2, the first, on pictures of two crops: cheaper while little is known
+    lr: float = 1e-3
+    warmup: int = 150
+    decay: float = 0.05
+    tower_lr: float = 0.3  # factor on the learning rate of the tower in stage 2, which is nearly done by then
+    dense_weight: float = 0.2  # of the dense loss in stage 2
+
+
+class Heads(nn.Module):
+    """Read-outs for the dense labels; training only. CLS is asked which things its view shows at all, which teaches its
+    attention to look at them (token selectors read that attention)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.patch = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS) + len(batches.GROUPS))
+        )
+        self.cls = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS))) for _ in range(2)
+        )
+
+
+def _attend(query, key, value, mask=None):
+    scores = query @ key.transpose(-1, -2)  # [B, H, Q, K]
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ value
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention as plain tensor operations: on CPU in bfloat16 twice as fast, both ways, as the kernel behind SDPA.
+
+    `attention_mask`, if any, is additive [B, 1, Q, P + Q] and tells what the last Q tokens see; the P before them form
+    the prefix, which is causal and never looks at them.
+    """
+    query = query * scaling
+    if attention_mask is None:  # the vision tower
+        return _attend(query, key, value).transpose(1, 2), None
+    start = query.shape[2] - attention_mask.shape[2]
+    causal = torch.full((start, start), float("-inf"), dtype=attention_mask.dtype).triu(1)
+    prefix = _attend(query[:, :, :start], key[:, :, :start], value[:, :, :start], causal)
+    asked = _attend(query[:, :, start:], key, value, attention_mask)
+    return torch.cat([prefix, asked], dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("zoo_packed", packed_attention)
+
+
+def tower_states(model, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Hidden states of the vision tower, each [B * V, 1 + patches, D], for uint8 views [B, V, 3, VIEW, VIEW]."""
+    pixels = batches.normalise(views.flatten(0, 1))
+    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+
+
+def dense_loss(heads: Heads, states, labels: torch.Tensor) -> torch.Tensor:
+    """Per group of labels: does the patch show one (all patches), and which (patches that do)."""
+    labels = labels.flatten(0, 1)  # [B * V, patches, labels]
+    which, there = (
+        heads.patch(states[-2][:, 1:]).float().split([len(batches.LABELS), len(batches.GROUPS)], dim=-1)
+    )
+    loss = torch.zeros(())
+    sizes = [len(names) for names in batches.GROUPS.values()]
+    for n, (scores, truth) in enumerate(zip(which.split(sizes, dim=-1), labels.split(sizes, dim=-1))):
+        some = truth.any(-1)
+        loss = loss + 5 * F.binary_cross_entropy_with_logits(there[..., n], some.float())
+        if some.any():
+            share = truth[some].float()  # a patch on a border can show two
+            loss = loss + F.cross_entropy(scores[some], share / share.sum(-1, keepdim=True))
+    for head, layer in zip(heads.cls, (-2, -1)):
+        seen = head(states[layer][:, 0]).float()
+        loss = loss + 2 * F.binary_cross_entropy_with_logits(seen, labels.any(1).float())
+    return loss
+
+
+def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], states, batch: Batch) -> torch.Tensor:
+    """Logits [B, Q, vocab] for `batch.ids`; `prefix` are the ids before and after the picture."""
+    core = model.model
+    count = len(batch.views)
+    features = core.multi_modal_projector(states[-2][:, 1:]).unflatten(0, (count, -1))
+    packed, _ = core.pack_image_features(features, [batch.size] * count, "default", core.image_newline)
+    embed = core.get_input_embeddings()
+    before, after = (embed(ids).expand(count, -1, -1) for ids in prefix)
+    asked = embed(batch.ids)
+    tokens = torch.cat(
+        [before, torch.stack(list(packed)).to(asked.dtype), after, asked], dim=1
+    )  # [B, P + Q, D]
+    start, places = tokens.shape[1] - batch.ids.shape[1], torch.arange(tokens.shape[1])
+    block = F.pad(batch.block, (start, 0), value=-2)  # -2 = prefix
+    seen = (block[:, start:, None] == block[:, None]) | (block[:, None] == -2)  # [B, Q, P + Q]
+    seen &= places[start:, None] >= places
+    mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))[:, None]
+    positions = torch.cat([places[:start].expand(count, -1), start + batch.offset], dim=1)
+    hidden = core.language_model(
+        inputs_embeds=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return model.lm_head(hidden[:, start:])
+
+
+@torch.no_grad()
+def accuracy(model, prefix, data: batches.Steps) -> dict[str, float]:
+    """Exact match per category; teacher-forced, which for greedy decoding is the same."""
+    right: dict[str, list[bool]] = {c: [] for c in scenes.CATEGORIES}
+    for step in range(len(data)):
+        batch = data[step]
+        with torch.autocast("cpu", torch.bfloat16):
+            best = question_logits(model, prefix, tower_states(model, batch.views), batch).argmax(-1)
+        good = (best == batch.targets) | (batch.targets == IGNORE)
+        for b, categories in enumerate(batch.categories):
+            for n, category in enumerate(categories):
+                right[category].append(bool(good[b, batch.block[b] == n].all()))
+    return {c: sum(hits) / len(hits) for c, hits in right.items()}
+
+
+def optimiser(modules: dict[nn.Module, float], recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over modules, each with a factor on the learning rate; no decay of biases and norms."""
+    groups = []
+    for module, scale in modules.items():
+        for matrices in (True, False):
+            weights = [p for p in module.parameters() if (p.ndim > 1) == matrices]
+            groups.append({"params": weights, "weight_decay": recipe.decay * matrices, "scale": scale})
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+
+
+def rate(step: int, total: int, recipe: Recipe) -> float:
+    """Learning rate: linear warm-up, then cosine down to a hundredth."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, total - recipe.warmup)
+    return recipe.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+
+
+def prefix_ids(tok) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids before and after the picture, as the chat template writes them."""
+    return tuple(
+        torch.tensor(tok(text, add_special_tokens=False)["input_ids"]) for text in ("<s>USER: ", "\n")
+    )
+
+
+def train(
+    out: Path,
+    recipe: Recipe,
+    stop_after: int | None = None,
+    checkpoint_every: float = 180,
+    log: Callable = print,
+) -> None:
+    """Train into the hub folder `out`. The state goes to `out`.ckpt/state.pt, from which a second call goes on.
+
+    `stop_after` steps of this call it saves and returns, as if killed; `checkpoint_every` is in seconds.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the loader forks
+    processor = architecture.processor()
+    tok = processor.tokenizer
+    model = architecture.model(tok, recipe.seed)
+    model.set_attn_implementation("zoo_packed")
+    heads = Heads(model.config.vision_config.hidden_size)
+    prefix = prefix_ids(tok)
+    path = out.with_name(out.name + ".ckpt") / "state.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"stage": 0, "step": 0, "pictures": 0, "questions": 0, "seconds": 0.0, "adam": None}
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state.pop("model"))
+        heads.load_state_dict(state.pop("heads"))
+        log(f"resumed at stage {state['stage']}, step {state['step']}")
+    check = batches.Steps(tok, "val", recipe.seed, 16, CHECK_BATCHES)
+    done = 0
+
+    def save(adam):
+        weights = {"model": model.state_dict(), "heads": heads.state_dict(), "adam": adam.state_dict()}
+        torch.save(state | weights, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+        if state["stage"] == 1:
+            export(model, processor, out)
+            made = {k: state[k] for k in ("pictures", "questions", "seconds", "step")}
+            made |= {"recipe": asdict(recipe), "parameters": sum(p.numel() for p in model.parameters())}
+            made |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+            (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+
+    stages = ("tower", recipe.tower_steps, recipe.tower_batch), ("questions", recipe.steps, recipe.batch)
+    for stage, (name, total, size) in enumerate(stages):
+        if stage < state["stage"]:
+            continue
+        tower = model.model.vision_tower
+        if name == "tower":
+            modules = {tower: 1.0, heads: 1.0}
+        else:
+            rest = nn.ModuleList([model.model.multi_modal_projector, model.model.language_model])
+            rest.newline = model.model.image_newline  # the head of the decoder is tied to its embeddings
+            modules = {tower: recipe.tower_lr, heads: 1.0, rest: 1.0}
+        weights = [p for module in modules for p in module.parameters()]
+        adam = optimiser(modules, recipe)
+        if stage > state["stage"]:
+            state |= {"stage": stage, "step": 0, "adam": None}
+        if state["adam"]:
+            adam.load_state_dict(state["adam"])
+        narrow = recipe.narrow_steps if name == "questions" else 0
+        data = batches.Steps(tok, "train", recipe.seed + stage, size, total, narrow)
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=None, sampler=range(state["step"], total), num_workers=1, prefetch_factor=6
+        )
+        clock = saved = began = time.time()
+        sums = torch.zeros(2)
+        for step, batch in enumerate(loader, state["step"]):
+            for group in adam.param_groups:
+                group["lr"] = rate(step, total, recipe) * group["scale"]
+            with torch.autocast("cpu", torch.bfloat16):
+                states = tower_states(model, batch.views)
+                dense, asked = dense_loss(heads, states, batch.labels), torch.zeros(())
+                loss = dense
+                if name == "questions":
+                    logits = question_logits(model, prefix, states, batch)
+                    wanted = batch.targets != IGNORE
+                    asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
+                    loss = asked + recipe.dense_weight * dense
+            adam.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            adam.step()
+
+            sums += torch.stack([dense.detach(), asked.detach()])
+            done += 1
+            state["step"] = step + 1
+            state["pictures"] += size
+            state["seconds"], began = state["seconds"] + time.time() - began, time.time()
+            if name == "questions":
+                state["questions"] += sum(map(len, batch.categories))
+            if state["step"] % 50 == 0:
+                speed, clock = 50 * size / (time.time() - clock), time.time()
+                dense, asked = (sums / 50).tolist()
+                sums.zero_()
+                log(
+                    f"{time.strftime('%H:%M:%S')} {name} {state['step']}/{total} dense {dense:.3f}"
+                    f" answers {asked:.3f} pictures/s {speed:.1f}"
+                )
+            if name == "questions" and state["step"] % 250 == 0:
+                scores = accuracy(model, prefix, check)
+                mean = sum(scores.values()) / len(scores)
+                log(f"val {mean:.3f}  " + "  ".join(f"{c} {a:.2f}" for c, a in scores.items()))
+                clock = time.time()
+            if time.time() - saved > checkpoint_every or state["step"] == total or done == stop_after:
+                save(adam)
+                saved = time.time()
+            if done == stop_after:
+                return
+
+
+def export(model, processor, out: Path) -> None:
+    """Write the hub folder: float16 weights, configuration, tokenizer, processor, chat template."""
+    half = copy.deepcopy(model).half()
+    half.set_attn_implementation("sdpa")
+    half.save_pretrained(out)
+    processor.save_pretrained(out)
