@@ -33,6 +33,7 @@ class Panel:
     layout: where the N tokens lie.
     seen: [N] for each token the part of the decoder's layers that process it, in [0, 1] (a keep mask is fine).
     merged_into: [N] long or None, see `Selection.merged_into`. Merged tokens are shown as one colour, their mean.
+    scale: in (0, 1], by how much the sides of the picture shrank before the encoder saw it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Panel:
     layout: Layout
     seen: Tensor
     merged_into: Tensor | None = None
+    scale: float = 1.0
 
 
 def panels(
@@ -146,6 +148,9 @@ def _plane(
     pixels = (max(1, round(place[2] * DPI)), max(1, round(place[3] * DPI)))
     box = [part * length for part, length in zip(plane.box, picture.size * 2)]
     image = picture.convert("RGB").resize(pixels, Image.Resampling.LANCZOS, box=box)
+    if item.scale < 1:
+        small = [max(1, round(side * item.scale)) for side in picture.size]
+        image = image.resize(small, Image.Resampling.BOX).resize(pixels, Image.Resampling.BICUBIC)
     colours = np.asarray(image).astype(np.float32) / 255  # [Y, X, 3]
     row = (np.arange(pixels[1]) * plane.rows // pixels[1])[:, None]  # [Y, 1] the cell of each pixel
     col = np.arange(pixels[0]) * plane.cols // pixels[0]  # [X]
@@ -160,7 +165,9 @@ def _plane(
     axes.imshow(shown, extent=(0, plane.cols, plane.rows, 0), aspect="auto", interpolation="nearest")
     axes.set_axis_off()
     thickness = float(np.clip(place[2] / plane.cols * 72 / 14, 0.25, 0.9))  # points, by the width of a cell
-    axes.add_collection(LineCollection(_outlines(seen, owner), colors=edge, linewidths=thickness))
+    untouched = owner is None and seen.min() == 1 and item.scale == 1
+    edges = [] if untouched else _outlines(seen, owner)
+    axes.add_collection(LineCollection(edges, colors=edge, linewidths=thickness))
 
 
 def _mean_colour(colours: Any, owner: Any) -> Any:
@@ -177,8 +184,6 @@ def _outlines(seen: Any, owner: Any) -> list[tuple[tuple[int, int], tuple[int, i
     """The edges, in cells, around the tokens that are seen longest, and between those of different owners."""
 
     rows, cols = seen.shape
-    if owner is None and seen.min() == 1:
-        return []  # nothing was dropped: show the picture itself
     kept = (seen > 0) & (seen == seen.max())
     who = np.arange(rows * cols).reshape(rows, cols) if owner is None else owner
     name = np.full((rows + 2, cols + 2), -1)  # -1: not outlined

@@ -1,0 +1,140 @@
+"""What the contract tests share: tiny models, awkward batches, and the oracle "pruning is masking"."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from vtok import adapter as adapters
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and xdist has the other cores
+
+ADAPTERS = adapters.load_all()
+FAMILIES = list(ADAPTERS)
+
+
+@functools.cache
+def _built(family: str):
+    torch.manual_seed(7)
+    model, processor = ADAPTERS[family].tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # random weights are so small that logits would hardly depend on the context
+    return model.state_dict(), processor
+
+
+def tiny(family: str, attention: str = "sdpa"):
+    """A fresh tiny model (always the same weights) and its processor."""
+    state, processor = _built(family)
+    model, _ = ADAPTERS[family].tiny()
+    model.load_state_dict(state)
+    model.set_attn_implementation(attention)
+    model.eval()
+    generation = model.generation_config
+    token = processor.tokenizer.convert_tokens_to_ids
+    generation.eos_token_id, generation.pad_token_id = None, token("<|endoftext|>")
+    generation.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i in placeholder_ids(model)]
+    return model, processor
+
+
+def placeholder_ids(model: nn.Module) -> list[int]:
+    """Ids that a random model might sample and that would then be read as pictures."""
+    config = model.config
+    return [
+        value
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id")
+        if (value := getattr(config, name, None)) is not None
+    ]
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3)).astype("uint8"))
+
+
+def mark(processor, modality: str = "image") -> str:
+    """What stands for a picture in a prompt string."""
+    if hasattr(processor, "image_token") and "pad" in processor.image_token:
+        return f"<|vision_start|><|{modality}_pad|><|vision_end|>"
+    return "<image>"
+
+
+def batch(processor, prompts: list[str], pictures: list[Image.Image], side: str = "left", **extra):
+    """Model inputs for prompts in which "#" stands for the next picture."""
+    processor.tokenizer.padding_side = side
+    texts = [prompt.replace("#", mark(processor)) for prompt in prompts]
+    return processor(text=texts, images=pictures or None, return_tensors="pt", padding=True, **extra)
+
+
+MIXED = (["a # What colour is it?", "two # and # yes", "no picture at all", "# first", "last 0 1 2 #"], [(70, 112), (56, 56), (112, 70), (84, 84), (56, 140)])  # fmt: skip
+
+
+def mixed(processor, side: str = "left"):
+    """One, two, no picture; picture first; picture last; ragged counts."""
+    prompts, sizes = MIXED
+    return batch(processor, prompts, [picture(h, w, i) for i, (h, w) in enumerate(sizes)], side)
+
+
+class Masked:
+    """The unpatched model with columns masked instead of dropped: in every decoder layer a query sees the earlier
+    columns of its row except those that `trace` says are gone at that layer. Where tokens were merged, `embeds` are
+    what the language model got for the kept ones."""
+
+    def __init__(self, model: nn.Module, trace, embeds: torch.Tensor | None = None) -> None:
+        self.model, self.trace, self.embeds = model, trace, embeds
+        self.present = [trace.present_at(i) for i in range(trace.shapes.text.layers)]
+
+    def __enter__(self) -> None:
+        lm = self.model.model.language_model
+        self.hooks = [
+            layer.register_forward_pre_hook(functools.partial(self._mask, i), with_kwargs=True)
+            for i, layer in enumerate(lm.layers)
+        ]
+        if self.embeds is not None:
+            self.hooks.append(lm.register_forward_pre_hook(self._replace, with_kwargs=True))
+
+    def __exit__(self, *exc) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _mask(self, i, module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length(i) if cache is not None else 0
+        present = self.present[i]
+        b, q, total = hidden.shape[0], hidden.shape[1], past + hidden.shape[1]
+        columns = torch.ones(b, total, dtype=torch.bool)
+        columns[:, : present.shape[1]] = present[:, :total]
+        causal = torch.arange(total)[None, :] <= past + torch.arange(q)[:, None]
+        allowed = causal[None] & columns[:, None]
+        bias = torch.zeros(b, 1, q, total).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
+        return args, {**kwargs, "attention_mask": bias.to(hidden.dtype)}
+
+    def _replace(self, module, args, kwargs):
+        if kwargs["inputs_embeds"].shape[1] == self.embeds.shape[1]:
+            kwargs = {**kwargs, "inputs_embeds": self.embeds}
+        return args, kwargs
+
+
+class Entered:
+    """Notes what a patched language model gets, put back at its places."""
+
+    def __init__(self, model: nn.Module, patch) -> None:
+        self.patch = patch
+        self.lm = model.model.language_model
+
+    def __enter__(self):
+        self.handle = self.lm.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.embeds = None
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.handle.remove()
+
+    def _note(self, module, args, kwargs):
+        if self.embeds is None:
+            trace = self.patch.trace
+            self.embeds = trace.rows_at(0).restore(kwargs["inputs_embeds"].detach(), trace.length)

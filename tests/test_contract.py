@@ -1,0 +1,196 @@
+"""The engine's contract (docs/design.md, section 3) on every family, against the oracle "pruning is masking"."""
+
+import pytest
+import torch
+from contract import FAMILIES, Entered, Masked, batch, mixed, picture, tiny
+
+import vtok
+
+METHODS = {
+    "uniform": lambda: [vtok.Uniform(keep=0.5)],
+    "random": lambda: [vtok.Random(keep=3)],
+    "pool": lambda: [vtok.Pool(keep=0.3)],
+    "downsample": lambda: [vtok.Downsample(keep=0.3)],
+    "fastv": lambda: [vtok.FastV(keep=0.5, layer=2)],
+    "fastv-count": lambda: [vtok.FastV(keep=2, layer=1)],
+    "aim_merge": lambda: [vtok.AIMMerge(keep=0.4)],
+    "aim_prune": lambda: [vtok.AIMPrune(start=1, end=3)],
+    "globalcom2": lambda: [vtok.GlobalCom2(keep=0.3)],
+    "all stages": lambda: [vtok.Downsample(keep=0.5), vtok.Uniform(keep=0.5), vtok.FastV(keep=0.5, layer=2)],
+    "aim": lambda: [vtok.AIM(keep=0.5, start=1, end=3)],
+}
+CELLS = [
+    pytest.param(family, method, id=f"{family}-{method}")
+    for family in FAMILIES
+    for method in METHODS
+    if method != "globalcom2" or family == "llava_next"
+]
+
+
+def patched(model, method):
+    return vtok.patch(model, METHODS[method]())
+
+
+def run(model, inputs, **extra):
+    with torch.no_grad():
+        return model(**inputs, **extra)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_pruning_is_masking(family, method, side):
+    """Contract 2, 3, 4, 5: ragged batch with no, one and two pictures, picture first and last, either padding."""
+    model, processor = tiny(family)
+    inputs = mixed(processor, side)
+    dense = run(model, inputs).logits
+    with patched(model, method) as patch, Entered(model, patch) as entered:
+        pruned = run(model, inputs, output_hidden_states=True)
+    trace = patch.trace
+    assert sum(trace.n_kept_at(3)) < sum(trace.n_visual)
+    with Masked(model, trace, entered.embeds):
+        masked = run(model, inputs, output_hidden_states=True)
+    present = trace.present_at(3)
+    assert pruned.logits.shape == dense.shape
+    torch.testing.assert_close(pruned.logits[present], masked.logits[present], atol=1e-5, rtol=1e-5)
+    assert (pruned.logits[~present] == 0).all()
+    assert not torch.allclose(pruned.logits[present], dense[present], atol=1e-2)  # the oracle is not vacuous
+    for i, (ours, theirs) in enumerate(zip(pruned.hidden_states, masked.hidden_states)):
+        here = trace.present_at(max(0, i - 1))
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours[here], theirs[here], atol=1e-5, rtol=1e-5)
+        assert (ours[~here] == 0).all()
+
+
+GENERATION = {"greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": True, "num_return_sequences": 3}}
+
+
+@pytest.mark.parametrize("how", GENERATION)
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_generate(family, method, how):
+    """Contract 2, 3, 5: the same tokens as the unpatched model with masked columns, and the full prompt ids."""
+    model, processor = tiny(family)
+    inputs = mixed(processor)
+    options = dict(max_new_tokens=6, do_sample=False, **{}) | GENERATION[how]
+    torch.manual_seed(0)
+    with patched(model, method) as patch, Entered(model, patch) as entered:
+        pruned = model.generate(**inputs, **options)
+    torch.manual_seed(0)
+    with Masked(model, patch.trace, entered.embeds):
+        masked = model.generate(**inputs, **options)
+    assert torch.equal(pruned, masked)
+    prompt = inputs["input_ids"].repeat_interleave(len(pruned) // len(inputs["input_ids"]), 0)
+    assert torch.equal(pruned[:, : prompt.shape[1]], prompt)
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_a_batch_is_its_samples(family, method):
+    """Contract 5: each row as if it were alone."""
+    model, processor = tiny(family)
+    prompts = ["a # What colour is it?", "two # and # yes", "no picture at all"]
+    pictures = [picture(70, 112, 1), picture(56, 56, 2), picture(112, 70, 3)]
+    with patched(model, method) as patch:
+        together = run(model, batch(processor, prompts, pictures)).logits
+        counts = patch.trace.n_kept_at(3)
+        alone_counts = []
+        for i, part in enumerate([pictures[:1], pictures[1:], []]):
+            inputs = batch(processor, [prompts[i]], part)
+            alone = run(model, inputs)
+            alone_counts += patch.trace.n_kept_at(3) if part else []
+            n = alone.logits.shape[1]
+            # bare forwards count padding as positions, so only relative positions agree: logits to rounding
+            torch.testing.assert_close(together[i, -1], alone.logits[0, n - 1], atol=2e-4, rtol=2e-4)
+    assert counts == alone_counts
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_keep_all_is_the_identity(family, method):
+    """Contract 1."""
+    model, processor = tiny(family)
+    inputs = mixed(processor)
+    dense, tokens = run(model, inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    parts = METHODS[method]()
+    whole = [part for item in parts for part in item.parts() if part.stage != "llm"] or parts
+    if method == "aim_prune":
+        pytest.skip("a schedule has no keep")
+    with vtok.patch(model, [type(part)(keep=1.0) for part in whole]) as patch:
+        assert torch.equal(run(model, inputs).logits, dense)
+        assert patch.trace.n_kept == patch.trace.n_visual
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_the_cache_shrinks(family, method):
+    """Contract 6: each layer holds the columns that the trace says, and no more."""
+    model, processor = tiny(family)
+    inputs = mixed(processor)
+    with patched(model, method) as patch:
+        output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    cache, length = output.past_key_values, inputs["input_ids"].shape[1]
+    counts = patch.trace.counts()["compressed"]
+    for layer in range(4):
+        columns = cache.layers[layer].keys.shape[-2]
+        assert columns == max(sample[layer] for sample in counts) + 2  # two of the three new tokens were fed back
+    assert cache.get_seq_length() == length + 2
+    assert cache.layers[3].keys.shape[-2] < length
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    single = batch(processor, ["# What?"], [picture(70, 112)])
+    with patched(model, method) as patch:
+        cache = run(model, single, use_cache=True).past_key_values
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == patch.trace.kv_bytes()["compressed"]
+    assert held > 0
+
+
+@pytest.mark.parametrize("attention", ["eager"])
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_attention_implementations_agree(family, method, attention):
+    """Contract 7."""
+    logits, kept = [], []
+    for implementation in ("sdpa", attention):
+        model, processor = tiny(family, implementation)
+        inputs = mixed(processor)
+        with patched(model, method) as patch:
+            logits.append(run(model, inputs).logits)
+            kept.append(patch.trace.positions_at(3))
+    assert all(torch.equal(a, b) for a, b in zip(*kept))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_a_second_picture_on_an_old_cache(family, method):
+    """Contract 5: it is compressed too, and only its own columns."""
+    model, processor = tiny(family)
+    first = batch(processor, ["a # What colour is it?"], [picture(70, 112, 1)])
+    second = batch(processor, [" yes and # now?"], [picture(112, 70, 2)])
+    n1, n2 = first["input_ids"].shape[1], second["input_ids"].shape[1]
+    second["attention_mask"] = torch.ones(1, n1 + n2, dtype=torch.long)
+
+    third = {
+        "input_ids": torch.full((1, 3), 40),
+        "attention_mask": torch.ones(1, n1 + n2 + 3, dtype=torch.long),
+    }
+    for turn, start in ((second, n1), (third, n1 + n2)):  # as `generate` does; M-RoPE cannot make them from a cache
+        positions = torch.arange(start, start + turn["input_ids"].shape[1])[None]
+        turn["position_ids"] = positions.expand(3, 1, -1) if family.startswith("qwen") else positions
+
+    with patched(model, method) as patch:
+        with Entered(model, patch) as a:
+            one = run(model, first, use_cache=True)
+        trace_one, embeds_one = patch.trace, a.embeds
+        with Entered(model, patch) as b:
+            two = run(model, second, use_cache=True, past_key_values=one.past_key_values)
+        trace_two, embeds_two = patch.trace, b.embeds
+        three = run(model, third, past_key_values=two.past_key_values)
+    assert two.past_key_values.get_seq_length() == n1 + n2 + 3
+
+    with Masked(model, trace_one, embeds_one):
+        dense_one = run(model, first, use_cache=True)
+    oracle = Masked(model, trace_two, embeds_two)
+    oracle.present = [
+        torch.cat([trace_one.present_at(i), trace_two.present_at(i)], 1) for i in range(4)
+    ]
+    with oracle:
+        dense_two = run(model, second, use_cache=True, past_key_values=dense_one.past_key_values)
+        dense_three = run(model, third, past_key_values=dense_two.past_key_values)
+    here = trace_two.present_at(3)
+    torch.testing.assert_close(two.logits[here], dense_two.logits[here], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(three.logits, dense_three.logits, atol=1e-5, rtol=1e-5)
