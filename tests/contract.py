@@ -11,8 +11,6 @@ from torch import nn
 
 from vtok import adapter as adapters
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and xdist has the other cores
-
 ADAPTERS = adapters.load_all()
 FAMILIES = list(ADAPTERS)
 

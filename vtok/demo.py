@@ -31,7 +31,7 @@ MAX_ROUNDS = 7
 class Answer:
     """One method's answer and what it cost.
 
-    tokens, kept: visual tokens of the picture in the prompt, and those that the decoder works on (mean over layers).
+    tokens, kept: visual tokens of the picture in the prompt, and those that a decoder layer works on (mean).
     flops: operations of encoder and prefill, by formula. kv_bytes: of the prompt's cache, by formula.
     selection, prefill, total: seconds (medians): the compressor alone, the rest of the language model's first
         forward, and the whole of `generate`.
@@ -53,8 +53,8 @@ class Answer:
 def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[nn.Module, Any]:
     """A model in eval mode and its processor: a bundled name, a local folder, or a repository of the hub.
 
-    device: "cuda" where there is one, else "cpu", if left out. dtype: of torch; the checkpoint's own if left out,
-    for bundled models float32. Raises `UnknownName` where there is no such model.
+    device: if left out, "cuda" where there is one, else "cpu". dtype: a name of torch's; if left out the
+    checkpoint's own, or float32 for bundled models. Raises `UnknownName` where there is no such model.
     """
     from vtok import zoo
 
@@ -123,8 +123,8 @@ def compare(
 ) -> list[Answer]:
     """Answer the question with the dense model, then with each method at `keep`.
 
-    Each round runs all methods once, so that a disturbance of the machine meets all alike. The first round warms up
-    and is not timed, unless the model is so slow that one round takes over a minute.
+    Each round runs all methods once, so that a disturbance of the machine meets all alike. The first round warms
+    up and is not timed, unless the model is so slow that one round takes over a minute.
     """
     if not methods:
         raise InvalidValue("No method was given.")
@@ -234,7 +234,7 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def panel(answer: Answer, reference: Trace) -> Panel:
-    """What to draw of one answer. `reference`: any trace of the same picture, for the dense model's layout."""
+    """What to draw of one answer. `reference`: any trace of the picture, for the dense model's layout."""
     trace, picture = answer.trace, (answer.trace or reference).pictures[0]
     caption = f"{answer.kept} of {answer.tokens} visual tokens"
     if trace is None:

@@ -31,8 +31,8 @@ class Panel:
 
     name, caption, answer: the words of the panel: the method, what it kept, what the model then said.
     layout: where the N tokens lie.
-    seen: [N] for each token the part of the decoder's layers that process it, in [0, 1] (a keep mask is fine).
-    merged_into: [N] long or None, see `Selection.merged_into`. Merged tokens are shown as one colour, their mean.
+    seen: [N] the part of the decoder's layers that work on each token, in [0, 1] (a keep mask is fine).
+    merged_into: [N] long or None, see `Selection`. Merged tokens are shown in one colour, their mean.
     scale: in (0, 1], by how much the sides of the picture shrank before the encoder saw it.
     """
 
@@ -50,8 +50,8 @@ def panels(
 ) -> Image.Image:
     """Draw one panel for each item: kept tokens clear in a thin outline, dropped ones faded away.
 
-    The plane of full detail (the crops, or the only one) is drawn over the picture, and the thumbnail, where the
-    family has one, small beside it. Returns an RGB picture of 200 pixels an inch.
+    The plane of full detail (the crops, or the only one) is drawn over the picture, and the thumbnail, where
+    there is one, small beside it. Returns an RGB picture of 200 pixels an inch.
     """
     figure_class, canvas_class = _matplotlib()
     if not items:
@@ -95,6 +95,11 @@ def save(image: Image.Image, file: str | Path) -> Path:
     return file
 
 
+def check() -> None:
+    """Raise `MissingExtra` where matplotlib is not installed."""
+    _matplotlib()
+
+
 def _matplotlib() -> tuple[Any, Any]:
     # Figure and canvas are used without pyplot, so that the caller's backend and open figures are left alone.
     try:
@@ -127,7 +132,7 @@ def _columns(n: int) -> int:
 
 
 def _planes(layout: Layout) -> list[int]:
-    """Indices of the planes to draw: the one with most detail (of a clip, its first frame), then the thumbnail."""
+    """Indices of the planes to draw: the crops, the only one or a clip's first, then the thumbnail."""
     order = sorted(range(len(layout.planes)), key=lambda i: layout.planes[i].kind == "thumbnail")
     return order[:1] + [i for i in order[1:] if layout.planes[i].kind == "thumbnail"]
 

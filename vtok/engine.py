@@ -170,8 +170,6 @@ class Pass:
             self.steps[layer] = step
             previous = self.columns.get(max(self.columns, default=0))
             self.columns[layer] = step if previous is None else previous.gather(1, step)
-            if self.cache is not None:
-                self.cache.split(layer)
 
 
 class Engine:
@@ -422,6 +420,16 @@ class Engine:
                 cache.shift = shift if cache.shift is None else cache.shift + shift
         kwargs["position_ids"] = gather_positions(positions, rows.index)
         kwargs["inputs_embeds"] = gather(flat.view(batch, length, width), rows.index)
+        if self.llm is not None:
+            stream.compressor = self.llm
+            n_layers = len(self.adapter.layers(module))
+            stream.schedule = {i: k for i, k in self.llm.schedule(n_layers).items() if i < n_layers - 1}
+            stream.visual_counts = n_visual
+            stream.text_counts = [n - v for n, v in zip(lengths, n_visual)]
+            stream.image_counts = [owners.count(b) for b in range(batch)]
+            if cache is not None:
+                for layer in stream.schedule:
+                    cache.split(layer + 1)
         new = rows.valid if rows.padded else None
         if cache is not None:
             full = cache.extend(0, new, batch, rows.index.shape[1], device)
@@ -430,13 +438,6 @@ class Engine:
             cache.seen += length
         else:  # without a mask and a cache, gaps in the positions would be read as packed sequences
             kwargs["attention_mask"] = rows.valid.long()
-        if self.llm is not None:
-            stream.compressor = self.llm
-            n_layers = len(self.adapter.layers(module))
-            stream.schedule = {i: k for i, k in self.llm.schedule(n_layers).items() if i < n_layers - 1}
-            stream.visual_counts = n_visual
-            stream.text_counts = [n - v for n, v in zip(lengths, n_visual)]
-            stream.image_counts = [owners.count(b) for b in range(batch)]
         kwargs[KEYWORD] = stream
         return self._hand_down(kwargs)
 

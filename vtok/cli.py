@@ -1,0 +1,201 @@
+"""The command line: `vtok demo`, `vtok methods`, `vtok zoo`, `vtok bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+import vtok
+from vtok.errors import InvalidValue, VtokError
+from vtok.zoo.cli import app as zoo_app
+
+MODEL = "vtok-tiny-llava-next"
+
+
+class _OneLineErrors(TyperGroup):
+    """Prints vtok's own errors, which are written for people, as one line and exits with code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VtokError as error:
+            typer.echo(f"vtok: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Visual-token compression for Hugging Face vision-language models.",
+)
+app.add_typer(zoo_app, name="zoo")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vtok {vtok.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    image: Annotated[Path | None, typer.Option(help="A picture; the bundled one if left out.")] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
+    model: Annotated[str, typer.Option(help="A bundled name, a local folder or a hub repository.")] = MODEL,
+    methods: Annotated[
+        str | None, typer.Option(help="Names separated by commas; all training-free ones if left out.")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Each method's keep: a fraction such as 0.25, or a count.")
+    ] = "0.25",
+    out: Annotated[Path | None, typer.Option(help="PNG to write; ./vtok-demo.png if left out.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
+) -> None:
+    """Answer one question about one picture, dense and compressed, and draw what was kept."""
+    fraction = _keep(keep)
+    console = Console()
+    drawing = _drawing(required=out is not None)
+    with console.status("loading PyTorch"):
+        from vtok import demo as work
+        from vtok import zoo
+        from vtok.selection import check_keep
+    check_keep(fraction)
+    if threads:
+        work.torch.set_num_threads(threads)
+    picture = work.open_picture(image or zoo.DEMO_IMAGE)
+    asked = question or (zoo.DEMO_QUESTION if image is None else "What is in this picture?")
+    with console.status(f"loading {model}") as status:
+        network, processor = work.load(model, device, dtype)
+        if methods is None:
+            chosen = work.supported(network)
+        else:
+            chosen = [name.strip() for name in methods.split(",") if name.strip()]
+        answers = work.compare(
+            network,
+            processor,
+            picture,
+            asked,
+            chosen,
+            fraction,
+            tokens,
+            lambda m: status.update(f"running {m}"),
+        )
+
+    where = f"{network.device.type}, {str(network.dtype).removeprefix('torch.')}"
+    if network.device.type == "cpu":
+        where += f", {work.torch.get_num_threads()} threads"
+    console.print(f"{model} ({where}), keep={keep}", highlight=False)
+    console.print(
+        f"{(image or zoo.DEMO_IMAGE).name}, {picture.width} x {picture.height}: {asked}", highlight=False
+    )
+    if image is None and question is None and zoo.DEMO_ANSWER:
+        console.print(f"The right answer is: {zoo.DEMO_ANSWER}", highlight=False)
+    console.print()
+    console.print(work.table(answers))
+    console.print(
+        "\nkept: visual tokens that a decoder layer works on, mean over layers. FLOPs: encoder and prefill; KV: cache "
+        "of the prompt; both by formula. select: the method itself; prefill: the language model's first pass without "
+        "it; total: the whole answer. Medians. Yellow: not the dense model's answer.",
+        style="dim",
+        highlight=False,
+    )
+    if drawing is None:
+        console.print('No picture was written, since matplotlib is missing: pip install "vtok[viz]".')
+        return
+    reference = answers[1].trace
+    image_of_all = drawing.panels(picture, [work.panel(a, reference) for a in answers], asked)
+    console.print(f"Kept tokens: {drawing.save(image_of_all, out or Path('vtok-demo.png'))}", soft_wrap=True)
+
+
+@app.command()
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a table for a README.")] = False,
+) -> None:
+    """List the compressors and the model families."""
+    from rich.table import Table
+
+    names, rows = ("method", "stage", "needs", "count", "reads text", "families", "paper"), []
+    known = vtok.available()
+    for name, facts in known["compressors"].items():
+        count = "by content" if facts["adaptive"] else "fixed"
+        text = "yes" if facts["text_guided"] else "no"
+        needs, families = ", ".join(facts["needs"]) or "-", ", ".join(facts["families"])
+        rows.append((name, facts["stage"], needs, count, text, families, facts["paper"]))
+    if markdown:
+        lines = [names, ("---",) * len(names), *((f"`{row[0]}`", *row[1:]) for row in rows)]
+        typer.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in names:
+        table.add_column(name, no_wrap=name in ("method", "stage"), overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print()
+    for family, facts in known["adapters"].items():
+        default = ", ".join(f"{key}={value}" for key, value in facts["default"].items())
+        console.print(f"{family}: {', '.join(facts['modalities'])}; by default {default}", highlight=False)
+
+
+@app.command()
+def bench(
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    repetitions: Annotated[int, typer.Option(min=3, help="Timed runs of each variant.")] = 15,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
+) -> None:
+    """Measure prefill against the FLOP ratio, the cost of the patch itself, memory and selection time."""
+    from vtok.eval import bench as work
+
+    if not work.run(out=out, repetitions=repetitions, threads=threads) and check:
+        raise typer.Exit(1)
+
+
+def _keep(text: str) -> float | int:
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise InvalidValue(
+            f"--keep is a fraction such as 0.25 or a count such as 64, not {text!r}."
+        ) from None
+
+
+def _drawing(required: bool) -> Any:
+    """`vtok.draw`, or None where matplotlib is missing and no file was asked for."""
+    from vtok.errors import MissingExtra
+
+    try:
+        from vtok import draw
+
+        draw.check()
+    except MissingExtra:
+        if required:
+            raise
+        return None
+    return draw
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Baseline: a smaller picture."""
+
+import math
+from dataclasses import dataclass
+
+from vtok.compressor import Compressor
+from vtok.errors import InvalidValue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downsample(Compressor):
+    """Shrink each picture (each view of it) before the encoder, so that fewer tokens come out.
+
+    keep: fraction of the tokens; the sides shrink by its square root. A count is refused.
+    The encoder's position embeddings are interpolated; a token stands at the place that the middle of its cell had.
+    Differs from the paper: there is none; a baseline, and one that many methods do not beat.
+    """
+
+    name = "downsample"
+    stage = "encoder"
+    paper = "baseline"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.keep, int):
+            raise InvalidValue("downsample chooses a smaller picture by a fraction: keep must be a float in (0, 1].")
+
+    def scale(self) -> float:
+        return math.sqrt(self.keep)

@@ -1,0 +1,58 @@
+"""FastV: drop the visual tokens that the prompt's end attends to least, after an early decoder layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from vtok.compressor import Compressor
+from vtok.errors import InvalidValue
+from vtok.kernels.attention_rows import attention_rows
+from vtok.selection import Attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(Compressor):
+    """Score: head-mean attention of the prompt's last token to each key, at decoder layer `layer - 1` (Section 4).
+
+    keep: of the sample's visual tokens that remain after that layer.
+    layer: K of the paper, how many decoder layers see all tokens.
+    anchor: whose attention counts, see `Compressor`; "prompt_end" is the paper's.
+    Differs from the paper: nothing known.
+    """
+
+    name = "fastv"
+    stage = "llm"
+    needs = frozenset({"attention"})
+    paper = "An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764"
+    text_guided = True
+
+    keep: float | int = 0.5
+    layer: int = 2
+    anchor: str = "prompt_end"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise InvalidValue(f"layer must be an int >= 1, got {self.layer!r}")
+        if self.anchor not in ("prompt_end", "after_visual"):
+            raise InvalidValue(f"anchor must be 'prompt_end' or 'after_visual', got {self.anchor!r}")
+
+    def schedule(self, n_layers: int) -> dict[int, float | int]:
+        return {self.layer - 1: self.keep}
+
+    def score(self, attention: Attention) -> Tensor:
+        rows = attention_rows(
+            attention.query, attention.key, attention.anchor[:, None], attention.scaling, attention.valid
+        )  # [B, H, 1, L]
+        return rows.mean(1).squeeze(1)
+
+    def with_budget(self, budget: float, n_layers: int) -> FastV:
+        keep = (budget * n_layers - self.layer) / (n_layers - self.layer)
+        if keep <= 0:
+            raise InvalidValue(
+                f"{self.layer} of {n_layers} layers see all tokens, so the mean is above {self.layer / n_layers:.3f}; "
+                f"a budget of {budget} cannot be met. Lower `layer` or raise the budget."
+            )
+        return replace(self, keep=min(1.0, keep))
