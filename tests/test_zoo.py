@@ -121,7 +121,8 @@ def test_packed_questions_see_what_single_ones_see(processor):
     batch = batches.build(tok, "train", 0, [index])
     scene = scenes.generate("train", 0, index)
     with torch.no_grad():
-        together = train.question_logits(packed, prefix, train.tower_states(packed, batch.views), batch)[0]
+        features = train.visual_tokens(packed, train.tower_states(packed, batch.views))
+        together = train.question_logits(packed, prefix, features, batch)[0]
         for n, q in enumerate(scene.questions):
             asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}
             text = processor.apply_chat_template([asked, {"role": "assistant", "content": q.answer}])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -65,7 +65,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="PNG to write; ./vtok-demo.png if left out.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option()] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
 ) -> None:
     """Answer one question about one picture, dense and compressed, and draw what was kept."""
@@ -73,9 +73,12 @@ def demo(
     console = Console()
     drawing = _drawing(required=out is not None)
     with console.status("loading PyTorch"):
+        from transformers.utils import logging
+
         from vtok import demo as work
         from vtok import zoo
         from vtok.selection import check_keep
+    logging.disable_progress_bar()
     check_keep(fraction)
     if threads:
         work.torch.set_num_threads(threads)
@@ -101,7 +104,7 @@ def demo(
     where = f"{network.device.type}, {str(network.dtype).removeprefix('torch.')}"
     if network.device.type == "cpu":
         where += f", {work.torch.get_num_threads()} threads"
-    console.print(f"{model} ({where}), keep={keep}", highlight=False)
+    console.print(f"{model} ({where}), keep={keep}", highlight=False, markup=False)
     console.print(
         f"{(image or zoo.DEMO_IMAGE).name}, {picture.width} x {picture.height}: {asked}", highlight=False
     )
@@ -110,9 +113,9 @@ def demo(
     console.print()
     console.print(work.table(answers))
     console.print(
-        "\nkept: visual tokens that a decoder layer works on, mean over layers. FLOPs: encoder and prefill; KV: cache "
-        "of the prompt; both by formula. select: the method itself; prefill: the language model's first pass without "
-        "it; total: the whole answer. Medians. Yellow: not the dense model's answer.",
+        "\nkept: visual tokens that a decoder layer works on, mean over layers. FLOPs: encoder and prefill; "
+        "KV: cache of the prompt; both by formula. select: the method itself; prefill: the language model's "
+        "first pass without it; total: the whole answer; medians. Yellow: not the dense answer.",
         style="dim",
         highlight=False,
     )

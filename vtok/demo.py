@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from vtok import adapter as adapters
@@ -59,6 +60,10 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
     from vtok import zoo
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
+        raise InvalidValue(f"There is no device {device!r} here.") from error
     if name in zoo.names():
         return zoo.load(name, dtype=dtype or "float32", device=device)
     if not Path(name).is_dir() and "/" not in name:
@@ -123,17 +128,13 @@ def compare(
 ) -> list[Answer]:
     """Answer the question with the dense model, then with each method at `keep`.
 
-    Each round runs all methods once, so that a disturbance of the machine meets all alike. The first round warms
-    up and is not timed, unless the model is so slow that one round takes over a minute.
+    Each round runs all methods once, so that a disturbance of the machine meets all alike. The first warms up
+    and is not timed, unless the model is so slow that one round takes over a minute.
     """
     if not methods:
         raise InvalidValue("No method was given.")
     vlm, _ = adapters.find(model)
     inputs = inputs_for(processor, picture, question, vlm.device)
-    if (room := getattr(vlm.config.get_text_config(), "max_position_embeddings", None)) is not None:
-        length = inputs["input_ids"].shape[1]
-        if length + max_new_tokens > room:
-            raise InvalidValue(f"The prompt has {length} tokens, too many for this model's {room} positions.")
 
     def once(method: str) -> tuple[Tensor, tuple[float, float, float], Trace | None]:
         progress(method)
@@ -161,7 +162,7 @@ def compare(
         answers.append(
             Answer(
                 method=name,
-                text=processor.batch_decode(ids[:, prompt:], skip_special_tokens=True)[0].strip(),
+                text=_readable(processor.batch_decode(ids[:, prompt:], skip_special_tokens=True)[0]),
                 tokens=tokens,
                 kept=tokens if trace is None else round(trace.mean_keep * tokens),
                 flops=flops["encoder"] + flops["prefill"],
@@ -173,6 +174,11 @@ def compare(
             )
         )
     return answers
+
+
+def _readable(text: str) -> str:
+    """The text on one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _run(
@@ -219,7 +225,7 @@ def table(answers: Sequence[Answer]) -> Table:
         if a.trace is None:
             times[0] = "-"
         cells = [str(a.tokens), str(a.kept), scaled(a.flops), scaled(a.kv_bytes, "B"), *times]
-        drawn.add_row(a.method, a.text, *cells, style=None if a.text == dense else "yellow")
+        drawn.add_row(a.method, Text(a.text), *cells, style=None if a.text == dense else "yellow")
     return drawn
 
 

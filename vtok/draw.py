@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,16 +83,23 @@ def panels(
         for place, index in zip(places, _planes(item.layout)):
             _plane(sheet.axes(*place), place, picture, item, index, *look)
     canvas = canvas_class(sheet.figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box
+        canvas.draw()
     drawn = np.asarray(canvas.buffer_rgba())[..., :3]  # [Y, X, 3]
     return Image.fromarray(np.ascontiguousarray(drawn))
 
 
 def save(image: Image.Image, file: str | Path) -> Path:
-    """Write a PNG, making its folder if need be."""
+    """Write a PNG, making its folder if need be. Raises `InvalidValue` where it cannot be written."""
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, format="PNG")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file, format="PNG")
+    except OSError as error:
+        raise InvalidValue(
+            f"The picture could not be written to {str(file)!r} ({error.strerror})."
+        ) from error
     return file
 
 
@@ -127,8 +135,8 @@ class _Sheet:
 
 
 def _columns(n: int) -> int:
-    """Columns that fill a sheet of at most four evenly."""
-    return next((c for c in (4, 3) if n > 4 and n % c == 0), min(n, 4))
+    """Columns, four at most, that leave the fewest places empty."""
+    return n if n <= 4 else min((4, 3), key=lambda c: -n % c)
 
 
 def _planes(layout: Layout) -> list[int]:

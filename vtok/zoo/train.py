@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from vtok.zoo import architecture, batches, scenes
-from vtok.zoo.batches import IGNORE, Batch
+from vtok.zoo.batches import GROUPS, IGNORE, Batch
 
 CHECK_BATCHES = 12  # of validation pictures, looked at now and then
 
@@ -48,7 +48,7 @@ class Heads(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.patch = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS) + len(batches.GROUPS))
+            nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS) + len(GROUPS))
         )
         self.cls = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS))) for _ in range(2)
@@ -87,14 +87,19 @@ def tower_states(model, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
 
 
+def visual_tokens(model, states) -> torch.Tensor:
+    """What the decoder gets, [B * V, patches, D], before packing."""
+    return model.model.multi_modal_projector(states[-2][:, 1:])
+
+
 def dense_loss(heads: Heads, states, labels: torch.Tensor) -> torch.Tensor:
     """Per group of labels: does the patch show one (all patches), and which (patches that do)."""
     labels = labels.flatten(0, 1)  # [B * V, patches, labels]
     which, there = (
-        heads.patch(states[-2][:, 1:]).float().split([len(batches.LABELS), len(batches.GROUPS)], dim=-1)
+        heads.patch(states[-2][:, 1:]).float().split([len(batches.LABELS), len(GROUPS)], dim=-1)
     )
     loss = torch.zeros(())
-    sizes = [len(names) for names in batches.GROUPS.values()]
+    sizes = [len(names) for names in GROUPS.values()]
     for n, (scores, truth) in enumerate(zip(which.split(sizes, dim=-1), labels.split(sizes, dim=-1))):
         some = truth.any(-1)
         loss = loss + 5 * F.binary_cross_entropy_with_logits(there[..., n], some.float())
@@ -107,11 +112,35 @@ def dense_loss(heads: Heads, states, labels: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], states, batch: Batch) -> torch.Tensor:
-    """Logits [B, Q, vocab] for `batch.ids`; `prefix` are the ids before and after the picture."""
+def word_ids(tok) -> list[torch.Tensor]:
+    """Tokens of the names in each of GROUPS, and of the kinds of panel last."""
+    spelled = [[name if group in ("left", "right") else f" {name}" for name in names] for group, names in GROUPS.items()]
+    spelled.append([" label", " digit", " plot"])
+    return [torch.tensor(tok(names, add_special_tokens=False)["input_ids"])[:, 0] for names in spelled]
+
+
+def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Tensor], labels: torch.Tensor):
+    """Pulls the visual tokens, [B * V, patches, D], towards the word embeddings of what they show. The decoder can then
+    find a thing by its word and say what it finds; without it, it has to discover first that the two correspond."""
+    parts = list(labels.flatten(0, 1).split([len(names) for names in GROUPS.values()], dim=-1))
+    shown = dict(zip(GROUPS, (part.any(-1) for part in parts)))
+    parts.append(torch.stack([shown["left"] | shown["right"], shown["digit"], shown["plot"]], dim=-1))
+    features, loss = F.normalize(features.float(), dim=-1), torch.zeros(())
+    for ids, truth in zip(words, parts):
+        some = truth.any(-1)
+        if some.any():
+            scores = 12 * features[some] @ F.normalize(embed(ids).float(), dim=-1).T
+            share = truth[some].float()
+            loss = loss + F.cross_entropy(scores, share / share.sum(-1, keepdim=True))
+    return loss
+
+
+def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], features, batch: Batch) -> torch.Tensor:
+    """Logits [B, Q, vocab] for `batch.ids`, from visual tokens [B * V, patches, D]; `prefix` are the ids before and
+    after the picture."""
     core = model.model
     count = len(batch.views)
-    features = core.multi_modal_projector(states[-2][:, 1:]).unflatten(0, (count, -1))
+    features = features.unflatten(0, (count, -1))
     packed, _ = core.pack_image_features(features, [batch.size] * count, "default", core.image_newline)
     embed = core.get_input_embeddings()
     before, after = (embed(ids).expand(count, -1, -1) for ids in prefix)
@@ -138,7 +167,8 @@ def accuracy(model, prefix, data: batches.Steps) -> dict[str, float]:
     for step in range(len(data)):
         batch = data[step]
         with torch.autocast("cpu", torch.bfloat16):
-            best = question_logits(model, prefix, tower_states(model, batch.views), batch).argmax(-1)
+            features = visual_tokens(model, tower_states(model, batch.views))
+            best = question_logits(model, prefix, features, batch).argmax(-1)
         good = (best == batch.targets) | (batch.targets == IGNORE)
         for b, categories in enumerate(batch.categories):
             for n, category in enumerate(categories):
@@ -188,7 +218,7 @@ def train(
     model = architecture.model(tok, recipe.seed)
     model.set_attn_implementation("zoo_packed")
     heads = Heads(model.config.vision_config.hidden_size)
-    prefix = prefix_ids(tok)
+    prefix, words = prefix_ids(tok), word_ids(tok)
     path = out.with_name(out.name + ".ckpt") / "state.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"stage": 0, "step": 0, "pictures": 0, "questions": 0, "seconds": 0.0, "adam": None}
@@ -234,7 +264,7 @@ def train(
             data, batch_size=None, sampler=range(state["step"], total), num_workers=1, prefetch_factor=6
         )
         clock = saved = began = time.time()
-        sums = torch.zeros(2)
+        sums = torch.zeros(3)
         for step, batch in enumerate(loader, state["step"]):
             for group in adam.param_groups:
                 group["lr"] = rate(step, total, recipe) * group["scale"]
@@ -243,16 +273,18 @@ def train(
                 dense, asked = dense_loss(heads, states, batch.labels), torch.zeros(())
                 loss = dense
                 if name == "questions":
-                    logits = question_logits(model, prefix, states, batch)
+                    features = visual_tokens(model, states)
+                    logits = question_logits(model, prefix, features, batch)
                     wanted = batch.targets != IGNORE
                     asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
-                    loss = asked + recipe.dense_weight * dense
+                    named = word_loss(features, model.get_input_embeddings(), words, batch.labels)
+                    loss = asked + recipe.dense_weight * (dense + named)
             adam.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             adam.step()
 
-            sums += torch.stack([dense.detach(), asked.detach()])
+            sums += torch.stack([dense.detach(), (asked if name == 'tower' else named).detach(), asked.detach()])
             done += 1
             state["step"] = step + 1
             state["pictures"] += size
@@ -261,10 +293,10 @@ def train(
                 state["questions"] += sum(map(len, batch.categories))
             if state["step"] % 50 == 0:
                 speed, clock = 50 * size / (time.time() - clock), time.time()
-                dense, asked = (sums / 50).tolist()
+                dense, named, asked = (sums / 50).tolist()
                 sums.zero_()
                 log(
-                    f"{time.strftime('%H:%M:%S')} {name} {state['step']}/{total} dense {dense:.3f}"
+                    f"{time.strftime('%H:%M:%S')} {name} {state['step']}/{total} dense {dense:.3f} words {named:.3f}"
                     f" answers {asked:.3f} pictures/s {speed:.1f}"
                 )
             if name == "questions" and state["step"] % 250 == 0:

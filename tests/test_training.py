@@ -1,0 +1,219 @@
+"""Contracts 9 and 11: gradients, checkpointing, PEFT, bf16; and a selection that depends on the prompt alone."""
+
+import pytest
+import torch
+from contract import FAMILIES, Entered, Masked, batch, mixed, picture, placeholder_ids, tiny
+
+import vtok
+import vtok.errors
+
+METHODS = {
+    "uniform": lambda: [vtok.Uniform(keep=0.5)],
+    "pool": lambda: [vtok.Pool(keep=0.3)],
+    "downsample": lambda: [vtok.Downsample(keep=0.3)],
+    "globalcom2": lambda: [vtok.GlobalCom2(keep=0.3)],
+    "fastv": lambda: [vtok.FastV(keep=0.5, layer=2)],
+    "fastv after visual": lambda: [vtok.FastV(keep=0.5, layer=2, anchor="after_visual")],
+    "aim": lambda: [vtok.AIM(keep=0.5, start=1, end=3)],
+}
+CELLS = [
+    pytest.param(family, method, id=f"{family}-{method}")
+    for family in FAMILIES
+    for method in METHODS
+    if method != "globalcom2" or family == "llava_next"
+]
+PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "last 0 1 2 #"]
+SIZES = [(70, 112), (56, 56), (112, 70), (56, 140)]
+
+
+def prompts(processor, side="left"):
+    return batch(processor, PROMPTS, [picture(h, w, i) for i, (h, w) in enumerate(SIZES)], side)
+
+
+def with_completion(inputs, completion):
+    """Prompt and completion in one row each, as a trainer passes them, and labels on the completion."""
+    ones = torch.ones_like(completion)
+    inputs = dict(inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], completion], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], 0 * ones], 1)
+    labels = inputs["input_ids"].clone()
+    labels[:, : -completion.shape[1]] = -100
+    return inputs, labels
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_loss_and_gradients(family, method):
+    """The loss and every gradient are those of the unpatched model with the dropped columns masked."""
+    model, processor = tiny(family)
+    inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
+    watched = {"embeddings": model.get_input_embeddings().weight, "head": model.lm_head.weight}
+    watched["layer 3"] = model.model.language_model.layers[3].mlp.down_proj.weight
+    watched["projector"] = (
+        model.model.visual.merger.mlp[2].weight
+        if family == "qwen2_5_vl"
+        else model.model.multi_modal_projector.linear_2.weight
+    )
+
+    def grads(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: weight.grad.clone() for name, weight in watched.items()}
+
+    with vtok.patch(model, METHODS[method]()) as patch, Entered(model, patch) as entered:
+        output = model(**inputs, labels=labels)
+        pruned = grads(output.loss)
+    assert sum(patch.trace.n_kept_at(3)) < sum(patch.trace.n_visual)
+    assert all(grad.abs().sum() > 0 for grad in pruned.values())
+    # where features are merged or pictures shrunk the oracle gets them as constants, and knows no gradient before
+    constant = method in ("pool", "downsample", "aim")
+    with Masked(model, patch.trace, entered.embeds if constant else None):
+        masked_output = model(**inputs, labels=labels)
+        masked = grads(masked_output.loss)
+    torch.testing.assert_close(output.loss, masked_output.loss, atol=1e-5, rtol=1e-5)
+    for name in ("head", "layer 3") if constant else watched:
+        torch.testing.assert_close(pruned[name], masked[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_gradient_checkpointing(family, method):
+    model, processor = tiny(family)
+    inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
+    weight = model.model.language_model.layers[0].mlp.down_proj.weight
+    model.train()
+    grads = []
+    with vtok.patch(model, METHODS[method]()):
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.zero_grad()
+            model(**inputs, labels=labels).loss.backward()
+            grads.append(weight.grad.clone())
+    assert grads[0].abs().sum() > 0
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["peft first", "patch first"])
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_peft(family, method, order):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = tiny(family)
+    inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
+    lora = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=2, init_lora_weights=False)
+    if order == "patch first":
+        patch = vtok.patch(model, METHODS[method]())
+        wrapped = get_peft_model(model, lora)
+    else:
+        wrapped = get_peft_model(model, lora)
+        patch = vtok.patch(wrapped, METHODS[method]())
+    output = wrapped(**inputs, labels=labels)
+    output.loss.backward()
+    grads = [p.grad for n, p in wrapped.named_parameters() if "lora_B" in n]
+    assert grads and all(g is not None and g.abs().sum() > 0 for g in grads)
+    assert sum(patch.trace.n_kept_at(3)) < sum(patch.trace.n_visual)
+    wrapped.generate(**prompts(processor), max_new_tokens=2)
+    vtok.unpatch(wrapped)
+    assert not patch.active
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_bfloat16(family, method):
+    """The same tokens are kept as in fp32 for text-free methods, and logits agree to bf16's rounding."""
+    model, processor = tiny(family)
+    inputs = prompts(processor)
+    with torch.no_grad(), vtok.patch(model, METHODS[method]()) as patch:
+        exact, kept = model(**inputs).logits, patch.trace.n_kept_at(3)
+    model = model.to(torch.bfloat16)
+    with torch.no_grad(), vtok.patch(model, METHODS[method]()) as patch:
+        logits = model(**inputs).logits
+        assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    assert patch.trace.n_kept_at(3) == kept
+    assert patch.trace.kv_bytes()["dense"] * 2 == sum(
+        sum(sample) * 2 * 32 * 4 for sample in patch.trace.counts()["dense"]
+    )
+    if method == "uniform":  # the content cannot change what is kept
+        torch.testing.assert_close(logits.float(), exact, atol=0.3, rtol=0.3)
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_rollout_and_training_agree(family, method):
+    """Contract 11: log-probabilities of sampled tokens, in `generate` and in TRL's training forward, to 1e-5."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, processor = tiny(family)
+    with vtok.patch(model, METHODS[method]()) as patch:
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        inputs = prompts(processor)
+        torch.manual_seed(0)
+        rollout = model.generate(
+            **inputs,
+            max_new_tokens=6,
+            do_sample=True,
+            top_k=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            suppress_tokens=placeholder_ids(model),
+        )
+        kept = patch.trace.positions_at(3)
+        completion = rollout.sequences[:, inputs["input_ids"].shape[1] :]
+        sampled = torch.stack(rollout.logits, 1).float().log_softmax(-1).gather(-1, completion[..., None]).squeeze(-1)
+        full, labels = with_completion(inputs, completion)
+        with torch.no_grad():
+            trained = model(**full, labels=labels, fused_lm_head=True).log_probs[:, -completion.shape[1] :]
+        kept_in_training = patch.trace.positions_at(3)
+    prompt = inputs["input_ids"].shape[1]
+    for a, b in zip(kept, kept_in_training):
+        assert torch.equal(a, b[b < prompt])
+    torch.testing.assert_close(sampled, trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_generate_without_a_cache(family, method):
+    """The grown sequence is run again at each step, and keeps what the prompt kept."""
+    model, processor = tiny(family)
+    inputs = prompts(processor)
+    with vtok.patch(model, METHODS[method]()):
+        cached = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        again = model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, again)
+
+
+def test_a_training_forward_without_labels_is_refused_where_the_text_matters():
+    model, processor = tiny("llava")
+    inputs = mixed(processor)
+    model.train()
+    with vtok.patch(model, [vtok.FastV()]), pytest.raises(vtok.errors.Unsupported, match="after_visual"):
+        model(**inputs)
+    with vtok.patch(model, [vtok.FastV(anchor="after_visual")]):
+        model(**inputs).logits.sum().backward()
+    with vtok.patch(model, [vtok.Uniform()]):
+        model(**inputs).logits.sum().backward()
+
+
+def test_anchors():
+    """Where the prompt ends: at its last token; before the first label; at the first text after the pictures."""
+    model, processor = tiny("llava")
+    inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
+    seen = {}
+
+    class Spy(vtok.FastV):
+        def score(self, attention):
+            seen["anchor"] = attention.anchor
+            return super().score(attention)
+
+    with torch.no_grad():
+        with vtok.patch(model, [Spy()]):
+            model(**inputs, labels=labels)
+            length = inputs["input_ids"].shape[1]
+            assert seen["anchor"].tolist() == [length - 4] * 4
+            model(**inputs)
+            assert seen["anchor"].tolist() == [length - 1] * 4
+        with vtok.patch(model, [Spy(anchor="after_visual")]):
+            model(**inputs)
+            image = inputs["input_ids"] == model.config.image_token_id
+            expected = [int(row.nonzero()[-1]) + 1 if row.any() else length - 1 for row in image]
+            assert seen["anchor"].tolist() == expected
