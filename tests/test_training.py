@@ -22,6 +22,8 @@ CELLS = [
     for method in METHODS
     if method != "globalcom2" or family == "llava_next"
 ]
+# features are merged or pictures shrunk: the oracle gets them as constants, and knows no gradient before them
+CONSTANT = {"pool", "downsample", "aim"}
 PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "last 0 1 2 #"]
 SIZES = [(70, 112), (56, 56), (112, 70), (56, 140)]
 
@@ -48,31 +50,32 @@ def test_loss_and_gradients(family, method):
     """The loss and every gradient are those of the unpatched model with the dropped columns masked."""
     model, processor = tiny(family)
     inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
-    watched = {"embeddings": model.get_input_embeddings().weight, "head": model.lm_head.weight}
-    watched["layer 3"] = model.model.language_model.layers[3].mlp.down_proj.weight
-    watched["projector"] = (
-        model.model.visual.merger.mlp[2].weight
-        if family == "qwen2_5_vl"
-        else model.model.multi_modal_projector.linear_2.weight
-    )
+    projector = model.model.visual.merger if family == "qwen2_5_vl" else model.model.multi_modal_projector
+    watched = {
+        "embeddings": model.get_input_embeddings().weight,
+        "projector": list(projector.parameters())[-1],
+        "layer 3": model.model.language_model.layers[3].mlp.down_proj.weight,
+        "head": model.lm_head.weight,
+    }
 
     def grads(loss):
         model.zero_grad()
         loss.backward()
-        return {name: weight.grad.clone() for name, weight in watched.items()}
+        return {name: weight.grad.clone() for name, weight in watched.items() if weight.grad is not None}
 
     with vtok.patch(model, METHODS[method]()) as patch, Entered(model, patch) as entered:
         output = model(**inputs, labels=labels)
         pruned = grads(output.loss)
     assert sum(patch.trace.n_kept_at(3)) < sum(patch.trace.n_visual)
+    assert pruned.keys() == watched.keys()
     assert all(grad.abs().sum() > 0 for grad in pruned.values())
-    # where features are merged or pictures shrunk the oracle gets them as constants, and knows no gradient before
-    constant = method in ("pool", "downsample", "aim")
+    constant = method in CONSTANT
     with Masked(model, patch.trace, entered.embeds if constant else None):
         masked_output = model(**inputs, labels=labels)
         masked = grads(masked_output.loss)
     torch.testing.assert_close(output.loss, masked_output.loss, atol=1e-5, rtol=1e-5)
-    for name in ("head", "layer 3") if constant else watched:
+    assert masked.keys() == (watched.keys() - {"embeddings", "projector"} if constant else watched.keys())
+    for name in masked:
         torch.testing.assert_close(pruned[name], masked[name], atol=1e-4, rtol=1e-3)
 
 
@@ -120,23 +123,26 @@ def test_peft(family, method, order):
 
 @pytest.mark.parametrize(("family", "method"), CELLS)
 def test_bfloat16(family, method):
-    """The same tokens are kept as in fp32 for text-free methods, and logits agree to bf16's rounding."""
+    """As many tokens are kept, and rounding hurts no more than it hurts the dense model."""
     model, processor = tiny(family)
     inputs = prompts(processor)
-    with torch.no_grad(), vtok.patch(model, METHODS[method]()) as patch:
-        exact, kept = model(**inputs).logits, patch.trace.n_kept_at(3)
-    model = model.to(torch.bfloat16)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with vtok.patch(model, METHODS[method]()) as patch:
+            exact, kept = model(**inputs).logits, patch.trace.per_sample(patch.trace.n_kept_at(3))
+        model = model.to(torch.bfloat16)
+        dense_error = (model(**inputs).logits - dense).norm() / dense.norm()
     with torch.no_grad(), vtok.patch(model, METHODS[method]()) as patch:
         logits = model(**inputs).logits
         assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
-    assert patch.trace.n_kept_at(3) == kept
+    assert patch.trace.per_sample(patch.trace.n_kept_at(3)) == kept
     assert patch.trace.kv_bytes()["dense"] * 2 == sum(
         sum(sample) * 2 * 32 * 4 for sample in patch.trace.counts()["dense"]
     )
     if method == "uniform":  # the content cannot change what is kept
-        torch.testing.assert_close(logits.float(), exact, atol=0.3, rtol=0.3)
+        assert (logits - exact).norm() / exact.norm() < 1.5 * dense_error
 
 
 @pytest.mark.parametrize(("family", "method"), CELLS)

@@ -148,7 +148,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Adapter]:
     load_all()
     for module in model.modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
-        if model_type in _REGISTRY and hasattr(module, "lm_head"):
+        if model_type in _REGISTRY and "lm_head" in module._modules:  # wrappers answer for it, but do not hold it
             if not type(module).__module__.startswith("transformers."):
                 raise Unsupported(
                     f"{type(module).__name__} is remote code. Load the checkpoint with transformers' own class "

@@ -356,8 +356,8 @@ class Engine:
         valid = mask[:, -length:].bool() if mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
 
         visual, pictures = self._locate(call, module, embeds)
-        anchor = self._anchor(call, valid, visual, cache, module.training)
-        protected = torch.zeros_like(valid).scatter_(1, anchor[:, None], True)  # its row predicts the first answer token
+        prompt_end = self._prompt_end(call, valid, cache, module.training)
+        protected = torch.zeros_like(valid).scatter_(1, prompt_end[:, None], True)  # predicts the first answer token
         keep = valid & (~visual | protected)
 
         flat, flat_keep = embeds.reshape(batch * length, width), keep.view(-1)
@@ -409,7 +409,8 @@ class Engine:
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise Unsupported("output_attentions is not available while tokens are dropped: its shape would change.")
 
-        stream = Pass(module.config, cache, batch, present, visual=droppable, anchor=anchor, stopwatch=stopwatch)
+        stream = Pass(module.config, cache, batch, present, visual=droppable, stopwatch=stopwatch)
+        stream.anchor = self._anchor(prompt_end, visual)
         call.stream = stream
         positions = self._shifted(kwargs.get("position_ids"), cache, batch, length, device)
         if getattr(self.pre_llm, "renumber", False):
@@ -497,32 +498,35 @@ class Engine:
                 pictures.append(Picture(modality, dense, layout, rows, rows[place], separators, source, cls))
         return visual, pictures
 
-    def _anchor(
-        self, call: Call, valid: Tensor, visual: Tensor, cache: Any, training: bool
-    ) -> Tensor:
-        """[B] the position at which the prompt ends, the same in a rollout and in the training forward."""
+    def _prompt_end(self, call: Call, valid: Tensor, cache: Any, training: bool) -> Tensor:
+        """[B] the position of the prompt's last token, the same in a rollout and in the training forward."""
         length = valid.shape[1]
         last = length - 1 - valid.flip(1).to(torch.uint8).argmax(1)  # [B]
-        if getattr(self.llm, "anchor", None) == "after_visual":
-            after = length - visual.flip(1).to(torch.uint8).argmax(1)  # first place behind the last visual one
-            return torch.where(visual.any(1), torch.minimum(after, last), last)
         labels = self.labels
         if labels is not None and labels.shape == valid.shape:
             supervised = (labels != -100).to(valid.device)
             return torch.where(supervised.any(1), (supervised.to(torch.uint8).argmax(1) - 1).clamp(min=0), last)
-        if self.llm is not None and self.llm.text_guided and training and torch.is_grad_enabled():
-            raise Unsupported(
-                f"{self.llm.name} reads the text at the prompt's end, and a training forward without labels does not "
-                f"say where that is. Pass labels (-100 on the prompt), or use {self.llm.name} with "
-                f"anchor='after_visual'."
-            )
-        if cache is None:  # generate(use_cache=False) runs the grown sequence again: the prompt still ends where it did
+        if training and torch.is_grad_enabled() and self.llm is not None and self.llm.text_guided:
+            if self.llm.anchor == "prompt_end":
+                raise Unsupported(
+                    f"{self.llm.name} reads the text at the prompt's end, and a training forward without labels does "
+                    f"not say where that is. Pass labels (-100 on the prompt), or use {self.llm.name} with "
+                    f"anchor='after_visual'."
+                )
+        if cache is None:  # generate(use_cache=False) runs the grown sequence again: its prompt ends where it did
             for output in call.outputs.values():
-                ids, anchor = getattr(output, "_vtok_prompt", (None, None))
+                ids, end = getattr(output, "_vtok_prompt", (None, None))
                 if ids is not None and call.input_ids is not None and _is_prefix(ids, call.input_ids):
-                    return anchor
+                    return end
                 output._vtok_prompt = (call.input_ids, last)
         return last
+
+    def _anchor(self, prompt_end: Tensor, visual: Tensor) -> Tensor:
+        """[B] the position whose attention counts for a text-guided compressor."""
+        if getattr(self.llm, "anchor", "prompt_end") == "prompt_end":
+            return prompt_end
+        after = visual.shape[1] - visual.flip(1).to(torch.uint8).argmax(1)  # first place behind the last visual one
+        return torch.where(visual.any(1), torch.minimum(after, prompt_end), prompt_end)
 
 
 def _check_mask(mask: Any) -> None:

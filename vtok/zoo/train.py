@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from vtok.zoo import architecture, batches, scenes
 from vtok.zoo.batches import GROUPS, IGNORE, Batch
+from vtok.zoo.team import Team
 
 CHECK_BATCHES = 12  # of validation pictures, looked at now and then
 
@@ -30,9 +31,10 @@ CHECK_BATCHES = 12  # of validation pictures, looked at now and then
 class Recipe:
     seed: int = 0
     tower_steps: int = 4000  # stage 1: dense labels
-    tower_batch: int = 10  # pictures
+    tower_batch: int = 12  # pictures
     steps: int = 4500  # stage 2: questions
     batch: int = 16
+    part: int = 4  # pictures of one layout that go through the model together; divides both batches
     narrow_steps: int = 1200  # of stage 2, the first, on pictures of two crops: cheaper while little is known
     lr: float = 1e-3
     warmup: int = 150
@@ -204,6 +206,7 @@ def prefix_ids(tok) -> tuple[torch.Tensor, torch.Tensor]:
 def train(
     out: Path,
     recipe: Recipe,
+    workers: int = 2,
     stop_after: int | None = None,
     checkpoint_every: float = 180,
     log: Callable = print,
@@ -212,12 +215,14 @@ def train(
 
     `stop_after` steps of this call it saves and returns, as if killed; `checkpoint_every` is in seconds.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the loader forks
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the team forks
+    torch.set_num_threads(1)
     processor = architecture.processor()
     tok = processor.tokenizer
     model = architecture.model(tok, recipe.seed)
     model.set_attn_implementation("zoo_packed")
-    heads = Heads(model.config.vision_config.hidden_size)
+    model.share_memory()
+    heads = Heads(model.config.vision_config.hidden_size).share_memory()
     prefix, words = prefix_ids(tok), word_ids(tok)
     path = out.with_name(out.name + ".ckpt") / "state.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +243,7 @@ def train(
             export(model, processor, out)
             made = {k: state[k] for k in ("pictures", "questions", "seconds", "step")}
             made |= {"recipe": asdict(recipe), "parameters": sum(p.numel() for p in model.parameters())}
-            made |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+            made |= {"workers": workers, "torch": torch.__version__}
             (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
 
     stages = ("tower", recipe.tower_steps, recipe.tower_batch), ("questions", recipe.steps, recipe.batch)
@@ -258,39 +263,40 @@ def train(
             state |= {"stage": stage, "step": 0, "adam": None}
         if state["adam"]:
             adam.load_state_dict(state["adam"])
-        narrow = recipe.narrow_steps if name == "questions" else 0
-        data = batches.Steps(tok, "train", recipe.seed + stage, size, total, narrow)
-        loader = torch.utils.data.DataLoader(
-            data, batch_size=None, sampler=range(state["step"], total), num_workers=1, prefetch_factor=6
-        )
-        clock = saved = began = time.time()
-        sums = torch.zeros(3)
-        for step, batch in enumerate(loader, state["step"]):
-            for group in adam.param_groups:
-                group["lr"] = rate(step, total, recipe) * group["scale"]
+        parts = size // recipe.part
+        narrow = recipe.narrow_steps * parts if name == "questions" else 0
+        data = batches.Steps(tok, "train", recipe.seed + stage, recipe.part, total * parts, narrow)
+
+        def work(index):
+            batch = data[index]
             with torch.autocast("cpu", torch.bfloat16):
                 states = tower_states(model, batch.views)
-                dense, asked = dense_loss(heads, states, batch.labels), torch.zeros(())
-                loss = dense
-                if name == "questions":
-                    features = visual_tokens(model, states)
-                    logits = question_logits(model, prefix, features, batch)
-                    wanted = batch.targets != IGNORE
-                    asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
-                    named = word_loss(features, model.get_input_embeddings(), words, batch.labels)
-                    loss = asked + recipe.dense_weight * (dense + named)
-            adam.zero_grad()
-            loss.backward()
+                dense = dense_loss(heads, states, batch.labels)
+                if name == "tower":
+                    return dense, (dense.item(), 0.0, 0.0, 0)
+                features = visual_tokens(model, states)
+                named = word_loss(features, model.get_input_embeddings(), words, batch.labels)
+                logits = question_logits(model, prefix, features, batch)
+                wanted = batch.targets != IGNORE
+                asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
+                loss = asked + recipe.dense_weight * (dense + named)
+            return loss, (dense.item(), named.item(), asked.item(), sum(map(len, batch.categories)))
+
+        team = Team(workers, weights, work)
+        clock = saved = began = time.time()
+        sums = torch.zeros(3)
+        for step in range(state["step"], total):
+            for group in adam.param_groups:
+                group["lr"] = rate(step, total, recipe) * group["scale"]
+            answers = team.step(range(step * parts, (step + 1) * parts))
             nn.utils.clip_grad_norm_(weights, 1.0)
             adam.step()
-
-            sums += torch.stack([dense.detach(), (asked if name == 'tower' else named).detach(), asked.detach()])
+            sums += torch.tensor(answers)[:, :3].mean(0)
             done += 1
             state["step"] = step + 1
             state["pictures"] += size
             state["seconds"], began = state["seconds"] + time.time() - began, time.time()
-            if name == "questions":
-                state["questions"] += sum(map(len, batch.categories))
+            state["questions"] += sum(answer[3] for answer in answers)
             if state["step"] % 50 == 0:
                 speed, clock = 50 * size / (time.time() - clock), time.time()
                 dense, named, asked = (sums / 50).tolist()
@@ -308,7 +314,10 @@ def train(
                 save(adam)
                 saved = time.time()
             if done == stop_after:
-                return
+                break
+        team.stop()
+        if done == stop_after:
+            return
 
 
 def export(model, processor, out: Path) -> None:
