@@ -57,7 +57,8 @@ def test_pruning_is_masking(family, method, side):
     for i, (ours, theirs) in enumerate(zip(pruned.hidden_states, masked.hidden_states)):
         here = trace.present_at(max(0, i - 1))
         assert ours.shape == theirs.shape
-        torch.testing.assert_close(ours[here], theirs[here], atol=1e-5, rtol=1e-5)
+        size = theirs[here].abs().max().item()  # hidden states of the scaled-up random weights are not of order 1
+        torch.testing.assert_close(ours[here], theirs[here], atol=1e-5 * max(1.0, size), rtol=1e-5)
         assert (ours[~here] == 0).all()
 
 
