@@ -12,9 +12,6 @@ import pytest
 import torch
 
 from vtok import zoo
-
-for package in ("skimage", "sklearn", "aeon", "matplotlib"):  # the wheels the pictures are cut from
-    pytest.importorskip(package)
 from vtok.zoo import architecture, batches, card, evaluate, scenes, sources, train
 
 NAME = "vtok-tiny-llava-next"

@@ -214,6 +214,8 @@ class Engine:
             for modality, token in self.token_ids.items():
                 row = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 self.call.placeholders[modality] = (embeds == row).all(-1)
+        if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")):
+            _check_mask(kwargs.get("attention_mask"))  # before the family makes positions of it
         for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
             if output is None or getattr(output, "pooler_output", None) is None:
                 continue
@@ -349,7 +351,6 @@ class Engine:
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         batch, length, width = embeds.shape
         device = embeds.device
-        _check_mask(mask)
         stopwatch = Stopwatch(device)
         cache = self._cache(module, kwargs, mask, length)
         self._refuse_packed(kwargs, mask, cache)

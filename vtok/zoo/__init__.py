@@ -5,6 +5,7 @@ model, processor = vtok.zoo.load("vtok-tiny-llava-next")
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
@@ -20,10 +21,8 @@ DEMO_ANSWER = ""
 def _folders() -> list[Path]:
     """Where bundled models can lie: package data of an installed wheel, then `model_cards/` of a checkout."""
     found = [Path(__file__).parents[2] / "model_cards"]
-    try:
+    with suppress(ModuleNotFoundError, TypeError):  # TypeError: a namespace package without a place on disk
         found.insert(0, Path(str(resources.files("vtok.model_cards"))))
-    except (ModuleNotFoundError, TypeError):  # TypeError: a namespace package without a place on disk
-        pass
     return [folder for folder in found if folder.is_dir()]
 
 

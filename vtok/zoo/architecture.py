@@ -21,8 +21,8 @@ TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}"
     "{% elif m['role'] == 'user' %}{{ 'USER: ' }}{% endif %}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ c['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{% if m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}{% if m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
@@ -41,7 +41,7 @@ def corpus() -> list[str]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of the corpus is one token and any other text falls back to bytes."""
+    """Byte-level BPE: every word of the corpus is one token, and any other text falls back to bytes."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Scenes as training tensors: views cut as the processor cuts them, dense labels, questions packed into one sequence."""
+"""Scenes as training tensors: views cut as the processor does, dense labels, packed questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtok.zoo.architecture import PATCH, VIEW
 
 GRID = VIEW // PATCH
 IGNORE = -100
-# What a patch can show. A letter counts by the half of the patch its middle lies in, so that the order is not lost.
+# What a patch can show. A letter counts by the half of the patch that its middle lies in: order is not lost.
 GROUPS = {
     "shape": scenes.SHAPES,
     "colour": tuple(scenes.COLOURS),
@@ -47,7 +47,10 @@ def canvas(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def views(images: torch.Tensor) -> torch.Tensor:
-    """Thumbnail and crops, uint8 [B, 3, H, W] -> [B, 1 + rows * columns, 3, VIEW, VIEW], as the processor makes them."""
+    """Thumbnail and crops as the processor makes them, uint8.
+
+    [B, 3, H, W] -> [B, 1 + rows * columns, 3, VIEW, VIEW]
+    """
     height, width = images.shape[-2:]
     left, top, rows, columns = canvas(width, height)
     thumbnail = tvF.resize(images, [VIEW, VIEW], interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -145,7 +148,7 @@ def build(tok, split: str, seed: int, indices: list[int]) -> Batch:
 
 
 class Steps(torch.utils.data.Dataset):
-    """Batch of every training step: a pure function of (seed, step), so that a resumed run sees the same data.
+    """Batch of every training step: a pure function of seed and step, so a resumed run sees the same.
 
     The first `narrow` steps draw only the two smallest layouts.
     """

@@ -1,5 +1,7 @@
-"""Exact match on the held-out test set, by the plain processor and greedy `generate`, with what it takes to judge it:
-intervals, chance, a majority guesser, a reader of the question alone, and pictures robbed of detail or of everything.
+"""Exact match on the held-out test set, by the plain processor and greedy `generate`.
+
+With what it takes to judge it: intervals, chance, a majority guesser, a reader of the question alone, and
+pictures robbed of detail or of everything.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ class Record:
     predicted: str
 
 
-def test_set(count: int = TEST_SCENES) -> Iterator[tuple[Scene, list[Question]]]:
-    """The fixed test set, scene by scene: one question of every category that applies. Smaller counts are prefixes."""
+def held_out(count: int = TEST_SCENES) -> Iterator[tuple[Scene, list[Question]]]:
+    """The fixed test set, scene by scene: one question of every category that applies.
+
+    A smaller count is a prefix of it.
+    """
     for index in range(count):
         scene = scenes.generate("test", TEST_SEED, index)
         first = {q.category: q for q in reversed(scene.questions)}
@@ -56,7 +61,7 @@ def answer(model, processor, image: Image.Image, questions: list[str]) -> list[s
 
 
 def halved(image: Image.Image) -> Image.Image:
-    """The picture with no more detail than half its resolution holds, which is what the thumbnail sees at most."""
+    """The picture with no more detail than half its resolution holds, which is the most a thumbnail sees."""
     small = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
     return small.resize(image.size, Image.Resampling.BICUBIC)
 
@@ -68,7 +73,7 @@ def grey(image: Image.Image) -> Image.Image:
 def run(model, processor, count: int = TEST_SCENES, change: Callable = lambda image: image, progress=iter):
     """Records of the first `count` test scenes, the pictures passed through `change` first."""
     records = []
-    for index, (scene, asked) in enumerate(progress(test_set(count))):
+    for index, (scene, asked) in enumerate(progress(held_out(count))):
         said = answer(model, processor, change(scene.image), [q.text for q in asked])
         records += [Record(index, q.category, q.text, q.answer, text) for q, text in zip(asked, said)]
     return records
@@ -120,8 +125,10 @@ def chance(category: str) -> float:
 
 
 def report(model, processor, count: int = TEST_SCENES, robbed: int = 100, progress=iter) -> dict:
-    """Everything the card says about quality, ready for JSON. `robbed` scenes are also asked about without detail and
-    without content."""
+    """Everything the card says about quality, ready for JSON.
+
+    The first `robbed` scenes are also asked about without detail and without content.
+    """
     records = run(model, processor, count, progress=progress)
     half = accuracy(run(model, processor, robbed, halved, progress))
     none = accuracy(run(model, processor, robbed, grey, progress))

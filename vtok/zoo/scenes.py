@@ -1,7 +1,7 @@
-"""Scenes: a photo with coloured shapes, a small text label, a handwritten digit and a plot, and questions about them.
+"""Scenes: a photo with coloured shapes, a small label, a handwritten digit, a plot; questions about them.
 
-`generate(split, seed, index)` is a pure function of its arguments. What is small here (text, digit) is readable in the
-crops of the anyres model and not in its thumbnail.
+`generate(split, seed, index)` is a pure function of its arguments. What is small here (text, digit) is
+readable in the crops of the anyres model and not in its thumbnail.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vtok.zoo import sources
 
 VERSION = 1  # of the test set: a change to anything that moves a pixel or a question raises it
 
-# (width, height): the anyres processor cuts them into 2, 2, 3, 3, 4, 4 and 4 crops of 64 x 64, the last two padded.
+# (width, height): the processor cuts them into 2, 2, 3, 3, 4, 4 and 4 crops of 64 x 64, the last two padded.
 LAYOUTS = ((128, 64), (64, 128), (192, 64), (64, 192), (128, 128), (128, 96), (96, 128))
 TILE = 64
 
@@ -111,7 +111,7 @@ def generate(split: str, seed: int, index: int) -> Scene:
     return Scene(image, _questions(rng, things, width, height), things, layout, photo)
 
 
-# ---------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------------- drawing
 
 
 class _Spots:
@@ -121,7 +121,7 @@ class _Spots:
         self.rng, self.width, self.height, self.taken = rng, width, height, []
 
     def find(self, w, h, in_tile=False):
-        """Left and top of a free w x h place, or None. `in_tile`: wholly inside one crop of the anyres processor."""
+        """Left and top of a free w x h place, or None. `in_tile`: wholly inside one crop of the processor."""
         left_edge, top_edge = (-(-side // TILE) * TILE - side for side in (self.width, self.height))
         for _ in range(40):
             x = int(self.rng.integers(1, self.width - w)) if self.width > w + 1 else None
@@ -132,7 +132,10 @@ class _Spots:
                 gx, gy = x + left_edge // 2, y + top_edge // 2
                 if gx // TILE != (gx + w - 1) // TILE or gy // TILE != (gy + h - 1) // TILE:
                     continue
-            if all(x >= r + 2 or x + w + 2 <= l or y >= b + 2 or y + h + 2 <= t for l, t, r, b in self.taken):
+            if all(
+                x >= right + 2 or x + w + 2 <= left or y >= bottom + 2 or y + h + 2 <= top
+                for left, top, right, bottom in self.taken
+            ):
                 self.taken.append((x, y, x + w, y + h))
                 return x, y
         return None
@@ -258,7 +261,7 @@ def _plot(rng, split, image, spots, things):
     things.append(Thing("plot", name, None, (*spot, spot[0] + w, spot[1] + h)))
 
 
-# -------------------------------------------------------------------------------------------------------- questions
+# ----------------------------------------------------------------------------------------------- questions
 
 
 def _questions(rng, things, width, height):

@@ -1,7 +1,7 @@
-"""Real raw material that installed wheels carry: photos, handwritten digits, time series, fonts. Nothing is downloaded.
+"""Real material that installed wheels carry: photos, handwritten digits, time series, fonts. No download.
 
-Each source is cut into "train", "val" and "test" once, here, so that no split shares a photo, a digit sample or a
-series with another.
+Each source is cut into "train", "val" and "test" once, here, so that no split shares a photo, a digit sample
+or a series with another.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Data-parallel gradients on CPU: worker processes of one thread each, which share the weights.
 
-The parts of a step are taken from one queue, so a worker that other programs slow down takes fewer of them. Threads
-inside an operation cannot do that: all wait for the slowest, and on a busy machine that more than halves the speed.
+The parts of a step are taken from one queue, so a worker that other programs slow down takes fewer of them.
+Threads inside an operation cannot do that: all wait for the slowest, which on a busy machine halves speed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Team:
             worker.start()
 
     def step(self, indices) -> list:
-        """Leave the mean gradient over the parts in the weights; return what `work` handed back, in any order."""
+        """Leave the mean gradient over the parts in the weights; return what `work` handed back."""
         for index in indices:
             self.tasks.put(index)
         answers = [self.results.get() for _ in indices]

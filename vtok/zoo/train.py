@@ -1,7 +1,8 @@
-"""The recipe: the vision tower alone on dense labels first, then everything on questions. Resumable after a kill.
+"""The recipe: the vision tower alone on dense labels, then everything on questions. Resumable after a kill.
 
-The questions of a picture share one sequence: a question sees the picture and itself, never another question, and its
-positions start right after the picture. Each is so trained exactly as it is asked at inference, at a tenth of the cost.
+The questions of a picture share one sequence: a question sees the picture and itself, never another question,
+and its positions start right after the picture. So each is trained just as it is asked at inference, at a
+tenth of the cost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,14 +46,15 @@ class Recipe:
 
 
 class Heads(nn.Module):
-    """Read-outs for the dense labels; training only. CLS is asked which things its view shows at all, which teaches its
-    attention to look at them (token selectors read that attention)."""
+    """Read-outs for the dense labels; training only.
+
+    CLS is asked which things its view shows at all, which teaches its attention to look at them. Token
+    selectors read that attention.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.patch = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS) + len(GROUPS))
-        )
+        self.patch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS) + len(GROUPS)))
         self.cls = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS))) for _ in range(2)
         )
@@ -65,10 +68,10 @@ def _attend(query, key, value, mask=None):
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention as plain tensor operations: on CPU in bfloat16 twice as fast, both ways, as the kernel behind SDPA.
+    """Attention as plain tensor operations: on CPU in bfloat16 twice as fast, both ways, as SDPA's kernel.
 
-    `attention_mask`, if any, is additive [B, 1, Q, P + Q] and tells what the last Q tokens see; the P before them form
-    the prefix, which is causal and never looks at them.
+    `attention_mask`, if any, is additive [B, 1, Q, P + Q] and tells what the last Q tokens see; the P before
+    them form the prefix, which is causal and never looks at them.
     """
     query = query * scaling
     if attention_mask is None:  # the vision tower
@@ -84,7 +87,7 @@ AttentionInterface.register("zoo_packed", packed_attention)
 
 
 def tower_states(model, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Hidden states of the vision tower, each [B * V, 1 + patches, D], for uint8 views [B, V, 3, VIEW, VIEW]."""
+    """Hidden states of the tower, each [B * V, 1 + patches, D], for uint8 views [B, V, 3, VIEW, VIEW]."""
     pixels = batches.normalise(views.flatten(0, 1))
     return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
 
@@ -97,9 +100,7 @@ def visual_tokens(model, states) -> torch.Tensor:
 def dense_loss(heads: Heads, states, labels: torch.Tensor) -> torch.Tensor:
     """Per group of labels: does the patch show one (all patches), and which (patches that do)."""
     labels = labels.flatten(0, 1)  # [B * V, patches, labels]
-    which, there = (
-        heads.patch(states[-2][:, 1:]).float().split([len(batches.LABELS), len(GROUPS)], dim=-1)
-    )
+    which, there = heads.patch(states[-2][:, 1:]).float().split([len(batches.LABELS), len(GROUPS)], dim=-1)
     loss = torch.zeros(())
     sizes = [len(names) for names in GROUPS.values()]
     for n, (scores, truth) in enumerate(zip(which.split(sizes, dim=-1), labels.split(sizes, dim=-1))):
@@ -116,14 +117,20 @@ def dense_loss(heads: Heads, states, labels: torch.Tensor) -> torch.Tensor:
 
 def word_ids(tok) -> list[torch.Tensor]:
     """Tokens of the names in each of GROUPS, and of the kinds of panel last."""
-    spelled = [[name if group in ("left", "right") else f" {name}" for name in names] for group, names in GROUPS.items()]
+    spelled = [
+        [name if group in ("left", "right") else f" {name}" for name in names]
+        for group, names in GROUPS.items()
+    ]
     spelled.append([" label", " digit", " plot"])
     return [torch.tensor(tok(names, add_special_tokens=False)["input_ids"])[:, 0] for names in spelled]
 
 
 def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Tensor], labels: torch.Tensor):
-    """Pulls the visual tokens, [B * V, patches, D], towards the word embeddings of what they show. The decoder can then
-    find a thing by its word and say what it finds; without it, it has to discover first that the two correspond."""
+    """Pulls the visual tokens, [B * V, patches, D], towards the word embeddings of what they show.
+
+    The decoder can then find a thing by its word and say what it finds; without this it has to discover first
+    that the two correspond, which took longer than all the rest.
+    """
     parts = list(labels.flatten(0, 1).split([len(names) for names in GROUPS.values()], dim=-1))
     shown = dict(zip(GROUPS, (part.any(-1) for part in parts)))
     parts.append(torch.stack([shown["left"] | shown["right"], shown["digit"], shown["plot"]], dim=-1))
@@ -138,8 +145,10 @@ def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Ten
 
 
 def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], features, batch: Batch) -> torch.Tensor:
-    """Logits [B, Q, vocab] for `batch.ids`, from visual tokens [B * V, patches, D]; `prefix` are the ids before and
-    after the picture."""
+    """Logits [B, Q, vocab] for `batch.ids`, from visual tokens [B * V, patches, D].
+
+    `prefix` are the ids before and after the picture.
+    """
     core = model.model
     count = len(batch.views)
     features = features.unflatten(0, (count, -1))
@@ -196,6 +205,29 @@ def rate(step: int, total: int, recipe: Recipe) -> float:
     return recipe.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, done))) / 2)
 
 
+def tower_loss(index: int, data: batches.Steps, model, heads: Heads, **_):
+    """Loss of one part of stage 1, and (dense, words, answers, questions) for the log."""
+    batch = data[index]
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = dense_loss(heads, tower_states(model, batch.views), batch.labels)
+    return dense, (dense.item(), 0.0, 0.0, 0)
+
+
+def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, words, recipe: Recipe):
+    """The same of stage 2."""
+    batch = data[index]
+    with torch.autocast("cpu", torch.bfloat16):
+        states = tower_states(model, batch.views)
+        features = visual_tokens(model, states)
+        dense = dense_loss(heads, states, batch.labels)
+        named = word_loss(features, model.get_input_embeddings(), words, batch.labels)
+        logits = question_logits(model, prefix, features, batch)
+        wanted = batch.targets != IGNORE
+        asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
+    loss = asked + recipe.dense_weight * (dense + named)
+    return loss, (dense.item(), named.item(), asked.item(), sum(map(len, batch.categories)))
+
+
 def prefix_ids(tok) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids before and after the picture, as the chat template writes them."""
     return tuple(
@@ -211,7 +243,7 @@ def train(
     checkpoint_every: float = 180,
     log: Callable = print,
 ) -> None:
-    """Train into the hub folder `out`. The state goes to `out`.ckpt/state.pt, from which a second call goes on.
+    """Train into the hub folder `out`. The state to go on from lies in `out`.ckpt.
 
     `stop_after` steps of this call it saves and returns, as if killed; `checkpoint_every` is in seconds.
     """
@@ -267,21 +299,8 @@ def train(
         narrow = recipe.narrow_steps * parts if name == "questions" else 0
         data = batches.Steps(tok, "train", recipe.seed + stage, recipe.part, total * parts, narrow)
 
-        def work(index):
-            batch = data[index]
-            with torch.autocast("cpu", torch.bfloat16):
-                states = tower_states(model, batch.views)
-                dense = dense_loss(heads, states, batch.labels)
-                if name == "tower":
-                    return dense, (dense.item(), 0.0, 0.0, 0)
-                features = visual_tokens(model, states)
-                named = word_loss(features, model.get_input_embeddings(), words, batch.labels)
-                logits = question_logits(model, prefix, features, batch)
-                wanted = batch.targets != IGNORE
-                asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
-                loss = asked + recipe.dense_weight * (dense + named)
-            return loss, (dense.item(), named.item(), asked.item(), sum(map(len, batch.categories)))
-
+        losses = question_loss if name == "questions" else tower_loss
+        work = partial(losses, data=data, model=model, heads=heads, prefix=prefix, words=words, recipe=recipe)
         team = Team(workers, weights, work)
         clock = saved = began = time.time()
         sums = torch.zeros(3)
@@ -302,8 +321,8 @@ def train(
                 dense, named, asked = (sums / 50).tolist()
                 sums.zero_()
                 log(
-                    f"{time.strftime('%H:%M:%S')} {name} {state['step']}/{total} dense {dense:.3f} words {named:.3f}"
-                    f" answers {asked:.3f} pictures/s {speed:.1f}"
+                    f"{time.strftime('%H:%M:%S')} {name} {state['step']}/{total} pictures/s {speed:.1f}"
+                    f" dense {dense:.3f} words {named:.3f} answers {asked:.3f}"
                 )
             if name == "questions" and state["step"] % 250 == 0:
                 scores = accuracy(model, prefix, check)
