@@ -67,6 +67,19 @@ def test_unknown_names():
         vtok.NoSuchThing  # noqa: B018
 
 
+def test_the_window_of_transformers_versions():
+    from importlib.metadata import requires
+
+    from vtok.patching import TRANSFORMERS, _check_transformers
+
+    low, high = (".".join(map(str, end)) for end in TRANSFORMERS)
+    assert any(r.startswith("transformers") and f">={low}" in r and f"<{high}" in r for r in requires("vtok"))
+    _check_transformers(f"{low}.0")
+    for version in ("4.57.1", f"{high}.0", "5.18.3.dev0"):
+        with pytest.raises(Unsupported, match="outside the tested window"):
+            _check_transformers(version)
+
+
 def test_unsupported_models():
     with pytest.raises(Unsupported, match="Supported families: .*llava.*qwen2_5_vl"):
         vtok.patch(torch.nn.Linear(2, 2), "uniform")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from vtok import adapter as adapters
@@ -21,6 +22,7 @@ from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.selection import check_keep
 from vtok.trace import Shapes, Trace
 
+TRANSFORMERS = ((5, 19), (5, 24))  # tested from the first up to, not with, the second; as in pyproject.toml
 _PATCHES: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()  # core model -> its patch
 
 
@@ -41,6 +43,7 @@ def patch(
     Returns the handle, which is also a context manager. Raises `UnknownName`, `InvalidValue`, `Unsupported` or
     `PatchStateError`, and then leaves the model as it was.
     """
+    _check_transformers(transformers.__version__)
     _refuse_compiled(model)
     vlm, adapter = adapters.find(model)
     core = adapter.core(vlm)
@@ -234,6 +237,15 @@ def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapter
     for part in parts:
         if getattr(part, "renumber", False) and "mrope_section" in rope:
             raise Unsupported(f"{part.name}(renumber=True) has no meaning for the M-RoPE positions of {adapter.family}.")
+
+
+def _check_transformers(version: str) -> None:
+    low, high = TRANSFORMERS
+    if not low <= tuple(int(part) for part in version.split(".")[:2]) < high:
+        raise Unsupported(
+            f"transformers {version} is outside the tested window {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}: "
+            f'pip install "transformers>={low[0]}.{low[1]},<{high[0]}.{high[1]}"'
+        )
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -85,14 +85,14 @@ def write(folder: Path) -> Path:
     card = f"""{FRONT}
 # {name}
 
-A LLaVA-NeXT of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained from
-scratch on a CPU by `vtok zoo train {name}`. It answers short questions about small pictures, well enough that
-what a visual-token compressor throws away shows as a wrong answer. It is there to test, teach and demonstrate
-such methods on a laptop, offline, in seconds. It is of no use for anything else.
+A LLaVA-NeXT of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained
+from scratch on a CPU by `vtok zoo train {name}`. It answers short questions about small pictures, well
+enough that what a visual-token compressor throws away shows as a wrong answer. It is there to test, teach
+and demonstrate such methods on a laptop, offline, in seconds. It is of no use for anything else.
 
 - vision: CLIP tower with CLS, {vision["num_hidden_layers"]} layers of {vision["hidden_size"]}, views of
-  {vision["image_size"]} x {vision["image_size"]} pixels in patches of {vision["patch_size"]}, features of layer
-  {config["vision_feature_layer"]}
+  {vision["image_size"]} x {vision["image_size"]} pixels in patches of {vision["patch_size"]}, features of
+  layer {config["vision_feature_layer"]}
 - anyres: a thumbnail and 2 to 4 crops, pinpoints (height, width) {config["image_grid_pinpoints"]}, unpadding,
   newline tokens: 200 to 336 visual tokens a picture
 - language: Llama decoder, {text["num_hidden_layers"]} layers of {text["hidden_size"]},
@@ -121,19 +121,21 @@ With vtok: `model, processor = vtok.zoo.load("{name}")`, then `vtok.patch(model,
 
 ## Accuracy
 
-{overall["n"]} held-out questions on {test["scenes"]} scenes, one question a category and scene, each asked alone,
-greedy: **{_percent(overall["accuracy"])} % exact match** (95 % interval {_percent(overall["low"])} to
-{_percent(overall["high"])}, bootstrap over scenes).
+{overall["n"]} held-out questions on {test["scenes"]} scenes, one question a category and scene, each asked
+alone, greedy: **{_percent(overall["accuracy"])} % exact match** (95 % interval {_percent(overall["low"])}
+to {_percent(overall["high"])}, bootstrap over scenes).
 
 {scores}
 
-All in percent. Intervals of categories are Wilson's. *Chance* draws one of the possible answers; *majority* gives
-the answer that training scenes have most often in this category; *question only* the one they have most often
-for this very wording. *Half res.* and *grey* are the model itself on {test["robbed_scenes"]} scenes, when the
-picture is halved and doubled again, and when it is plain grey: what half resolution loses is what the crops hold
-and the thumbnail does not. Letter by letter, labels are read with {_percent(result["letters"]["accuracy"])} %.
+All in percent. Intervals of categories are Wilson's. *Chance* draws one of the possible answers; *majority*
+gives the answer that training scenes have most often in this category; *question only* the one they have
+most often for this very wording. *Half res.* and *grey* are the model itself on {test["robbed_scenes"]}
+scenes, when the picture is halved and doubled again, and when it is plain grey: what half resolution loses
+is what the crops hold and the thumbnail does not. Letter by letter, labels are read with
+{_percent(result["letters"]["accuracy"])} %.
 
-Reproduce: `vtok zoo eval {name}` (test set version {test["version"]}, seed {test["seed"]}; drawn, not stored).
+Reproduce: `vtok zoo eval {name}` (test set version {test["version"]}, seed {test["seed"]}; drawn, not
+stored).
 
 ## Confusion
 
@@ -142,19 +144,18 @@ Reproduce: `vtok zoo eval {name}` (test set version {test["version"]}, seed {tes
 ## Training
 
 {made["pictures"]:,} pictures with {made["questions"]:,} questions in {made["seconds"] / 60:.0f} minutes in
-{made["workers"]} processes of one CPU thread (bfloat16 autocast), AdamW at {recipe["lr"]:g} with cosine decay. First
-the tower alone, on what lies in every patch ({recipe["tower_steps"]} steps of {recipe["tower_batch"]} pictures),
-then everything ({recipe["steps"]} steps of {recipe["batch"]}): the loss on the answers, plus
-{recipe["dense_weight"]} of the dense loss and of a loss that pulls each visual token towards the embeddings of the
-words for what it shows. The questions of a picture share a sequence, each blind to the others. The run can be
-killed and called again; its data is a function of seed and step.
-{made.get("note", "")}
-## Data
+{made["workers"]} processes of one CPU thread (bfloat16 autocast), AdamW at {recipe["lr"]:g} with cosine
+decay. First the tower alone, on what lies in every patch ({recipe["tower_steps"]} steps of
+{recipe["tower_batch"]} pictures), then everything ({recipe["steps"]} steps of {recipe["batch"]}): the loss
+on the answers, plus {recipe["dense_weight"]} of the dense loss and of a loss that pulls each visual token
+towards the embeddings of the words for what it shows. The questions of a picture share a sequence, each
+blind to the others. The run can be killed and called again; its data is a function of seed and step.
+{made.get("note", "")} ## Data
 
-Drawn by `vtok.zoo.scenes`; no download, nothing but what installed wheels carry. Background photos are cut from
-those of scikit-image and scikit-learn; digits are scikit-learn's handwritten ones; plots show windows of real UCR
-series that aeon carries ({", ".join(sources.SERIES)}). Coloured shapes and labels of two or three letters from
-`{scenes.ALPHABET}` are drawn on top.
+Drawn by `vtok.zoo.scenes`; no download, nothing but what installed wheels carry. Background photos are cut
+from those of scikit-image and scikit-learn; digits are scikit-learn's handwritten ones; plots show windows
+of real UCR series that aeon carries ({", ".join(sources.SERIES)}). Coloured shapes and labels of two or
+three letters from `{scenes.ALPHABET}` are drawn on top.
 
 Train, validation and test share no photo, no label text, no digit sample and no series. The photos:
 
@@ -164,12 +165,12 @@ Train, validation and test share no photo, no label text, no digit sample and no
 
 ## Limits
 
-- It knows its {len(scenes.CATEGORIES)} kinds of question in the wordings of `scenes.PHRASES`, one question a chat,
-  and pictures like its own. A photo from a camera gets a confident and meaningless answer.
+- It knows its {len(scenes.CATEGORIES)} kinds of question in the wordings of `scenes.PHRASES`, one question
+  a chat, and pictures like its own. A photo from a camera gets a confident and meaningless answer.
 - {weakest.capitalize()} is its weakest category
   ({_percent(result["categories"][weakest]["accuracy"])} %).
-- Its redundancy is that of small drawn scenes: what compression costs here ranks methods on this model, and says
-  nothing in numbers about models of billions of parameters.
+- Its redundancy is that of small drawn scenes: what compression costs here ranks methods on this model, and
+  says nothing in numbers about models of billions of parameters.
 """
     path = folder / "README.md"
     path.write_text(card)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from vtok.zoo import architecture, batches, scenes
-from vtok.zoo.batches import GROUPS, IGNORE, Batch
+from vtok.zoo.batches import GRID, GROUPS, IGNORE, Batch
 from vtok.zoo.team import Team
 
 CHECK_BATCHES = 12  # of validation pictures, looked at now and then
@@ -37,7 +37,7 @@ class Recipe:
     steps: int = 4500  # stage 2: questions
     batch: int = 16
     part: int = 4  # pictures of one layout that go through the model together; divides both batches
-    narrow_steps: int = 1200  # of stage 2, the first, on pictures of two crops: cheaper while little is known
+    narrow_steps: int = 900  # of stage 2, the first, on pictures of two crops: cheaper while little is known
     lr: float = 1e-3
     warmup: int = 150
     decay: float = 0.05
@@ -116,26 +116,33 @@ def dense_loss(heads: Heads, states, labels: torch.Tensor) -> torch.Tensor:
 
 
 def word_ids(tok) -> list[torch.Tensor]:
-    """Tokens of the names in each of GROUPS, and of the kinds of panel last."""
+    """Tokens of the names in each of GROUPS, then of the kinds of panel and of the sides."""
     spelled = [
         [name if group in ("left", "right") else f" {name}" for name in names]
         for group, names in GROUPS.items()
     ]
-    spelled.append([" label", " digit", " plot"])
+    spelled += [[" label", " digit", " plot"], [" top", " bottom"], [" left", " right"]]
     return [torch.tensor(tok(names, add_special_tokens=False)["input_ids"])[:, 0] for names in spelled]
 
 
 def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Tensor], labels: torch.Tensor):
     """Pulls the visual tokens, [B * V, patches, D], towards the word embeddings of what they show.
 
-    The decoder can then find a thing by its word and say what it finds; without this it has to discover first
-    that the two correspond, which took longer than all the rest.
+    Those of thumbnails also towards the words for the side they lie on. The decoder can then find a thing by its
+    word and say what it finds; else it has to discover first that the two correspond, which takes longest of all.
     """
-    parts = list(labels.flatten(0, 1).split([len(names) for names in GROUPS.values()], dim=-1))
-    shown = dict(zip(GROUPS, (part.any(-1) for part in parts)))
-    parts.append(torch.stack([shown["left"] | shown["right"], shown["digit"], shown["plot"]], dim=-1))
-    features, loss = F.normalize(features.float(), dim=-1), torch.zeros(())
-    for ids, truth in zip(words, parts):
+    truths = list(
+        labels.split([len(names) for names in GROUPS.values()], dim=-1)
+    )  # each [B, V, patches, names]
+    shown = dict(zip(GROUPS, (truth.any(-1) for truth in truths)))
+    truths.append(torch.stack([shown["left"] | shown["right"], shown["digit"], shown["plot"]], dim=-1))
+    far = torch.arange(GRID) >= GRID // 2
+    for beyond in (far.repeat_interleave(GRID), far.repeat(GRID)):  # below the middle, right of the middle
+        side = torch.zeros(*labels.shape[:3], 2, dtype=torch.bool)
+        side[:, 0] = torch.stack([~beyond, beyond], dim=-1)
+        truths.append(side)
+    features, loss = F.normalize(features.unflatten(0, labels.shape[:2]).float(), dim=-1), torch.zeros(())
+    for ids, truth in zip(words, truths):
         some = truth.any(-1)
         if some.any():
             scores = 12 * features[some] @ F.normalize(embed(ids).float(), dim=-1).T

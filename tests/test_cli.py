@@ -1,0 +1,252 @@
+"""The command line on a tiny random model: the demo's table and picture, bad input, the list of methods."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import vtok
+from vtok import cli, demo
+from vtok.adapter import load_all
+from vtok.errors import InvalidValue, Unsupported
+
+WIDTH = 80
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny LLaVA-NeXT on disk, and a picture."""
+    torch.manual_seed(0)
+    model, processor = load_all()["llava_next"].tiny()
+    home = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(home / "model")
+    processor.save_pretrained(home / "model")
+    Image.effect_noise((128, 96), 80).convert("RGB").save(home / "picture.png")
+    return home
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """Runs `vtok demo` on the tiny model and returns (exit code, output)."""
+    monkeypatch.setattr(demo, "TIMED_SECONDS", 0.0)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+
+    def invoke(*args, model=folder / "model", image=folder / "picture.png"):
+        words = ["demo", "--model", str(model), "--image", str(image), "--tokens", "4", *map(str, args)]
+        result = CliRunner().invoke(cli.app, words)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return invoke
+
+
+def rows(output):
+    """method -> cells of its row; the answer, which may be anything, is left out."""
+    wanted = re.compile(r"^(\S+) .*?(\d+ +\d+ +[\d.]+ \w +[\d.]+ kB +\S+ +\S+ +\S+) *$")
+    return {
+        m[1]: re.split(r" {1,}(?!\w?B?\b[kMG]?\b)", m[2]) for m in map(wanted.match, output.split("\n")) if m
+    }
+
+
+def test_demo_answers_dense_and_compressed(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    png = tmp_path / "new folder" / "kept.png"
+    code, output = run(
+        "--methods", "uniform, random,fastv", "--question", "What is [bold]it[/]?", "--out", png
+    )
+    assert code == 0, output
+    assert "What is [bold]it[/]?" in output  # not read as markup
+    assert max(map(len, output.split("\n"))) <= WIDTH or str(png) in output
+    found = rows(output)
+    assert list(found) == ["dense", "uniform", "random", "fastv"]
+    tokens = {int(cells[0]) for cells in found.values()}
+    assert tokens == {16 + 8 * 6}  # a thumbnail of 4 x 4 and crops of 8 x 8 without two rows of padding
+    assert int(found["dense"][1]) == 64
+    assert int(found["uniform"][1]) == int(found["random"][1]) == 16
+    assert 16 < int(found["fastv"][1]) < 64
+    with Image.open(png) as drawn:
+        assert min(drawn.size) > 300
+
+
+def test_the_table_fits_80_columns(monkeypatch):
+    from rich.console import Console
+
+    answer = demo.Answer(
+        "globalcom2", "a long answer " * 9, 28800, 28800, 10**15, 10**12, 9.9, 9.9, 99.9, None
+    )
+    console = Console(width=WIDTH, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(demo.table([answer] * 2))
+    text = console.export_text()
+    assert max(len(line.rstrip()) for line in text.split("\n")) <= WIDTH
+    assert "…" not in text
+    assert text.count("globalcom2") == 2 and text.count("99900.0") == 2
+
+
+def test_default_methods_are_those_the_model_supports(folder):
+    model, _ = load_all()["llava_next"].tiny()
+    names = demo.supported(model)
+    assert names == [name for name in demo.METHODS if name in names]
+    assert {"uniform", "random", "fastv", "downsample"} <= set(names)
+    with vtok.patch(model, names[0]):  # `supported` left nothing behind
+        pass
+
+
+def test_compare_leaves_the_model_as_it_was(folder):
+    model, processor = demo.load(str(folder / "model"), "cpu")
+    picture = demo.open_picture(folder / "picture.png")
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    answers = demo.compare(model, processor, picture, "Why?", ["uniform", "random"], 0.5, 3)
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    dense, uniform, _ = answers
+    inputs = demo.inputs_for(processor, picture, "Why?", model.device)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=3)[:, inputs["input_ids"].shape[1] :]
+    assert dense.text == demo._readable(processor.batch_decode(ids, skip_special_tokens=True)[0])
+    assert uniform.kept * 2 == uniform.tokens == dense.kept
+    assert uniform.flops < dense.flops and uniform.kv_bytes < dense.kv_bytes
+    assert all(a.total > a.prefill > 0 for a in answers) and dense.selection == 0 < uniform.selection
+
+
+def test_panels_of_every_stage(folder):
+    model, processor = demo.load(str(folder / "model"), "cpu")
+    picture = demo.open_picture(folder / "picture.png")
+    methods = ["uniform", "fastv", "downsample"]
+    answers = demo.compare(model, processor, picture, "Why?", methods, 0.25, 2)
+    dense, uniform, fastv, small = (demo.panel(a, answers[1].trace) for a in answers)
+    assert dense.seen.min() == 1 and dense.layout.n == 64
+    assert uniform.seen.unique().tolist() == [0, 1] and uniform.seen.sum() == 16
+    assert (
+        0 < fastv.seen.min() < 1
+        and int((fastv.seen == 1).sum()) == 16
+        and "mean over layers" in fastv.caption
+    )
+    assert small.layout.n < 64 and small.seen.min() == 1 and small.scale < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--methods", "nope"], "No compressor is named 'nope'"),
+        (["--methods", ","], "No method was given"),
+        (["--keep", "0"], "in (0, 1]"),
+        (["--keep", "-3"], "in (0, 1]"),
+        (["--keep", "1.5"], "in (0, 1]"),
+        (["--keep", "nan"], "in (0, 1]"),
+        (["--keep", "half"], "not 'half'"),
+        (["--device", "abacus"], "no device 'abacus'"),
+    ],
+)
+def test_bad_options_are_one_line(run, arguments, complaint):
+    code, output = run(*arguments)
+    one_line_error(code, output, complaint)
+
+
+def test_bad_pictures_are_one_line(run, tmp_path, folder):
+    one_line_error(*run(image=tmp_path / "none.png"), "There is no picture")
+    one_line_error(*run(image=tmp_path), "not a picture")
+    (tmp_path / "words.png").write_text("these are words")
+    one_line_error(*run(image=tmp_path / "words.png"), "not a picture")
+    whole = (folder / "picture.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    one_line_error(*run(image=tmp_path / "cut.png"), "not a picture")
+
+
+def test_bad_models_are_one_line(run, tmp_path):
+    one_line_error(*run(model="no-such-model"), "no local folder")
+    one_line_error(*run(model=tmp_path), "could not be loaded")
+    (tmp_path / "config.json").write_text("{}")
+    one_line_error(*run(model=tmp_path), "could not be loaded")
+
+
+def one_line_error(code, output, complaint):
+    lines = output.strip().split("\n")
+    assert code == 2, output
+    assert len(lines) == 1 and lines[0].startswith("vtok: "), output
+    assert complaint in lines[0]
+
+
+def test_pictures_of_all_kinds_are_read(tmp_path):
+    for mode in ("L", "RGBA", "P", "1", "CMYK", "I;16"):
+        file = tmp_path / f"{mode.replace(';', '')}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (5, 3)).save(file)
+        assert (demo.open_picture(file).mode, demo.open_picture(file).size) == ("RGB", (5, 3))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # taken with the camera on its side
+    Image.new("RGB", (5, 3)).save(tmp_path / "turned.jpg", exif=turned)
+    assert demo.open_picture(tmp_path / "turned.jpg").size == (3, 5)
+
+
+def test_no_chat_template_is_refused():
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(Unsupported, match="chat template"):
+        demo.inputs_for(Bare(), None, "Why?", "cpu")
+    with pytest.raises(InvalidValue, match="No method"):
+        demo.compare(None, None, None, "Why?", [])
+
+
+def test_answers_are_made_harmless():
+    assert demo._readable("a\x1b[2Jb\n\nc \x00") == "a [2Jb c"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.00 k"), (12345, "12.3 k"), (999_600, "1.00 M"), (8.1808e12, "8.18 T")],
+)
+def test_scaled(value, text):
+    assert demo.scaled(value) == text
+
+
+def test_methods_and_version():
+    known = vtok.available()["compressors"]
+    result = CliRunner().invoke(cli.app, ["methods"], env={"COLUMNS": str(WIDTH)})
+    assert result.exit_code == 0
+    lines = result.output.split("\n")
+    assert max(map(len, lines)) <= WIDTH
+    assert [line.split(" ")[0] for line in lines if line.split(" ")[0] in known] == list(known)
+    table = CliRunner().invoke(cli.app, ["methods", "--markdown"]).output.strip().split("\n")
+    assert [line.split("`")[1] for line in table[2:]] == list(known)
+    assert len({line.count("|") for line in table}) == 1
+    assert CliRunner().invoke(cli.app, ["--version"]).output == f"vtok {vtok.__version__}\n"
+    assert "train" in CliRunner().invoke(cli.app, ["zoo", "--help"]).output
+
+
+def test_the_bundled_demo(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    from vtok import zoo
+
+    monkeypatch.setattr(demo, "TIMED_SECONDS", 0.0)
+    result = CliRunner().invoke(
+        cli.app, ["demo", "--out", str(tmp_path / "x.png")], env={"COLUMNS": str(WIDTH)}
+    )
+    assert result.exit_code == 0, result.output
+    assert zoo.DEMO_QUESTION in result.output
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    found = rows(result.output)
+    assert list(found)[0] == "dense" and {"globalcom2", "aim", "pool"} <= set(found)
+
+
+def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
+    import json
+
+    from vtok.eval import bench
+
+    file = tmp_path / "bench.json"
+    monkeypatch.setattr(bench, "IDEAL_BAR", 0.0)
+    monkeypatch.setattr(bench, "OVERHEAD_BAR", 1e9)
+    words = ["bench", "--decoder", "toy", "--repetitions", "1", "--out", str(file)]
+    result = CliRunner().invoke(cli.app, words, env={"COLUMNS": str(WIDTH)})
+    assert result.exit_code == 0, result.output
+    assert max(len(line) for line in result.output.split("\n") if str(file) not in line) <= WIDTH
+    stored = json.loads(file.read_text())
+    assert [r["visual_tokens"] for r in stored["results"]] == [36, 5 * 36]
+    assert stored["machine"]["command"] and stored["machine"]["commit"]
+    for measured in stored["results"]:
+        for row in measured["variants"].values():
+            assert row["kv_bytes"] == row["kv_bytes_formula"] > 0
+        assert measured["variants"]["uniform"]["ideal_speedup"] > 1
+    monkeypatch.setattr(bench, "OVERHEAD_BAR", -1e9)
+    assert CliRunner().invoke(cli.app, [*words, "--check"]).exit_code == 1
