@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,7 @@ def demo(
     """Answer one question about one picture, dense and compressed, and draw what was kept."""
     fraction = _keep(keep)
     console = Console()
+    say = functools.partial(console.print, highlight=False, markup=False)
     drawing = _drawing(required=out is not None)
     with console.status("loading PyTorch"):
         from transformers.utils import logging
@@ -90,41 +92,30 @@ def demo(
             chosen = work.supported(network)
         else:
             chosen = [name.strip() for name in methods.split(",") if name.strip()]
-        answers = work.compare(
-            network,
-            processor,
-            picture,
-            asked,
-            chosen,
-            fraction,
-            tokens,
-            lambda m: status.update(f"running {m}"),
-        )
+        report = lambda method: status.update(f"running {method}")
+        answers = work.compare(network, processor, picture, asked, chosen, fraction, tokens, report)
 
     where = f"{network.device.type}, {str(network.dtype).removeprefix('torch.')}"
     if network.device.type == "cpu":
         where += f", {work.torch.get_num_threads()} threads"
-    console.print(f"{model} ({where}), keep={keep}", highlight=False, markup=False)
-    console.print(
-        f"{(image or zoo.DEMO_IMAGE).name}, {picture.width} x {picture.height}: {asked}", highlight=False
-    )
+    say(f"{model} ({where}), keep={keep}")
+    say(f"{(image or zoo.DEMO_IMAGE).name}, {picture.width} x {picture.height}: {asked}")
     if image is None and question is None and zoo.DEMO_ANSWER:
-        console.print(f"The right answer is: {zoo.DEMO_ANSWER}", highlight=False)
-    console.print()
+        say(f"right answer: {zoo.DEMO_ANSWER}")
+    say()
     console.print(work.table(answers))
-    console.print(
+    say(
         "\nkept: visual tokens that a decoder layer works on, mean over layers. FLOPs: encoder and prefill; "
         "KV: cache of the prompt; both by formula. select: the method itself; prefill: the language model's "
         "first pass without it; total: the whole answer; medians. Yellow: not the dense answer.",
         style="dim",
-        highlight=False,
     )
     if drawing is None:
-        console.print('No picture was written, since matplotlib is missing: pip install "vtok[viz]".')
+        say('No picture was written, since matplotlib is missing: pip install "vtok[viz]".')
         return
     reference = answers[1].trace
-    image_of_all = drawing.panels(picture, [work.panel(a, reference) for a in answers], asked)
-    console.print(f"Kept tokens: {drawing.save(image_of_all, out or Path('vtok-demo.png'))}", soft_wrap=True)
+    drawn = drawing.panels(picture, [work.panel(a, reference) for a in answers], asked)
+    say(f"Kept tokens: {drawing.save(drawn, out or Path('vtok-demo.png'))}", soft_wrap=True)
 
 
 @app.command()
@@ -134,28 +125,44 @@ def methods(
     """List the compressors and the model families."""
     from rich.table import Table
 
-    names, rows = ("method", "stage", "needs", "count", "reads text", "families", "paper"), []
     known = vtok.available()
-    for name, facts in known["compressors"].items():
-        count = "by content" if facts["adaptive"] else "fixed"
-        text = "yes" if facts["text_guided"] else "no"
-        needs, families = ", ".join(facts["needs"]) or "-", ", ".join(facts["families"])
-        rows.append((name, facts["stage"], needs, count, text, families, facts["paper"]))
+    rows = {
+        name: {
+            "method": name,
+            "stage": facts["stage"],
+            "needs": ", ".join(facts["needs"]) or "-",
+            "count": "by content" if facts["adaptive"] else "fixed",
+            "reads text": "yes" if facts["text_guided"] else "no",
+            "paper": facts["paper"],
+            "families": ", ".join(facts["families"]),
+        }
+        for name, facts in known["compressors"].items()
+    }
     if markdown:
-        lines = [names, ("---",) * len(names), *((f"`{row[0]}`", *row[1:]) for row in rows)]
+        names = list(next(iter(rows.values())))
+        lines = [
+            names,
+            ["---"] * len(names),
+            *([f"`{r['method']}`", *list(r.values())[1:]] for r in rows.values()),
+        ]
         typer.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
         return
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in names:
-        table.add_column(name, no_wrap=name in ("method", "stage"), overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    for name in ("method", "stage", "needs", "count", "reads text", "paper"):
+        table.add_column(name, no_wrap=name in ("method", "stage"))
+    for row in rows.values():
+        table.add_row(*(row[column.header] for column in table.columns))
     console = Console()
     console.print(table)
     console.print()
     for family, facts in known["adapters"].items():
         default = ", ".join(f"{key}={value}" for key, value in facts["default"].items())
-        console.print(f"{family}: {', '.join(facts['modalities'])}; by default {default}", highlight=False)
+        lacking = [name for name in rows if family not in known["compressors"][name]["families"]]
+        console.print(
+            f"{family}: {', '.join(facts['modalities'])}; by default {default}"
+            + (f"; not {', '.join(lacking)}" if lacking else ""),
+            highlight=False,
+        )
 
 
 @app.command()

@@ -14,6 +14,9 @@ from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.selection import Attention, Selection, VisualTokens, check_keep
 
 STAGES = ("encoder", "pre_llm", "llm")
+# Where a text-guided compressor reads the text: at the prompt's last token, or at the first text token after the last
+# visual one. Never "the last position": in a training forward that is a token of the answer.
+ANCHORS = ("prompt_end", "after_visual")
 _REGISTRY: dict[str, type[Compressor]] = {}
 
 
@@ -93,7 +96,7 @@ def build(name: str, **options: Any) -> Compressor:
     if name not in registry:
         raise UnknownName(f"No compressor is named {name!r}. There are: {', '.join(registry)}.")
     cls = registry[name]
-    fields = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
     if unknown := sorted(set(options) - fields):
         raise InvalidValue(f"{name} has no option {', '.join(unknown)}. It has: {', '.join(sorted(fields))}.")
     return cls(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,16 @@ def keep_count(n: int, keep: float | int) -> int:
     """How many of `n` tokens `keep` means: `floor(n * keep)` or the count itself, at least 1, at most `n`."""
     k = keep if isinstance(keep, int) else math.floor(n * keep + 1e-9)  # 0.1 * 30 is 3, not 2.9999
     return min(n, max(1, k))
+
+
+def share(total: int, sizes: Sequence[int]) -> list[int]:
+    """Split `total` over parts in proportion to their sizes, by largest remainder; ties go to the earlier part."""
+    whole = sum(sizes)
+    parts = [total * size // whole for size in sizes]
+    rest = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))
+    for i in rest[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vtok.compressor import Compressor
+from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
 from vtok.selection import Attention
@@ -36,8 +36,8 @@ class FastV(Compressor):
         super().__post_init__()
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
             raise InvalidValue(f"layer must be an int >= 1, got {self.layer!r}")
-        if self.anchor not in ("prompt_end", "after_visual"):
-            raise InvalidValue(f"anchor must be 'prompt_end' or 'after_visual', got {self.anchor!r}")
+        if self.anchor not in ANCHORS:
+            raise InvalidValue(f"anchor must be one of {ANCHORS}, got {self.anchor!r}")
 
     def schedule(self, n_layers: int) -> dict[int, float | int]:
         return {self.layer - 1: self.keep}

@@ -1,0 +1,229 @@
+"""AIM: similar tokens are merged before the language model, unimportant ones dropped layer by layer inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok.compressor import ANCHORS, Compressor
+from vtok.errors import InvalidValue
+from vtok.kernels.bipartite_match import bipartite_match
+from vtok.kernels.pagerank import pagerank
+from vtok.selection import Attention, Selection, VisualTokens, keep_count, share
+
+PAPER = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, arXiv 2412.03248"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AIMMerge(Compressor):
+    """Merge each even token into its most similar odd one, in rounds that halve the tokens (Section 3.1).
+
+    keep: fraction or count, per picture, of the tokens after merging. A clip's frames are merged each alone, and so are
+        a thumbnail and its crops.
+    weighting: "plain" averages averages, as the official code does; "size" weights by how many tokens each stands for.
+    Differs from the paper: the last round merges as many as bring each plane exactly to its count; a merged token
+    stands where its odd token stood; tokens keep raster order; features are compared after the projector, also for
+    LLaVA-1.5, where the official code compares the encoder's keys before it.
+    """
+
+    name = "aim_merge"
+    stage = "pre_llm"
+    paper = PAPER
+    merges = True
+
+    weighting: str = "plain"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weighting not in ("plain", "size"):
+            raise InvalidValue(f"weighting must be 'plain' or 'size', got {self.weighting!r}")
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        features, layout = tokens.features, tokens.layout
+        b, n, d = features.shape
+        if isinstance(self.keep, int):
+            counts = share(keep_count(n, self.keep), [plane.size for plane in layout.planes])
+        else:
+            counts = [keep_count(plane.size, self.keep) for plane in layout.planes]
+        keep, merged, into = [], [], []
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for i, (plane, count) in enumerate(zip(layout.planes, counts)):
+            by_size.setdefault((plane.size, count), []).append(i)
+        order = torch.empty(n, dtype=torch.long)  # where each token went when planes of one size were put together
+        done = 0
+        for (size, count), members in by_size.items():
+            places = torch.cat([torch.arange(layout.starts[i], layout.starts[i] + size) for i in members])
+            order[places] = torch.arange(done, done + len(places))
+            done += len(places)
+            x = features[:, places.to(features.device)].view(b * len(members), size, d)
+            alive, y, target = merge(x, count, self.weighting)
+            base = places.view(len(members), size)[:, :1].to(features.device)  # [m, 1] first token of each plane
+            target = target.view(b, len(members), size)
+            keep.append(alive.view(b, -1))
+            merged.append(y.reshape(b, -1, d))
+            into.append(torch.where(target < 0, target, target + base).view(b, -1))
+        order = order.to(features.device)
+        return Selection(
+            torch.cat(keep, 1)[:, order],
+            n_kept=sum(counts),
+            features=torch.cat(merged, 1)[:, order],
+            merged_into=torch.cat(into, 1)[:, order],
+        )
+
+
+def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tensor, Tensor]:
+    """Merge x [B, t, D] in rounds of at most half of what is left, down to `count` tokens, 0 <= count <= t.
+
+    Returns alive [B, t] bool, features [B, t, D] (dead rows as they were), into [B, t]: the living token that stands
+    for each. Gradient flows from a living row to all that it stands for. With count 0 nothing lives and into is -1.
+    """
+    b, t, d = x.shape
+    if count == 0:
+        return x.new_zeros(b, t, dtype=torch.bool), x, torch.full((b, t), -1, device=x.device)
+    place = torch.arange(t, device=x.device).expand(b, t)  # [B, left] where each living token stands
+    into = place
+    features, weight = x, x.new_ones(b, t)
+    while place.shape[1] > count:
+        left = place.shape[1]
+        r = min(left // 2, left - count)
+        source, target = bipartite_match(features, r)  # [B, r]
+        moving = weight.gather(1, source)
+        total = weight.scatter_add(1, target, moving)
+        share_of = weight if weighting == "size" else torch.ones_like(weight)
+        parts = share_of.scatter_add(1, target, share_of.gather(1, source))
+        wide = lambda index: index[..., None].expand(-1, -1, d)  # noqa: E731
+        sums = (features * share_of[..., None]).scatter_add(
+            1, wide(target), (features * share_of[..., None]).gather(1, wide(source))
+        )
+        features, weight = sums / parts[..., None], total
+        follow = torch.arange(t, device=x.device).expand(b, t)
+        follow = follow.scatter(1, place.gather(1, source), place.gather(1, target))
+        into = follow.gather(1, into)
+        stay = torch.ones(b, left, dtype=torch.bool, device=x.device).scatter_(1, source, False)
+        index = stay.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : left - r]
+        place, weight = place.gather(1, index), weight.gather(1, index)
+        features = features.gather(1, wide(index))
+    alive = torch.zeros(b, t, dtype=torch.bool, device=x.device).scatter_(1, place, True)
+    return alive, x.scatter(1, place[..., None].expand(-1, -1, d), features), into
+
+
+@dataclass(frozen=True, kw_only=True)
+class AIMPrune(Compressor):
+    """Drop visual tokens by PageRank on the attention of a run of decoder layers, until none is left (Section 3.2).
+
+    start, end: layers l1 and l2 of the paper, as fractions of the depth or as absolute layers (int). All visual tokens
+        are present up to layer l1, 1 - (l - l1 + 1) / (l2 - l1) of them after each layer l from l1 on, none after
+        layer l2 - 1.
+    tau, iters, damping, head_reduce: of the PageRank, as in the official code; the paper gives none of them.
+    anchor: the token at which the prompt ends, see `Compressor`; later tokens have no vote.
+    Differs from the paper: dropped tokens are gone, so they do not vote in later layers (the official code masks them
+    and lets them vote); rows of padding take no part, and left padding changes nothing.
+    """
+
+    name = "aim_prune"
+    stage = "llm"
+    needs = frozenset({"attention"})
+    paper = PAPER
+    text_guided = True
+
+    keep: float = field(default=1.0, init=False, repr=False)  # the schedule says it
+    start: float | int = 0.5
+    end: float | int = 22 / 28
+    tau: float = 0.1
+    iters: int = 5
+    damping: float = 0.0
+    head_reduce: str = "rms"
+    anchor: str = "prompt_end"
+
+    is_identity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            ok = value >= 0 if isinstance(value, int) and not isinstance(value, bool) else 0.0 <= value <= 1.0
+            if not ok:
+                raise InvalidValue(f"{name} must be a layer (int >= 0) or a fraction of depth in [0, 1], got {value!r}")
+        if not self.tau > 0 or self.iters < 1 or not 0 <= self.damping <= 1:
+            raise InvalidValue("tau must be > 0, iters >= 1 and damping in [0, 1].")
+        if self.head_reduce not in ("rms", "mean"):
+            raise InvalidValue(f"head_reduce must be 'rms' or 'mean', got {self.head_reduce!r}")
+        if self.anchor not in ANCHORS:
+            raise InvalidValue(f"anchor must be one of {ANCHORS}, got {self.anchor!r}")
+
+    def layers(self, n_layers: int) -> tuple[int, int]:
+        """(l1, l2) for a decoder of `n_layers`."""
+        first, last = (v if isinstance(v, int) else round(v * n_layers) for v in (self.start, self.end))
+        if first >= last:
+            raise InvalidValue(
+                f"Of {n_layers} layers, start={self.start} is layer {first} and end={self.end} layer {last}: "
+                f"the end must come after the start."
+            )
+        return first, last
+
+    def schedule(self, n_layers: int) -> dict[int, float | int]:
+        first, last = self.layers(n_layers)
+        return {layer: max(0.0, 1 - (layer - first + 1) / (last - first)) for layer in range(first, last)}
+
+    def score(self, attention: Attention) -> Tensor:
+        return pagerank(
+            attention.query,
+            attention.key,
+            attention.scaling,
+            attention.valid,
+            attention.anchor,
+            self.tau,
+            self.iters,
+            self.damping,
+            self.head_reduce,
+        )
+
+    def mean_keep(self, n_layers: int) -> float:
+        """Mean over layers of the fraction of visual tokens present."""
+        schedule, present, total = self.schedule(n_layers), 1.0, 0.0
+        for layer in range(n_layers):
+            total += present
+            present = schedule.get(layer, present)
+        return total / n_layers
+
+    def with_budget(self, budget: float, n_layers: int) -> AIMPrune:
+        """The latest start, with as many pruning layers as now, whose mean is within the budget."""
+        first, last = self.layers(n_layers)
+        for start in range(n_layers, -1, -1):
+            moved = replace(self, start=start, end=start + last - first)
+            if moved.mean_keep(n_layers) <= budget:
+                return moved
+        raise InvalidValue(
+            f"aim_prune with {last - first} pruning layers of {n_layers} keeps at least {moved.mean_keep(n_layers):.3f} "
+            f"on average, more than a budget of {budget}. Merge before ('aim'), or bring start and end together."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AIM(AIMPrune):
+    """`AIMMerge` before the language model and `AIMPrune` in it, with the parameters of both.
+
+    keep: the merge's ratio; the schedule comes on top.
+    Differs from the paper: see the two.
+    """
+
+    name = "aim"
+    stage = "pre_llm+llm"
+    merges = True
+
+    keep: float | int = field(default=0.25)
+    weighting: str = "plain"
+
+    def __post_init__(self) -> None:
+        self.parts()  # checks all parameters
+
+    def parts(self) -> Sequence[Compressor]:
+        own = {f.name: getattr(self, f.name) for f in fields(AIMPrune) if f.init}
+        return (AIMMerge(keep=self.keep, weighting=self.weighting), AIMPrune(**own))
+
+    def with_budget(self, budget: float, n_layers: int) -> AIM:
+        mean = AIMPrune.mean_keep(self, n_layers)
+        return replace(self, keep=min(1.0, budget / mean))
