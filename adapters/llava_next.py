@@ -58,7 +58,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
 
 def anyres_layout(side: int, grid: tuple[int, int], size: tuple[int, int]) -> Layout:
-    """The layout of a picture of `size` (height, width) pixels cut into `grid` (rows, cols) crops of side x side patches.
+    """The layout of a picture of `size` (height, width) cut into `grid` (rows, cols) crops of side x side patches.
 
     The rule by which transformers cuts padding away: the picture is centred on the mosaic with its aspect kept, and
     the same number of padding rows (or columns) goes on both sides."""

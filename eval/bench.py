@@ -41,7 +41,7 @@ FAMILIES = ("llava", "llava_next")
 # Decoders of Vicuna's proportions: ffn 2.7 d, and its vocabulary, but for "toy".
 DECODERS = {
     "toy": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "heads": 2},
-    "small": {"hidden_size": 768, "intermediate_size": 2064, "num_hidden_layers": 12, "heads": 12},
+    "small": {"hidden_size": 768, "intermediate_size": 2064, "num_hidden_layers": 8, "heads": 12},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": 32},
 }
 
@@ -95,9 +95,7 @@ def build(family: str, decoder: str, device: str, dtype: torch.dtype) -> tuple[n
         config = T.LlavaNextConfig(image_grid_pinpoints=[[double, double]], **common)
         count = side**2 + 2 * side * (2 * side + 1)  # thumbnail, crops, a newline after each of their rows
         inputs = {"pixel_values": torch.rand(1, 5, *view), "image_sizes": torch.tensor([[double, double]])}
-    model_class = (
-        T.LlavaForConditionalGeneration if family == "llava" else T.LlavaNextForConditionalGeneration
-    )
+    model_class = T.LlavaForConditionalGeneration if family == "llava" else T.LlavaNextForConditionalGeneration
     with torch.device(device):
         torch.set_default_dtype(dtype)
         try:
@@ -112,9 +110,7 @@ def build(family: str, decoder: str, device: str, dtype: torch.dtype) -> tuple[n
     return model, {name: value.to(device) for name, value in inputs.items()}
 
 
-def run_once(
-    model: nn.Module, inputs: dict[str, Tensor], method: str | None, keep: float
-) -> tuple[Sample, Any, Any]:
+def run_once(model: nn.Module, inputs: dict[str, Tensor], method: str | None, keep: float) -> tuple[Sample, Any, Any]:
     """Prefill once, dense where `method` is None: the times, the patch's trace or None, and the cache."""
     vlm, adapter = find(model)
     language_model = adapter.core(vlm).language_model
@@ -146,9 +142,10 @@ def measure(
     device: str,
     dtype: torch.dtype,
     repetitions: int,
+    seconds: float,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """All the numbers of one family, as plain values for JSON."""
+    """The numbers of one family, as plain values for JSON. Stops after `seconds`, but not before 3 rounds."""
     model, inputs = build(family, decoder, device, dtype)
     known = available()["compressors"]
     names = [name for name, facts in known.items() if family in facts["families"]]
@@ -165,7 +162,10 @@ def measure(
         memory[name] = {"peak_bytes": peak, "kv_bytes": cache_bytes(cache)}
         del cache
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
+    began = time.perf_counter()
     for repetition in range(repetitions):
+        if repetition >= 3 and time.perf_counter() - began > seconds:
+            break
         progress(f"{family}: round {repetition + 1} of {repetitions}")
         order = list(variants) if repetition % 2 == 0 else list(variants)[::-1]
         for name in order:
@@ -202,6 +202,7 @@ def measure(
         "text_tokens": TEXT,
         "keep": KEEP,
         "identity_method": identity,
+        "rounds": len(samples["dense"]),
         "overhead": 1 / rows["keep=1.0"]["speedup_paired"] - 1,
         "variants": rows,
     }
@@ -228,15 +229,14 @@ def bars(result: dict[str, Any]) -> list[tuple[bool, str]]:
             if dense["peak_bytes"] - row["peak_bytes"] < 0.95 * (dense["kv_bytes"] - row["kv_bytes_formula"])
             and name != "keep=1.0"
         ]
-        found.append(
-            (not short, f"{where}: peak memory falls by at least the cache's savings" + _list(short))
-        )
+        found.append((not short, f"{where}: peak memory falls by at least the cache's savings" + _list(short)))
     return found
 
 
 def run(
     out: Path | None = None,
     repetitions: int = 9,
+    seconds: float = 150.0,
     threads: int | None = None,
     decoder: str = "small",
     device: str = "cpu",
@@ -253,7 +253,7 @@ def run(
     results, verdicts = [], []
     for family in FAMILIES:
         with console.status("building the model") as status:
-            result = measure(family, decoder, device, getattr(torch, dtype), repetitions, status.update)
+            result = measure(family, decoder, device, getattr(torch, dtype), repetitions, seconds, status.update)
         gc.collect()
         results.append(result)
         console.print()
@@ -272,7 +272,7 @@ def table(result: dict[str, Any]) -> Table:
     """One family's numbers in 80 columns."""
     millions = result["parameters"] / 1e6
     counts = f"{result['visual_tokens']} visual + {result['text_tokens']} text tokens"
-    title = f"{result['family']}, {counts}, decoder of {millions:.3g} M parameters"
+    title = f"{result['family']}, {counts}, {millions:.3g} M parameters, {result['rounds']} rounds"
     drawn = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="bold")
     drawn.add_column(f"keep={result['keep']}", no_wrap=True)
     for name in ("prefill", "min-max", "speedup", "ideal", "reached", "select", "KV", "peak"):
@@ -335,9 +335,7 @@ def machine(device: str, dtype: str) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        models = [
-            line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")
-        ]
+        models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
         name = f"{models[0] if models else platform.processor() or platform.machine()} x {os.cpu_count()}"
     return {
         "machine": name,
@@ -356,9 +354,7 @@ def commit() -> str:
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")

@@ -67,13 +67,13 @@ def batch(processor, prompts: list[str], pictures: list[Image.Image], side: str 
     return processor(text=texts, images=pictures or None, return_tensors="pt", padding=True, **extra)
 
 
-MIXED = (["a # What colour is it?", "two # and # yes", "no picture at all", "# first", "last 0 1 2 #"], [(70, 112), (56, 56), (112, 70), (84, 84), (56, 140)])  # fmt: skip
+PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "# first", "last 0 1 2 #"]
+SIZES = [(70, 112), (56, 56), (112, 70), (84, 84), (56, 140)]
 
 
 def mixed(processor, side: str = "left"):
     """One, two, no picture; picture first; picture last; ragged counts."""
-    prompts, sizes = MIXED
-    return batch(processor, prompts, [picture(h, w, i) for i, (h, w) in enumerate(sizes)], side)
+    return batch(processor, PROMPTS, [picture(h, w, i) for i, (h, w) in enumerate(SIZES)], side)
 
 
 class Masked:

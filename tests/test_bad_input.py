@@ -120,7 +120,7 @@ def test_variants_of_a_family(change):
 
 
 def test_patch_states():
-    model, processor = tiny("llava")
+    model, _ = tiny("llava")
     with pytest.raises(PatchStateError, match="not patched"):
         vtok.unpatch(model)
     patch = vtok.patch(model, "uniform")

@@ -186,7 +186,7 @@ def video(processor, prompts, frames, side="left"):
     processor.tokenizer.padding_side = side
     texts = [prompt.replace("#", mark(processor, "video")) for prompt in prompts]
     clips = [np.random.default_rng(i).integers(0, 255, (t, 56, 84, 3)).astype("uint8") for i, t in enumerate(frames)]
-    metadata = [dict(fps=2.0, total_num_frames=t, frames_indices=list(range(t))) for t in frames]
+    metadata = [{"fps": 2.0, "total_num_frames": t, "frames_indices": list(range(t))} for t in frames]
     return processor(
         text=texts, videos=clips, video_metadata=metadata, do_sample_frames=False, padding=True, return_tensors="pt"
     )

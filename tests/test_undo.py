@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vtok
 import vtok.errors
 
-STACK = lambda: [vtok.Downsample(keep=0.5), vtok.Uniform(keep=0.5), vtok.FastV(keep=0.5)]  # noqa: E731
+STACK = lambda: [vtok.Downsample(keep=0.5), vtok.Uniform(keep=0.5), vtok.FastV(keep=0.5)]
 HOOKS = [
     "_forward_hooks",
     "_forward_pre_hooks",

@@ -37,7 +37,7 @@ class Encoded:
 
     def pick(self, order: list[int]) -> Encoded:
         """The same pictures in another order, repeated where `order` repeats them (beam search)."""
-        take = lambda items: None if items is None else tuple(items[i] for i in order)  # noqa: E731
+        take = lambda items: None if items is None else tuple(items[i] for i in order)
         return Encoded(self.modality, *map(take, (self.layouts, self.small, self.sources, self.cls_attention)))
 
 

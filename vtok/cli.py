@@ -60,9 +60,7 @@ def demo(
     methods: Annotated[
         str | None, typer.Option(help="Names separated by commas; all training-free ones if left out.")
     ] = None,
-    keep: Annotated[
-        str, typer.Option(help="Each method's keep: a fraction such as 0.25, or a count.")
-    ] = "0.25",
+    keep: Annotated[str, typer.Option(help="Each method's keep: a fraction such as 0.25, or a count.")] = "0.25",
     out: Annotated[Path | None, typer.Option(help="PNG to write; ./vtok-demo.png if left out.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
@@ -169,7 +167,8 @@ def methods(
 def bench(
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Timed runs of each variant.")] = 9,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed runs of each variant, at most.")] = 9,
+    seconds: Annotated[float, typer.Option(help="Stop after so long, but not before 3 runs.")] = 150.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
     decoder: Annotated[str, typer.Option(help="Size of the random decoder: toy, small or 7b.")] = "small",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -178,7 +177,7 @@ def bench(
     """Measure prefill against the FLOP ratio, the cost of the patch itself, memory and selection time."""
     from vtok.eval import bench as work
 
-    met = work.run(out, repetitions, threads, decoder, device, dtype)
+    met = work.run(out, repetitions, seconds, threads, decoder, device, dtype)
     if check and not met:
         raise typer.Exit(1)
 
@@ -187,9 +186,7 @@ def _keep(text: str) -> float | int:
     try:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
-        raise InvalidValue(
-            f"--keep is a fraction such as 0.25 or a count such as 64, not {text!r}."
-        ) from None
+        raise InvalidValue(f"--keep is a fraction such as 0.25 or a count such as 64, not {text!r}.") from None
 
 
 def _drawing(required: bool) -> Any:

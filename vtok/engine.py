@@ -466,7 +466,7 @@ class Engine:
 
     def _refuse_packed(self, kwargs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:
         positions = kwargs.get("position_ids")
-        if positions is None or mask is not None or cache is not None or positions.ndim == 3 and len(positions) == 3:
+        if positions is None or mask is not None or cache is not None or (positions.ndim == 3 and len(positions) == 3):
             return
         if find_packed_sequence_indices(positions[0] if positions.ndim == 3 else positions) is not None:
             raise Unsupported("Packed sequences cannot be compressed: pass padded rows with an attention_mask.")

@@ -127,7 +127,7 @@ class CompressedCache(DynamicCache):
         old = self.valid[layer_idx]
         if old is not None or new is not None:
             held = self.columns(layer_idx)
-            ones = lambda n: torch.ones(batch, n, dtype=torch.bool, device=device)  # noqa: E731
+            ones = lambda n: torch.ones(batch, n, dtype=torch.bool, device=device)
             parts = [ones(held) if old is None else old.to(device), ones(q_len) if new is None else new.to(device)]
             self.valid[layer_idx] = torch.cat(parts, 1)
         return self.valid[layer_idx]

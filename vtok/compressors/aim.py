@@ -95,7 +95,7 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
         total = weight.scatter_add(1, target, moving)
         share_of = weight if weighting == "size" else torch.ones_like(weight)
         parts = share_of.scatter_add(1, target, share_of.gather(1, source))
-        wide = lambda index: index[..., None].expand(-1, -1, d)  # noqa: E731
+        wide = lambda index: index[..., None].expand(-1, -1, d)
         sums = (features * share_of[..., None]).scatter_add(
             1, wide(target), (features * share_of[..., None]).gather(1, wide(source))
         )

@@ -38,7 +38,7 @@ class GlobalCom2(Compressor):
     name = "globalcom2"
     stage = "pre_llm"
     needs = frozenset({"crops", "cls_attention"})
-    paper = "Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large Vision-Language Models, arXiv 2501.05179"  # fmt: skip
+    paper = "Global Compression Commander, arXiv 2501.05179"
 
     tau: float = 10.0
     alpha: float = 0.5
@@ -86,7 +86,7 @@ class GlobalCom2(Compressor):
             counts = (ratios * sizes + 1e-9).long()
 
         large = global_map(thumb_score.view(b, thumbnail.rows, thumbnail.cols), crops)  # [B, n]
-        norm = lambda s: s / crop_norms(s, crop_of, n_crops).clamp(min=1e-12)[:, crop_of]  # noqa: E731
+        norm = lambda s: s / crop_norms(s, crop_of, n_crops).clamp(min=1e-12)[:, crop_of]
         score = self.alpha * norm(large) + (1 - self.alpha) * norm(crop_score)
         keep = torch.cat([ranks(thumb_score) < k_thumb, ranks(score, crop_of, sizes) < counts[:, crop_of]], 1)
         return Selection(keep, n_kept=k_thumb + k_crops if self.exact_count else None)
@@ -96,11 +96,11 @@ class GlobalCom2(Compressor):
     ) -> tuple[Tensor, Tensor]:
         """Scores of the thumbnail's tokens and of the crops' tokens, each within its own view. fp32."""
         if self.score_source == "neg_cos_mean":
-            x = F.normalize(tokens.features.float(), dim=-1)  # [B, N, D]
+            x = tokens.features.float()  # [B, N, D]
             view = torch.cat([torch.zeros(thumbnail.size, dtype=torch.long, device=crop_of.device), 1 + crop_of])
-            raw = tokens.features.float().new_zeros(x.shape[0], int(crops.crop_grid[0] * crops.crop_grid[1]) + 1, x.shape[2])
-            mean = F.normalize(raw.index_add(1, view, tokens.features.float()), dim=-1)  # direction of each view's mean
-            score = -(x * mean[:, view]).sum(-1)
+            n_views = 1 + crops.crop_grid[0] * crops.crop_grid[1]
+            mean = x.new_zeros(x.shape[0], n_views, x.shape[2]).index_add(1, view, x)  # its direction is what counts
+            score = -F.cosine_similarity(x, mean[:, view], dim=-1)
         else:
             a = tokens.cls_attention.float()  # [B, V, P]
             if self.score_source == "cls_probs":

@@ -51,7 +51,7 @@ class Pool(Compressor):
 
 def coarser(plane: Plane, count: int) -> tuple[int, int]:
     """(rows, cols) of the grid with at most `count` cells that has the most, then the nearest aspect."""
-    best = max(
+    return max(
         ((rows, min(plane.cols, count // rows)) for rows in range(1, min(plane.rows, count) + 1)),
         key=lambda grid: (
             # near the aspect first: a stripe with one more cell is no better grid
@@ -59,7 +59,6 @@ def coarser(plane: Plane, count: int) -> tuple[int, int]:
             grid[0] * grid[1],
         ),
     )
-    return best
 
 
 def cells(plane: Plane, rows: int, cols: int) -> tuple[Tensor, Tensor]:

@@ -33,16 +33,17 @@ CHECK_BATCHES = 12  # of validation pictures, looked at now and then
 class Recipe:
     seed: int = 0
     tower_steps: int = 4000  # stage 1: dense labels
-    tower_batch: int = 12  # pictures
+    tower_batch: int = 10  # pictures
     steps: int = 4500  # stage 2: questions
-    batch: int = 16
-    part: int = 4  # pictures of one layout that go through the model together; divides both batches
-    narrow_steps: int = 900  # of stage 2, the first, on pictures of two crops: cheaper while little is known
+    batch: int = 8
+    part: int = 2  # pictures of one layout that go through the model together; divides both batches
+    narrow_steps: int = 1500  # of stage 2, the first, on pictures of two crops: cheaper while little is known
     lr: float = 1e-3
     warmup: int = 150
     decay: float = 0.05
-    tower_lr: float = 0.3  # factor on the learning rate of the tower in stage 2, which is nearly done by then
+    tower_lr: float = 0.5  # factor on the learning rate of the tower in stage 2: it knows something by then
     dense_weight: float = 0.2  # of the dense loss in stage 2
+    word_weight: float = 0.5  # of the loss that ties visual tokens to words
 
 
 class Heads(nn.Module):
@@ -231,7 +232,7 @@ def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, 
         logits = question_logits(model, prefix, features, batch)
         wanted = batch.targets != IGNORE
         asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
-    loss = asked + recipe.dense_weight * (dense + named)
+    loss = asked + recipe.dense_weight * dense + recipe.word_weight * named
     return loss, (dense.item(), named.item(), asked.item(), sum(map(len, batch.categories)))
 
 
@@ -331,7 +332,7 @@ def train(
                     f"{time.strftime('%H:%M:%S')} {name} {state['step']}/{total} pictures/s {speed:.1f}"
                     f" dense {dense:.3f} words {named:.3f} answers {asked:.3f}"
                 )
-            if name == "questions" and state["step"] % 250 == 0:
+            if name == "questions" and state["step"] % 500 == 0:
                 scores = accuracy(model, prefix, check)
                 mean = sum(scores.values()) / len(scores)
                 log(f"val {mean:.3f}  " + "  ".join(f"{c} {a:.2f}" for c, a in scores.items()))
