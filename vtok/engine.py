@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +21,9 @@ from vtok.adapter import Adapter, Encoded, bind, shrink
 from vtok.compressor import Compressor
 from vtok.errors import PatchStateError, Unsupported
 from vtok.probe import KEYWORD
-from vtok.selection import Attention, Layout, Selection, VisualTokens
-from vtok.sequence import CompressedCache, Rows, causal_mask, gather, gather_positions
+from vtok.selection import Selection, VisualTokens
+from vtok.sequence import CompressedCache, Rows, gather, gather_positions
+from vtok.stream import Stopwatch, Stream
 from vtok.trace import Picture, Shapes, Trace
 
 
@@ -35,141 +35,7 @@ class Call:
     placeholders: dict[str, Tensor] = field(default_factory=dict)  # modality -> [B, S] bool, where there are no ids
     encoded: dict[str, Encoded] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)  # what `generate` encoded up front and passes again
-    stream: Pass | None = None
-
-
-class Stopwatch:
-    """Seconds spent in `with` blocks, on the device's clock, read without waiting until asked."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.laps: list[tuple[Any, Any]] = []
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self.start = self._now()
-
-    def __exit__(self, *exc: Any) -> None:
-        self.laps.append((self.start, self._now()))
-
-    def seconds(self) -> float:
-        if not self.cuda:
-            return sum(end - start for start, end in self.laps)
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self.laps) / 1e3
-
-
-@dataclass
-class Pass:
-    """One forward of the language model over a compacted sequence, or over a cache that holds one.
-
-    rows: first layer -> the positions present from there on. `rows[0]` are what enters the first layer.
-    columns: first layer -> [B, L'] the columns of `rows[0]` that are present from there on.
-    """
-
-    config: Any
-    cache: CompressedCache | None
-    batch: int
-    rows: dict[int, Rows] = field(default_factory=dict)
-    columns: dict[int, Tensor] = field(default_factory=dict)
-    steps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, L'] columns of its input to gather
-    masks: dict[int, Any] = field(default_factory=dict)
-    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # what an in-LLM compressor needs
-    compressor: Compressor | None = None
-    schedule: dict[int, float | int] = field(default_factory=dict)
-    visual: Tensor | None = None  # [B, S] bool, visual tokens that may go
-    anchor: Tensor | None = None  # [B] position
-    text_counts: list[int] = field(default_factory=list)  # per sample: tokens that must stay
-    visual_counts: list[int] = field(default_factory=list)  # per sample: visual tokens that entered
-    image_counts: list[int] = field(default_factory=list)  # per sample: pictures
-    scores: dict[int, Tensor] = field(default_factory=dict)
-    stopwatch: Stopwatch | None = None
-
-    def first(self, layer: int) -> int:
-        """The first layer of the group in which `layer` is."""
-        starts = self.rows if self.rows else self.cache.valid
-        return max(start for start in starts if start <= layer)
-
-    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Score the keys of a layer of the schedule; called from inside its attention, once."""
-        if layer not in self.schedule or layer in self.scores:
-            return
-        rows = self.rows[self.first(layer)].to(key.device)
-        past = key.shape[2] - query.shape[2]
-        valid, visual = rows.valid, self.visual.to(key.device).gather(1, rows.index) & rows.valid
-        column = ((rows.index == self.anchor.to(key.device)[:, None]) & rows.valid).to(torch.uint8).argmax(1)
-        if past:
-            held = self.cache.valid_at(layer)
-            old = valid.new_ones(self.batch, past) if held is None else held[:, :past].to(key.device)
-            valid, visual = torch.cat([old, valid], 1), torch.cat([torch.zeros_like(old), visual], 1)
-        with self.stopwatch, torch.no_grad():
-            score = self.compressor.score(
-                Attention(query.detach(), key.detach(), scaling, valid, visual, past + column)
-            )
-            self.scores[layer] = score[:, past:].float()
-
-    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Bring a layer's input to the positions that are present there. Changes `kwargs`, which are ours."""
-        if layer - 1 in self.schedule and layer not in self.rows:
-            self._prune(layer)
-        if layer in self.steps:
-            hidden = gather(hidden, self.steps[layer])
-        start = self.first(layer)
-        kwargs["position_ids"] = None  # only read to find packed sequences, which gaps would look like
-        if start:
-            if start in self.columns:
-                if start not in self.rotary:
-                    self.rotary[start] = tuple(
-                        gather(x, self.columns[start]) for x in kwargs["position_embeddings"]
-                    )
-                kwargs["position_embeddings"] = self.rotary[start]
-            if start not in self.masks:
-                self.masks[start] = self._mask(start, hidden)
-            mask = self.masks[start]
-            kwargs["attention_mask"] = mask.to(hidden.device) if isinstance(mask, Tensor) else mask
-        return hidden
-
-    def _mask(self, start: int, hidden: Tensor) -> Any:
-        rows = self.rows.get(start)
-        new = rows.valid if rows is not None and rows.padded else None
-        if self.cache is not None:
-            valid = self.cache.extend(start, new, self.batch, hidden.shape[1], hidden.device)
-        else:
-            valid = new
-        return causal_mask(self.config, hidden, valid, self.cache, start)
-
-    def _prune(self, layer: int) -> None:
-        """Decide what is present from `layer` on, by the score that the layer before gave."""
-        before = self.rows[max(self.rows)]
-        if layer - 1 not in self.scores:
-            raise Unsupported(
-                f"Decoder layer {layer - 1} was not observed: its attention does not go through transformers' "
-                f"registry. Load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2', then patch."
-            )
-        with self.stopwatch, torch.no_grad():
-            keep = self.schedule[layer - 1]
-            budget = [
-                min(n, keep * images) if isinstance(keep, int) else min(n, int(n * keep + 1e-9))
-                for n, images in zip(self.visual_counts, self.image_counts)
-            ]
-            device = before.index.device
-            visual = self.visual.gather(1, before.index) & before.valid  # [B, L]
-            score = self.scores[layer - 1].to(device).nan_to_num(-torch.inf).masked_fill(~visual, -torch.inf)
-            order = score.argsort(dim=1, descending=True, stable=True)
-            rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=device).expand_as(order))
-            kept = visual & (rank < torch.tensor(budget, device=device)[:, None])
-            lengths = [text + n for text, n in zip(self.text_counts, budget)]
-            self.rows[layer], step = before.narrow(kept | ~visual, lengths)
-            self.steps[layer] = step
-            previous = self.columns.get(max(self.columns, default=0))
-            self.columns[layer] = step if previous is None else previous.gather(1, step)
+    stream: Stream | None = None
 
 
 class Engine:
@@ -293,7 +159,7 @@ class Engine:
         return output
 
     def before_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        stream: Pass | None = kwargs.get(KEYWORD)
+        stream: Stream | None = kwargs.get(KEYWORD)
         if stream is None:
             return None
         kwargs = {k: v for k, v in kwargs.items() if k != KEYWORD}
@@ -322,7 +188,7 @@ class Engine:
         kwargs["attention_mask"] = None if valid is None else valid.long()
         kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, batch, length, hidden.device)
         cache.seen += length
-        stream = Pass(module.config, cache, batch)
+        stream = Stream(module.config, cache, batch)
         if new is not None:
             positions = torch.arange(length, device=hidden.device).expand(batch, -1)
             stream.rows = {start: Rows(positions, new, padded=True) for start in cache.valid}
@@ -354,7 +220,9 @@ class Engine:
         stopwatch = Stopwatch(device)
         cache = self._cache(module, kwargs, mask, length)
         self._refuse_packed(kwargs, mask, cache)
-        valid = mask[:, -length:].bool() if mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+        valid = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if mask is not None:
+            valid = mask[:, -length:].bool()
 
         visual, pictures = self._locate(call, module, embeds)
         prompt_end = self._prompt_end(call, valid, cache, module.training)
@@ -410,7 +278,7 @@ class Engine:
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise Unsupported("output_attentions is not available while tokens are dropped: its shape would change.")
 
-        stream = Pass(module.config, cache, batch, present, visual=droppable, stopwatch=stopwatch)
+        stream = Stream(module.config, cache, batch, present, visual=droppable, stopwatch=stopwatch)
         stream.anchor = self._anchor(prompt_end, visual)
         call.stream = stream
         positions = self._shifted(kwargs.get("position_ids"), cache, batch, length, device)
@@ -487,14 +355,14 @@ class Engine:
             for i, rows in enumerate(where.split(sizes)):
                 dense = encoded.layouts[i]
                 place = dense.place.to(rows.device)
+                separators = dense.separator_place
                 layout, source = dense, None
-                is_token = torch.zeros(dense.n_rows, dtype=torch.bool, device=rows.device)
-                is_token[place] = True
-                separators = rows[~is_token] if dense.separators else rows[:0]
                 if encoded.small is not None:
-                    layout, source = encoded.small[i], encoded.sources[i].to(rows.device)
-                    separators = separators[_kept_separators(dense, encoded.sources[i]).to(rows.device)] if dense.separators else separators
+                    layout, source = encoded.small[i], encoded.sources[i]
+                    separators = separators[dense.separators_of(source)]
+                    source = source.to(rows.device)
                     place = place[source]
+                separators = rows[separators.to(rows.device)]
                 cls = encoded.cls_attention[i] if encoded.cls_attention is not None else None
                 pictures.append(Picture(modality, dense, layout, rows, rows[place], separators, source, cls))
         return visual, pictures
@@ -507,13 +375,12 @@ class Engine:
         if labels is not None and labels.shape == valid.shape:
             supervised = (labels != -100).to(valid.device)
             return torch.where(supervised.any(1), (supervised.to(torch.uint8).argmax(1) - 1).clamp(min=0), last)
-        if training and torch.is_grad_enabled() and self.llm is not None and self.llm.text_guided:
-            if self.llm.anchor == "prompt_end":
-                raise Unsupported(
-                    f"{self.llm.name} reads the text at the prompt's end, and a training forward without labels does "
-                    f"not say where that is. Pass labels (-100 on the prompt), or use {self.llm.name} with "
-                    f"anchor='after_visual'."
-                )
+        if training and torch.is_grad_enabled() and getattr(self.llm, "anchor", None) == "prompt_end":
+            raise Unsupported(
+                f"{self.llm.name} reads the text at the prompt's end, and a training forward without labels does not "
+                f"say where that is. Pass labels (-100 on the prompt), or use {self.llm.name} with "
+                f"anchor='after_visual'."
+            )
         if cache is None:  # generate(use_cache=False) runs the grown sequence again: its prompt ends where it did
             for output in call.outputs.values():
                 ids, end = getattr(output, "_vtok_prompt", (None, None))
@@ -539,14 +406,5 @@ def _check_mask(mask: Any) -> None:
 
 
 def _is_prefix(prompt: Tensor, ids: Tensor) -> bool:
-    return prompt.shape[0] == ids.shape[0] and prompt.shape[1] <= ids.shape[1] and torch.equal(prompt, ids[:, : prompt.shape[1]])
-
-
-def _kept_separators(dense: Layout, source: Tensor) -> Tensor:
-    """[separators] bool: those at the end of rows in which some token of `source` lies."""
-    kept = []
-    for plane, start, per_row in zip(dense.planes, dense.starts, dense.separators):
-        rows = (source[(source >= start) & (source < start + plane.size)] - start) // plane.cols
-        has = torch.zeros(plane.rows, dtype=torch.bool).index_fill_(0, rows, True)
-        kept.append(has.repeat_interleave(per_row))
-    return torch.cat(kept)
+    same_rows = prompt.shape[0] == ids.shape[0] and prompt.shape[1] <= ids.shape[1]
+    return same_rows and torch.equal(prompt, ids[:, : prompt.shape[1]])

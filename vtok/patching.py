@@ -236,7 +236,7 @@ def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapter
     rope = getattr(text, "rope_parameters", None) or {}
     for part in parts:
         if getattr(part, "renumber", False) and "mrope_section" in rope:
-            raise Unsupported(f"{part.name}(renumber=True) has no meaning for the M-RoPE positions of {adapter.family}.")
+            raise Unsupported(f"{part.name}(renumber=True) has no meaning for the M-RoPE of {adapter.family}.")
 
 
 def _check_transformers(version: str) -> None:

@@ -113,6 +113,20 @@ class Layout:
         return torch.cat(parts)
 
     @cached_property
+    def separator_place(self) -> Tensor:
+        """[separators] the placeholder of each separator."""
+        is_separator = torch.ones(self.n_rows, dtype=torch.bool).index_fill_(0, self.place, False)
+        return is_separator.nonzero().squeeze(1)
+
+    def separators_of(self, tokens: Tensor) -> Tensor:
+        """[separators] bool: those that end a row in which some of `tokens` [n], indices among the N, lies."""
+        kept = [torch.zeros(0, dtype=torch.bool)]
+        for plane, start, per_row in zip(self.planes, self.starts, self.separators):
+            rows = (tokens[(tokens >= start) & (tokens < start + plane.size)] - start) // plane.cols
+            kept.append(torch.zeros(plane.rows, dtype=torch.bool).index_fill_(0, rows, True).repeat_interleave(per_row))
+        return torch.cat(kept)
+
+    @cached_property
     def boxes(self) -> Tensor:
         """[N, 4] (left, top, right, bottom) of each token in the picture, in [0, 1], for drawing."""
         parts = []

@@ -87,19 +87,16 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
     place = torch.arange(t, device=x.device).expand(b, t)  # [B, left] where each living token stands
     into = place
     features, weight = x, x.new_ones(b, t)
+    wide = lambda index: index[..., None].expand(-1, -1, d)
     while place.shape[1] > count:
         left = place.shape[1]
         r = min(left // 2, left - count)
         source, target = bipartite_match(features, r)  # [B, r]
-        moving = weight.gather(1, source)
-        total = weight.scatter_add(1, target, moving)
-        share_of = weight if weighting == "size" else torch.ones_like(weight)
-        parts = share_of.scatter_add(1, target, share_of.gather(1, source))
-        wide = lambda index: index[..., None].expand(-1, -1, d)
-        sums = (features * share_of[..., None]).scatter_add(
-            1, wide(target), (features * share_of[..., None]).gather(1, wide(source))
-        )
-        features, weight = sums / parts[..., None], total
+        weighted = features * weight[..., None]
+        sums = weighted.scatter_add(1, wide(target), weighted.gather(1, wide(source)))
+        total = weight.scatter_add(1, target, weight.gather(1, source))
+        features = sums / total[..., None]
+        weight = total if weighting == "size" else weight
         follow = torch.arange(t, device=x.device).expand(b, t)
         follow = follow.scatter(1, place.gather(1, source), place.gather(1, target))
         into = follow.gather(1, into)
@@ -197,8 +194,9 @@ class AIMPrune(Compressor):
             if moved.mean_keep(n_layers) <= budget:
                 return moved
         raise InvalidValue(
-            f"aim_prune with {last - first} pruning layers of {n_layers} keeps at least {moved.mean_keep(n_layers):.3f} "
-            f"on average, more than a budget of {budget}. Merge before ('aim'), or bring start and end together."
+            f"aim_prune with {last - first} pruning layers of {n_layers} keeps at least "
+            f"{moved.mean_keep(n_layers):.3f} on average, more than a budget of {budget}. Merge before ('aim'), or "
+            f"bring start and end together."
         )
 
 

@@ -137,7 +137,7 @@ def start_by_matching(attention: torch.nn.Module) -> None:
     """Initialise a decoder's attention so that a token looks at those like it and copies them, softly.
 
     Queries equal keys, and the output undoes the values: after Trockman and Kolter, "Mimetic initialization of
-    self-attention layers" (2023). A question's words so find the patches that show them from the first step on.
+    self-attention layers" (2023). The words of a question so find the patches that show them from the start.
     """
     width = attention.q_proj.weight.shape[1]
     look, copy = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))

@@ -129,8 +129,8 @@ def word_ids(tok) -> list[torch.Tensor]:
 def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Tensor], labels: torch.Tensor):
     """Pulls the visual tokens, [B * V, patches, D], towards the word embeddings of what they show.
 
-    Those of thumbnails also towards the words for the side they lie on. The decoder can then find a thing by its
-    word and say what it finds; else it has to discover first that the two correspond, which takes longest of all.
+    Those of thumbnails also towards the words for the side they lie on. The decoder can then find a thing by
+    its word and say what it finds; else it has to discover first that the two correspond, which takes longest.
     """
     truths = list(
         labels.split([len(names) for names in GROUPS.values()], dim=-1)
