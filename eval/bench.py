@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vtok.adapter import find
+from vtok.demo import options
 from vtok.errors import InvalidValue
 from vtok.patching import available, patch
 
@@ -127,7 +128,7 @@ def run_once(model: nn.Module, inputs: dict[str, Tensor], method: str | None, ke
     with ExitStack() as stack, torch.inference_mode():
         # The patch's own hooks lie between these two, so that their work is counted.
         stack.callback(language_model.register_forward_pre_hook(mark).remove)
-        handle = None if method is None else stack.enter_context(patch(model, method, keep=keep))
+        handle = None if method is None else stack.enter_context(patch(model, method, **options(method, keep)))
         stack.callback(language_model.register_forward_hook(mark).remove)
         began = now()
         cache = vlm(**inputs, use_cache=True, logits_to_keep=1).past_key_values

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from vtok import adapter as adapters
+from vtok import compressor as compressors
 from vtok.draw import Panel
 from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.patching import available, patch
@@ -89,6 +90,12 @@ def open_picture(file: str | Path) -> Image.Image:
         raise InvalidValue(f"There is no picture {str(file)!r}.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidValue(f"{str(file)!r} is not a picture that can be read ({error}).") from error
+
+
+def options(method: str, keep: float | int) -> dict[str, Any]:
+    """What to pass to `patch` beside a method's name: its keep, where it has one."""
+    cls = compressors.load_all().get(method)
+    return {} if cls is not None and "keep" not in {f.name for f in fields(cls)} else {"keep": keep}
 
 
 def inputs_for(processor: Any, picture: Image.Image, question: str, device: torch.device) -> Any:
@@ -201,7 +208,7 @@ def _run(
     with ExitStack() as stack:
         # The patch's own hooks lie between these two, so that its work is counted.
         stack.callback(language_model.register_forward_pre_hook(mark).remove)
-        handle = None if method == DENSE else stack.enter_context(patch(model, method, keep=keep))
+        handle = None if method == DENSE else stack.enter_context(patch(model, method, **options(method, keep)))
         stack.callback(language_model.register_forward_hook(mark).remove)
         began = now()
         ids = vlm.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)

@@ -74,8 +74,8 @@ def gather_positions(position_ids: Tensor, index: Tensor) -> Tensor:
 class CompressedCache(DynamicCache):
     """A `DynamicCache` whose layers hold fewer columns than the sequence has tokens.
 
-    `get_seq_length()` is the logical length (all tokens seen, dropped ones too), which is what positions, `generate` and
-    chat loops mean by it; the masks are sized by what each layer holds.
+    `get_seq_length()` is the logical length (all tokens seen, dropped ones too), which is what positions, `generate`
+    and chat loops mean by it; the masks are sized by what each layer holds.
 
     seen: the logical length.
     valid: first layer -> [B, columns] bool for that layer and those up to the next key, or None without padding.

@@ -61,11 +61,12 @@ class Question:
     category: str  # one of CATEGORIES
     text: str
     answer: str
+    about: tuple[int, ...] = ()  # what one has to look at, as indices into Scene.things; () = nothing or everything
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What was drawn. A label comes with one more Thing ("letter") per letter."""
+    """What was drawn. A label is followed by one more Thing ("letter") per letter."""
 
     kind: str  # "shape", "label", "letter", "digit" or "plot"
     name: str  # the shape, the text, the letter, the digit or the trend
@@ -271,17 +272,18 @@ def _questions(rng, things, width, height):
     lone = [t for t in shapes if names.count(t.name) == 1]  # named by its shape alone
     asked: list[Question] = []
 
-    def ask(category, what, answer):
+    def ask(category, what, answer, about):
         phrase = str(rng.choice(PHRASES[category]))
-        asked.append(Question(category, phrase.format(what), str(answer)))
+        indices = tuple(i for i, thing in enumerate(things) if any(thing is one for one in about))
+        asked.append(Question(category, phrase.format(what), str(answer), indices))
 
     def some(items, n):
         return [items[i] for i in rng.permutation(len(items))[:n]]
 
     for thing in some(lone, 2):
-        ask("colour", thing.name, thing.colour)
+        ask("colour", thing.name, thing.colour, [thing])
     for thing in some([t for t in shapes if hues.count(t.colour) == 1], 2):
-        ask("shape", thing.colour, thing.name)
+        ask("shape", thing.colour, thing.name, [thing])
 
     counts = {name + ("es" if name == "cross" else "s"): names.count(name) for name in set(names)}
     counts["shapes"] = len(names)
@@ -317,7 +319,7 @@ def _questions(rng, things, width, height):
     for thing in things:
         category = _PANELS.get(thing.kind)
         if category:
-            ask(category, "", thing.name)
+            ask(category, "", thing.name, [thing])
     return some(asked, len(asked))
 
 
