@@ -16,6 +16,8 @@ def bipartite_match(metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
     Returns source [B, r] (tokens of the even set, most similar first) and target [B, r] (tokens of the odd set), as
     indices into the t tokens. Ties go to the lower index; a zero vector is similar to nothing.
     """
+    if r == 0:
+        return (torch.empty(metric.shape[0], 0, dtype=torch.long, device=metric.device),) * 2
     unit = metric.detach().float()
     unit = (unit / unit.norm(dim=-1, keepdim=True).clamp(min=1e-12)).nan_to_num(0.0)
     even, odd = unit[:, ::2], unit[:, 1::2].transpose(1, 2)  # [B, ceil(t/2), C], [B, C, floor(t/2)]

@@ -177,6 +177,11 @@ def test_pictures_of_all_kinds_are_read(tmp_path):
     assert demo.open_picture(tmp_path / "turned.jpg").size == (3, 5)
 
 
+def test_keep_goes_only_to_methods_that_have_it():
+    assert demo.options("uniform", 0.5) == demo.options("unknown", 0.5) == {"keep": 0.5}
+    assert demo.options("aim_prune", 0.5) == {}  # its schedule says what stays
+
+
 def test_no_chat_template_is_refused():
     class Bare:
         chat_template = None

@@ -13,7 +13,15 @@ from vtok.errors import InvalidValue, Unsupported
 from vtok.selection import VisualTokens
 
 # (side, grid, picture size): exact fit, padding above, padding at the sides, one crop, odd remainders
-CASES = [(4, (2, 2), (8, 8)), (6, (2, 2), (70, 112)), (6, (2, 2), (112, 70)), (5, (1, 3), (50, 150)), (5, (3, 1), (90, 30)), (5, (1, 1), (9, 9)), (7, (2, 2), (10, 99))]  # fmt: skip
+CASES = [
+    (4, (2, 2), (8, 8)),
+    (6, (2, 2), (70, 112)),
+    (6, (2, 2), (112, 70)),
+    (5, (1, 3), (50, 150)),
+    (5, (3, 1), (90, 30)),
+    (5, (1, 1), (9, 9)),
+    (7, (2, 2), (10, 99)),
+]
 
 
 def tokens(side, grid, size, b=2, seed=0, spread=3.0, width=8):

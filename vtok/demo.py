@@ -95,7 +95,7 @@ def open_picture(file: str | Path) -> Image.Image:
 def options(method: str, keep: float | int) -> dict[str, Any]:
     """What to pass to `patch` beside a method's name: its keep, where it has one."""
     cls = compressors.load_all().get(method)
-    return {} if cls is not None and "keep" not in {f.name for f in fields(cls)} else {"keep": keep}
+    return {} if cls is not None and "keep" not in {f.name for f in fields(cls) if f.init} else {"keep": keep}
 
 
 def inputs_for(processor: Any, picture: Image.Image, question: str, device: torch.device) -> Any:

@@ -141,8 +141,8 @@ class AIMPrune(Compressor):
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             value = getattr(self, name)
-            ok = value >= 0 if isinstance(value, int) and not isinstance(value, bool) else 0.0 <= value <= 1.0
-            if not ok:
+            within = value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0
+            if isinstance(value, bool) or not within:
                 raise InvalidValue(f"{name} must be a layer (int >= 0) or a fraction of depth in [0, 1], got {value!r}")
         if not self.tau > 0 or self.iters < 1 or not 0 <= self.damping <= 1:
             raise InvalidValue("tau must be > 0, iters >= 1 and damping in [0, 1].")

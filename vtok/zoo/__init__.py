@@ -11,9 +11,7 @@ from pathlib import Path
 
 __all__ = ["DEMO_ANSWER", "DEMO_IMAGE", "DEMO_QUESTION", "load", "names", "path"]
 
-DEMO_IMAGE = Path(__file__).with_name(
-    "demo.png"
-)  # a held-out scene: no photo, text or digit of it was trained on
+DEMO_IMAGE = Path(__file__).with_name("demo.png")  # a held-out scene: no photo, text or digit of it was trained on
 DEMO_QUESTION = "What does the label say?"
 DEMO_ANSWER = ""
 

@@ -29,12 +29,8 @@ TEMPLATE = (
 
 def corpus() -> list[str]:
     """Everything the questions and answers can say, but for the label texts, which stay spelled by letter."""
-    nouns = [
-        f" {colour} {shape}" for colour in scenes.COLOURS for shape in (*scenes.SHAPES, "object", "shape")
-    ]
-    nouns += [f" {shape}{end}" for shape in (*scenes.SHAPES, "shape") for end in ("s", "es")] + [
-        " label digit plot"
-    ]
+    nouns = [f" {colour} {shape}" for colour in scenes.COLOURS for shape in (*scenes.SHAPES, "object", "shape")]
+    nouns += [f" {shape}{end}" for shape in (*scenes.SHAPES, "shape") for end in ("s", "es")] + [" label digit plot"]
     phrases = [phrase.replace("{}", "") for phrases in scenes.PHRASES.values() for phrase in phrases]
     answers = [" " + answer for known in scenes.ANSWERS.values() for answer in known or ()]
     return (nouns + phrases + answers) * 2

@@ -37,6 +37,7 @@ class Batch:
     block: torch.Tensor  # [B, Q] number of the question a token belongs to, -1 = padding
     offset: torch.Tensor  # [B, Q] place of the token in its question
     targets: torch.Tensor  # [B, Q] next token inside answers, else IGNORE
+    focus: torch.Tensor  # bool [B, Q, N] visual tokens that show what the target is about
     categories: list[list[str]]  # [B][questions]
 
 
@@ -55,9 +56,7 @@ def views(images: torch.Tensor) -> torch.Tensor:
     left, top, rows, columns = canvas(width, height)
     thumbnail = tvF.resize(images, [VIEW, VIEW], interpolation=InterpolationMode.BICUBIC, antialias=True)
     padded = tvF.pad(images, [left, top, columns * VIEW - width - left, rows * VIEW - height - top])
-    crops = padded.unflatten(-2, (rows, VIEW)).unflatten(
-        -1, (columns, VIEW)
-    )  # [B, 3, rows, VIEW, columns, VIEW]
+    crops = padded.unflatten(-2, (rows, VIEW)).unflatten(-1, (columns, VIEW))  # [B, 3, rows, VIEW, columns, VIEW]
     crops = crops.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # [B, rows * columns, 3, VIEW, VIEW]
     return torch.cat([thumbnail[:, None], crops], dim=1)
 
@@ -67,38 +66,55 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float().div(127.5).sub(1)
 
 
-def dense_labels(scene: scenes.Scene) -> np.ndarray:
-    """What lies in every patch of every view, bool [V, GRID * GRID, len(LABELS)]."""
+def places(scene: scenes.Scene) -> np.ndarray:
+    """Which patches show which thing, bool [things, V, GRID * GRID]. Letters are too small for the thumbnail."""
     width, height = scenes.LAYOUTS[scene.layout]
     left, top, rows, columns = canvas(width, height)
-    legible = [
-        t for t in scene.things if t.kind != "letter"
-    ]  # letters are too small to read in the thumbnail
-    thumbnail = _patches(legible, VIEW / width, VIEW / height, 0, 0, 1, 1)
-    crops = _patches(scene.things, 1, 1, left, top, rows, columns)
-    crops = crops.reshape(rows, GRID, columns, GRID, -1).transpose(0, 2, 1, 3, 4)
-    return np.concatenate([thumbnail[None], crops.reshape(rows * columns, GRID, GRID, -1)]).reshape(
-        1 + rows * columns, GRID * GRID, -1
-    )
-
-
-def _patches(things, scale_x, scale_y, left, top, rows, columns):
-    """The same for one canvas of rows x columns views, bool [rows * GRID, columns * GRID, len(LABELS)]."""
-    out = np.zeros((rows * GRID, columns * GRID, len(LABELS)), dtype=bool)
-    for thing in things:
-        x0, x1 = ((x * scale_x + left) / PATCH for x in thing.box[::2])  # in patches from here
-        y0, y1 = ((y * scale_y + top) / PATCH for y in thing.box[1::2])
-        if thing.kind == "letter":
-            column, half = divmod((x0 + x1) / 2, 1)
-            out[int((y0 + y1) / 2), int(column), _LABEL["left" if half < 0.5 else "right", thing.name]] = True
-        elif thing.kind != "label":
-            across = np.minimum(x1, np.arange(out.shape[1]) + 1) - np.maximum(x0, np.arange(out.shape[1]))
-            down = np.minimum(y1, np.arange(out.shape[0]) + 1) - np.maximum(y0, np.arange(out.shape[0]))
-            inside = np.outer(down.clip(0), across.clip(0)) >= 0.3 * min(1, (x1 - x0) * (y1 - y0))
-            out[inside, _LABEL[thing.kind, thing.name]] = True
-            if thing.colour:
-                out[inside, _LABEL["colour", thing.colour]] = True
+    out = np.zeros((len(scene.things), 1 + rows * columns, GRID * GRID), dtype=bool)
+    for n, thing in enumerate(scene.things):
+        if thing.kind != "letter":
+            out[n, 0] = _covered(thing, VIEW / width, VIEW / height, 0, 0, 1, 1).ravel()
+        crops = _covered(thing, 1, 1, left, top, rows, columns).reshape(rows, GRID, columns, GRID)
+        out[n, 1:] = crops.transpose(0, 2, 1, 3).reshape(rows * columns, -1)
     return out
+
+
+def _covered(thing, scale_x, scale_y, left, top, rows, columns):
+    """Patches of a canvas of rows x columns views that show a thing, bool [rows * GRID, columns * GRID]."""
+    x0, x1 = ((x * scale_x + left) / PATCH for x in thing.box[::2])  # in patches from here
+    y0, y1 = ((y * scale_y + top) / PATCH for y in thing.box[1::2])
+    if thing.kind == "letter":  # the patch its middle lies in, and no other
+        x0, y0 = int((x0 + x1) / 2), int((y0 + y1) / 2)
+        x1, y1 = x0 + 1, y0 + 1
+    xs, ys = np.arange(columns * GRID), np.arange(rows * GRID)
+    across = np.minimum(x1, xs + 1) - np.maximum(x0, xs)
+    down = np.minimum(y1, ys + 1) - np.maximum(y0, ys)
+    return np.outer(down.clip(0), across.clip(0)) >= 0.3 * min(1, (x1 - x0) * (y1 - y0))
+
+
+def dense_labels(scene: scenes.Scene, where: np.ndarray) -> np.ndarray:
+    """What every patch shows, bool [V, GRID * GRID, len(LABELS)], from `where` of `places`."""
+    out = np.zeros((*where.shape[1:], len(LABELS)), dtype=bool)
+    left = canvas(*scenes.LAYOUTS[scene.layout])[0]
+    for thing, patches in zip(scene.things, where):
+        if thing.kind == "letter":
+            middle = ((thing.box[0] + thing.box[2]) / 2 + left) / PATCH
+            out[patches, _LABEL["left" if middle % 1 < 0.5 else "right", thing.name]] = True
+        elif thing.kind != "label":
+            out[patches, _LABEL[thing.kind, thing.name]] = True
+            if thing.colour:
+                out[patches, _LABEL["colour", thing.colour]] = True
+    return out
+
+
+def in_order(where: np.ndarray, layout: int) -> np.ndarray:
+    """[things, V, GRID * GRID] -> [things, N], in the order of the N visual tokens that the decoder gets."""
+    left, top, rows, columns = canvas(*scenes.LAYOUTS[layout])
+    crops = where[:, 1:].reshape(-1, rows, columns, GRID, GRID).transpose(0, 1, 3, 2, 4)
+    crops = crops.reshape(len(where), rows * GRID, columns * GRID)
+    crops = crops[:, top // PATCH : rows * GRID - top // PATCH, left // PATCH : columns * GRID - left // PATCH]
+    crops = np.pad(crops, ((0, 0), (0, 0), (0, 1)))  # newline
+    return np.concatenate([where[:, 0], crops.reshape(len(where), -1)], axis=1)
 
 
 @cache
@@ -112,16 +128,22 @@ def encode(tok, question: scenes.Question) -> tuple[tuple[int, ...], int]:
     return prompt + _encode(tok, f" {question.answer}</s>"), len(prompt)
 
 
-def pack(tok, questions: list[list[scenes.Question]]) -> dict[str, torch.Tensor]:
-    """Questions of B pictures as `ids`, `block`, `offset` and `targets` of Batch."""
+def looks(question: scenes.Question) -> list[tuple[int, ...]]:
+    """Things to look at for every token of " answer</s>"; a label is spelled letter by letter."""
+    if question.category == "reading":
+        first = question.about[0] + 1
+        return [question.about, *((first + i,) for i in range(len(question.answer))), ()]
+    return [question.about] * len(question.answer.split()) + [()]
+
+
+def pack(tok, questions: list[list[scenes.Question]], where: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Questions of B pictures as `ids`, `block`, `offset`, `targets` and `focus` of Batch; `where` by `in_order`."""
     rows = [[encode(tok, q) for q in asked] for asked in questions]
     length = max(sum(len(ids) for ids, _ in row) for row in rows)
     length = -(-length // 32) * 32  # few lengths: a new shape costs a kernel compilation
-    out = {
-        name: torch.full((len(rows), length), fill)
-        for name, fill in (("ids", tok.pad_token_id), ("block", -1))
-    }
+    out = {name: torch.full((len(rows), length), n) for name, n in (("ids", tok.pad_token_id), ("block", -1))}
     out |= {"offset": torch.zeros_like(out["ids"]), "targets": torch.full_like(out["ids"], IGNORE)}
+    focus = np.zeros((len(rows), length, where[0].shape[1]), dtype=bool)
     for b, row in enumerate(rows):
         at = 0
         for n, (ids, prompt) in enumerate(row):
@@ -130,20 +152,23 @@ def pack(tok, questions: list[list[scenes.Question]]) -> dict[str, torch.Tensor]
             out["block"][b, at:end] = n
             out["offset"][b, at:end] = torch.arange(len(ids))
             out["targets"][b, at + prompt - 1 : end - 1] = ids[prompt:]
+            for i, things in enumerate(looks(questions[b][n])):
+                focus[b, at + prompt - 1 + i] = where[b][list(things)].any(0)
             at = end
-    return out
+    return out | {"focus": torch.from_numpy(focus)}
 
 
 def build(tok, split: str, seed: int, indices: list[int]) -> Batch:
     """A batch of scenes, which must share one layout."""
     drawn = [scenes.generate(split, seed, i) for i in indices]
     images = torch.from_numpy(np.stack([np.asarray(s.image) for s in drawn])).permute(0, 3, 1, 2)
+    where = [places(s) for s in drawn]
     return Batch(
         views=views(images),
-        labels=torch.from_numpy(np.stack([dense_labels(s) for s in drawn])),
+        labels=torch.from_numpy(np.stack([dense_labels(s, w) for s, w in zip(drawn, where)])),
         size=tuple(images.shape[-2:]),
         categories=[[q.category for q in s.questions] for s in drawn],
-        **pack(tok, [s.questions for s in drawn]),
+        **pack(tok, [s.questions for s in drawn], [in_order(w, s.layout) for s, w in zip(drawn, where)]),
     )
 
 

@@ -71,10 +71,7 @@ def write(folder: Path) -> Path:
                 row["n"],
                 f"**{_percent(row['accuracy'])}**",
                 f"{_percent(row['low'])} to {_percent(row['high'])}",
-                *(
-                    _percent(row[k])
-                    for k in ("chance", "majority", "question_only", "half_resolution", "grey_picture")
-                ),
+                *(_percent(row[k]) for k in ("chance", "majority", "question_only", "half_resolution", "grey_picture")),
             ]
             for category, row in result["categories"].items()
         ],

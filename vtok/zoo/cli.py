@@ -29,9 +29,7 @@ def train(
     name: Name,
     out: Annotated[Path, typer.Option(help="Hub folder to write; the state to resume from lies beside it.")],
     seed: int = 0,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the question stage; the recipe's if left out.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the question stage; the recipe's if left out.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Train a bundled model from scratch. Call again after a kill to go on."""
@@ -65,9 +63,7 @@ def evaluate(
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     count = scenes or judge.TEST_SCENES
-    result = judge.report(
-        model, processor, count, min(count, 100), lambda items: track(list(items), "scenes")
-    )
+    result = judge.report(model, processor, count, min(count, 100), lambda items: track(list(items), "scenes"))
     (folder / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
     for category, row in result["categories"].items():
         typer.echo(f"{category:10} {row['accuracy']:.3f}  n {row['n']}  chance {row['chance']:.3f}")
@@ -101,9 +97,7 @@ def sample(
         scene = scenes.generate(split, evaluate.TEST_SEED if seed is None else seed, index)
         file = f"{split}-{index:05d}.png"
         scene.image.save(out / file)
-        listed[file] = [
-            {"category": q.category, "question": q.text, "answer": q.answer} for q in scene.questions
-        ]
+        listed[file] = [{"category": q.category, "question": q.text, "answer": q.answer} for q in scene.questions]
     (out / "questions.json").write_text(json.dumps(listed, indent=1) + "\n")
     typer.echo(f"wrote {count} pictures and questions.json")
 

@@ -46,13 +46,10 @@ def answer(model, processor, image: Image.Image, questions: list[str]) -> list[s
     import torch
 
     chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        for question in questions
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
     ]
     prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    inputs = processor(text=prompts, images=[image] * len(prompts), padding=True, return_tensors="pt").to(
-        model.device
-    )
+    inputs = processor(text=prompts, images=[image] * len(prompts), padding=True, return_tensors="pt").to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -112,9 +109,7 @@ def guessers(count: int = 3000) -> tuple[dict[str, str], dict[str, str]]:
         for q in scenes.generate("train", 0, index).questions:
             by_category[q.category][q.answer] += 1
             by_text[q.text][q.answer] += 1
-    return tuple(
-        {key: c.most_common(1)[0][0] for key, c in counts.items()} for counts in (by_category, by_text)
-    )
+    return tuple({key: c.most_common(1)[0][0] for key, c in counts.items()} for counts in (by_category, by_text))
 
 
 def chance(category: str) -> float:
@@ -153,9 +148,7 @@ def report(model, processor, count: int = TEST_SCENES, robbed: int = 100, progre
         confusion[category] = [[a, p, n] for (a, p), n in sorted(pairs.items())]
     low, high = bootstrap(records)
     hits = sum(r.predicted == r.answer for r in records)
-    reading = [
-        (a, p) for r in records if r.category == "reading" for a, p in zip(r.answer, r.predicted.ljust(3))
-    ]
+    reading = [(a, p) for r in records if r.category == "reading" for a, p in zip(r.answer, r.predicted.ljust(3))]
     return {
         "test_set": {"version": scenes.VERSION, "seed": TEST_SEED, "scenes": count, "robbed_scenes": robbed},
         "overall": {"n": len(records), "accuracy": hits / len(records), "low": low, "high": high},

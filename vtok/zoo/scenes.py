@@ -77,9 +77,7 @@ class Thing:
 @dataclass(frozen=True)
 class Scene:
     image: Image.Image
-    questions: list[
-        Question
-    ]  # shuffled; several per category, but at least one of every category that applies
+    questions: list[Question]  # shuffled; several per category, but at least one of every category that applies
     things: list[Thing]
     layout: int  # index into LAYOUTS
     photo: int  # index into sources.PHOTOS[split]
@@ -175,9 +173,7 @@ def _shapes(rng, image, spots, things):
     repeat = rng.random() * 0.8  # how alike the shapes of this scene are
     drawn: list[str] = []
     for i in range(int(rng.integers(2, 7))):
-        kind = (
-            str(rng.choice(drawn)) if drawn and rng.random() < repeat else kinds[len(set(drawn)) % len(kinds)]
-        )
+        kind = str(rng.choice(drawn)) if drawn and rng.random() < repeat else kinds[len(set(drawn)) % len(kinds)]
         colour = colours[i] if rng.random() < 0.8 else str(rng.choice(colours))
         size = int(rng.choice([rng.integers(10, 13), rng.integers(13, 18), rng.integers(18, 25)]))
         spot = spots.find(size, size)
@@ -185,9 +181,7 @@ def _shapes(rng, image, spots, things):
             continue
         drawn.append(kind)
         zoom = 4
-        tile = image.crop((*spot, spot[0] + size, spot[1] + size)).resize(
-            (size * zoom,) * 2, Image.Resampling.NEAREST
-        )
+        tile = image.crop((*spot, spot[0] + size, spot[1] + size)).resize((size * zoom,) * 2, Image.Resampling.NEAREST)
         fill = tuple(int(np.clip(c + rng.integers(-14, 15), 0, 255)) for c in COLOURS[colour])
         edge = (245, 245, 245) if colour in ("black", "blue", "purple") else (25, 25, 25)
         pen = ImageDraw.Draw(tile)
@@ -275,7 +269,8 @@ def _questions(rng, things, width, height):
     def ask(category, what, answer, about):
         phrase = str(rng.choice(PHRASES[category]))
         indices = tuple(i for i, thing in enumerate(things) if any(thing is one for one in about))
-        asked.append(Question(category, phrase.format(what), str(answer), indices))
+        text = phrase.format(what).replace(" a orange", " an orange")
+        asked.append(Question(category, text, str(answer), indices))
 
     def some(items, n):
         return [items[i] for i in rng.permutation(len(items))[:n]]
@@ -285,28 +280,25 @@ def _questions(rng, things, width, height):
     for thing in some([t for t in shapes if hues.count(t.colour) == 1], 2):
         ask("shape", thing.colour, thing.name, [thing])
 
-    counts = {name + ("es" if name == "cross" else "s"): names.count(name) for name in set(names)}
-    counts["shapes"] = len(names)
-    asking = [
-        (what, n) for what, n in sorted(counts.items()) if n < 6 and rng.random() < (1 if n > 1 else 0.3)
-    ]
-    for what, n in some(asking, 2):  # most kinds are there once: asked about less, so that 1 is no good guess
-        ask("count", what, n)
+    groups = {name + ("es" if name == "cross" else "s"): [t for t in shapes if t.name == name] for name in names}
+    groups["shapes"] = shapes
+    few = [(what, g) for what, g in sorted(groups.items()) if len(g) < 6]
+    # Most kinds are there once: asked about less, so that 1 is no good guess.
+    for what, group in some([(what, g) for what, g in few if rng.random() < (1 if len(g) > 1 else 0.3)], 2):
+        ask("count", what, len(group), group)
 
     placed = [(t, t.name if t.kind == "shape" else t.kind) for t in things if t in lone or t.kind in _PANELS]
     for thing, what in some(placed, 2):
         dx = (thing.box[0] + thing.box[2]) / 2 - width / 2
         dy = (thing.box[1] + thing.box[3]) / 2 - height / 2
         if min(abs(dx), abs(dy)) >= 5:  # else no corner is plainly right
-            ask("position", what, f"{'top' if dy < 0 else 'bottom'} {'left' if dx < 0 else 'right'}")
+            ask("position", what, f"{'top' if dy < 0 else 'bottom'} {'left' if dx < 0 else 'right'}", [thing])
 
     for _ in range(2):
         answer = bool(rng.random() < 0.5)
         if rng.random() < 0.4:  # colour and shape together; a "no" mixes two that are there, where it can
             free = [(c, n) for c in set(hues) for n in set(names) if (c, n) not in pairs]
-            choice = (
-                sorted(pairs) if answer else sorted(free) or [(c, n) for c in COLOURS for n in SHAPES[:1]]
-            )
+            choice = sorted(pairs) if answer else sorted(free) or [(c, n) for c in COLOURS for n in SHAPES[:1]]
             choice = [p for p in choice if (p in pairs) == answer]
         else:
             kinds = {t.kind for t in things}
@@ -314,7 +306,8 @@ def _questions(rng, things, width, height):
             choice += [("", k) for k in _PANELS if (k in kinds) == answer]
         if choice:
             colour, name = choice[int(rng.integers(len(choice)))]
-            ask("existence", f"{colour} {name}".strip(), "yes" if answer else "no")
+            about = [t for t in things if name in (t.name, t.kind) and colour in ("", t.colour)] if answer else []
+            ask("existence", f"{colour} {name}".strip(), "yes" if answer else "no", about)
 
     for thing in things:
         category = _PANELS.get(thing.kind)

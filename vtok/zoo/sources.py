@@ -89,9 +89,7 @@ def series(split: str) -> tuple[np.ndarray, ...]:
             text = _wheel_file(f"aeon/datasets/data/{name}/{name}_{part}.ts").read_text()
             body = text.lower().split("@data", 1)[1].split()
             rows += [np.array(line.split(":")[0].split(","), dtype=float) for line in body]
-    owner: dict[
-        bytes, str
-    ] = {}  # UCR repeats some series: copies belong together, to train if one of them does
+    owner: dict[bytes, str] = {}  # UCR repeats some series: copies belong together, to train if one of them does
     for name in SPLITS:
         for i, row in enumerate(rows):
             if split_of(i) == name:
@@ -121,9 +119,7 @@ def curves(split: str) -> dict[str, np.ndarray]:
         for _ in range(24):
             length = int(rng.integers(max(8, len(row) // 6), len(row) + 1))
             start = int(rng.integers(0, len(row) - length + 1))
-            window = np.interp(
-                np.linspace(0, length - 1, POINTS), np.arange(length), row[start : start + length]
-            )
+            window = np.interp(np.linspace(0, length - 1, POINTS), np.arange(length), row[start : start + length])
             spread = np.ptp(window)
             if spread < 0.5:  # the series are z-scored: less than this is noise
                 continue

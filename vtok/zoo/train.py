@@ -26,6 +26,7 @@ from vtok.zoo import architecture, batches, scenes
 from vtok.zoo.batches import GRID, GROUPS, IGNORE, Batch
 from vtok.zoo.team import Team
 
+WATCHED = 4  # decoder layer whose first head is taught where to look
 CHECK_BATCHES = 12  # of validation pictures, looked at now and then
 
 
@@ -44,6 +45,7 @@ class Recipe:
     tower_lr: float = 0.5  # factor on the learning rate of the tower in stage 2: it knows something by then
     dense_weight: float = 0.2  # of the dense loss in stage 2
     word_weight: float = 0.5  # of the loss that ties visual tokens to words
+    focus_weight: float = 0.2  # of the loss that teaches one head where to look
 
 
 class Heads(nn.Module):
@@ -81,6 +83,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling, dropout
     causal = torch.full((start, start), float("-inf"), dtype=attention_mask.dtype).triu(1)
     prefix = _attend(query[:, :, :start], key[:, :, :start], value[:, :, :start], causal)
     asked = _attend(query[:, :, start:], key, value, attention_mask)
+    if module.layer_idx == WATCHED:
+        seen = query[:, 0, start:] @ key[:, 0].transpose(-1, -2) + attention_mask[:, 0]
+        module.watched = seen.float().log_softmax(-1)  # [B, Q, P + Q] of the first head
     return torch.cat([prefix, asked], dim=2).transpose(1, 2), None
 
 
@@ -119,8 +124,7 @@ def dense_loss(heads: Heads, states, labels: torch.Tensor) -> torch.Tensor:
 def word_ids(tok) -> list[torch.Tensor]:
     """Tokens of the names in each of GROUPS, then of the kinds of panel and of the sides."""
     spelled = [
-        [name if group in ("left", "right") else f" {name}" for name in names]
-        for group, names in GROUPS.items()
+        [name if group in ("left", "right") else f" {name}" for name in names] for group, names in GROUPS.items()
     ]
     spelled += [[" label", " digit", " plot"], [" top", " bottom"], [" left", " right"]]
     return [torch.tensor(tok(names, add_special_tokens=False)["input_ids"])[:, 0] for names in spelled]
@@ -132,9 +136,7 @@ def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Ten
     Those of thumbnails also towards the words for the side they lie on. The decoder can then find a thing by
     its word and say what it finds; else it has to discover first that the two correspond, which takes longest.
     """
-    truths = list(
-        labels.split([len(names) for names in GROUPS.values()], dim=-1)
-    )  # each [B, V, patches, names]
+    truths = list(labels.split([len(names) for names in GROUPS.values()], dim=-1))  # each [B, V, patches, names]
     shown = dict(zip(GROUPS, (truth.any(-1) for truth in truths)))
     truths.append(torch.stack([shown["left"] | shown["right"], shown["digit"], shown["plot"]], dim=-1))
     far = torch.arange(GRID) >= GRID // 2
@@ -152,6 +154,14 @@ def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Ten
     return loss
 
 
+def focus_loss(model, before: int, batch: Batch) -> torch.Tensor:
+    """How little of one head's attention, before an answer is said, lies on the things the question is about."""
+    watched = model.model.language_model.layers[WATCHED].self_attn.watched
+    watched = watched[..., before : before + batch.focus.shape[-1]]  # [B, Q, N] log attention
+    some = batch.focus.any(-1)
+    return -watched[some].masked_fill(~batch.focus[some], float("-inf")).logsumexp(-1).mean()
+
+
 def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], features, batch: Batch) -> torch.Tensor:
     """Logits [B, Q, vocab] for `batch.ids`, from visual tokens [B * V, patches, D].
 
@@ -164,9 +174,7 @@ def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], features, 
     embed = core.get_input_embeddings()
     before, after = (embed(ids).expand(count, -1, -1) for ids in prefix)
     asked = embed(batch.ids)
-    tokens = torch.cat(
-        [before, torch.stack(list(packed)).to(asked.dtype), after, asked], dim=1
-    )  # [B, P + Q, D]
+    tokens = torch.cat([before, torch.stack(list(packed)).to(asked.dtype), after, asked], dim=1)  # [B, P + Q, D]
     start, places = tokens.shape[1] - batch.ids.shape[1], torch.arange(tokens.shape[1])
     block = F.pad(batch.block, (start, 0), value=-2)  # -2 = prefix
     seen = (block[:, start:, None] == block[:, None]) | (block[:, None] == -2)  # [B, Q, P + Q]
@@ -214,11 +222,11 @@ def rate(step: int, total: int, recipe: Recipe) -> float:
 
 
 def tower_loss(index: int, data: batches.Steps, model, heads: Heads, **_):
-    """Loss of one part of stage 1, and (dense, words, answers, questions) for the log."""
+    """Loss of one part of stage 1, and for the log (dense, words, focus, answers, questions)."""
     batch = data[index]
     with torch.autocast("cpu", torch.bfloat16):
         dense = dense_loss(heads, tower_states(model, batch.views), batch.labels)
-    return dense, (dense.item(), 0.0, 0.0, 0)
+    return dense, (dense.item(), 0.0, 0.0, 0.0, 0)
 
 
 def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, words, recipe: Recipe):
@@ -232,15 +240,15 @@ def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, 
         logits = question_logits(model, prefix, features, batch)
         wanted = batch.targets != IGNORE
         asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
-    loss = asked + recipe.dense_weight * dense + recipe.word_weight * named
-    return loss, (dense.item(), named.item(), asked.item(), sum(map(len, batch.categories)))
+        focus = focus_loss(model, len(prefix[0]), batch)
+    loss = asked + recipe.dense_weight * dense + recipe.word_weight * named + recipe.focus_weight * focus
+    parts = (dense.item(), named.item(), focus.item(), asked.item())
+    return loss, (*parts, sum(map(len, batch.categories)))
 
 
 def prefix_ids(tok) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids before and after the picture, as the chat template writes them."""
-    return tuple(
-        torch.tensor(tok(text, add_special_tokens=False)["input_ids"]) for text in ("<s>USER: ", "\n")
-    )
+    return tuple(torch.tensor(tok(text, add_special_tokens=False)["input_ids"]) for text in ("<s>USER: ", "\n"))
 
 
 def train(
@@ -311,26 +319,26 @@ def train(
         work = partial(losses, data=data, model=model, heads=heads, prefix=prefix, words=words, recipe=recipe)
         team = Team(workers, weights, work)
         clock = saved = began = time.time()
-        sums = torch.zeros(3)
+        sums = torch.zeros(4)
         for step in range(state["step"], total):
             for group in adam.param_groups:
                 group["lr"] = rate(step, total, recipe) * group["scale"]
             answers = team.step(range(step * parts, (step + 1) * parts))
             nn.utils.clip_grad_norm_(weights, 1.0)
             adam.step()
-            sums += torch.tensor(answers)[:, :3].mean(0)
+            sums += torch.tensor(answers)[:, :4].mean(0)
             done += 1
             state["step"] = step + 1
             state["pictures"] += size
             state["seconds"], began = state["seconds"] + time.time() - began, time.time()
-            state["questions"] += sum(answer[3] for answer in answers)
+            state["questions"] += sum(answer[4] for answer in answers)
             if state["step"] % 50 == 0:
                 speed, clock = 50 * size / (time.time() - clock), time.time()
-                dense, named, asked = (sums / 50).tolist()
+                dense, named, focus, asked = (sums / 50).tolist()
                 sums.zero_()
                 log(
                     f"{time.strftime('%H:%M:%S')} {name} {state['step']}/{total} pictures/s {speed:.1f}"
-                    f" dense {dense:.3f} words {named:.3f} answers {asked:.3f}"
+                    f" dense {dense:.3f} words {named:.3f} focus {focus:.3f} answers {asked:.3f}"
                 )
             if name == "questions" and state["step"] % 500 == 0:
                 scores = accuracy(model, prefix, check)

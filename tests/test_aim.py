@@ -1,0 +1,177 @@
+"""AIM: merging against a slow rewrite, published lengths and counts, and what must not mix."""
+
+import pytest
+import torch
+from contract import batch, picture, tiny
+
+import vtok
+from vtok.compressors.aim import AIM, AIMMerge, AIMPrune, merge
+from vtok.errors import InvalidValue
+from vtok.selection import Layout, Plane, VisualTokens, keep_count
+
+
+def slow_merge(x, count, weighting):
+    """One sequence [t, D], one token at a time: {place: (feature, members)}."""
+    alive = [(i, x[i].double(), 1, [i]) for i in range(len(x))]
+    while len(alive) > count:
+        r = min(len(alive) // 2, len(alive) - count)
+        even, odd = alive[::2], alive[1::2]
+        unit = lambda v: v / max(float(v.norm()), 1e-12)
+        best = []
+        for e, (_, feature, _, _) in enumerate(even):
+            values = [float(unit(feature) @ unit(other[1])) for other in odd]
+            best.append((-max(values), e, values.index(max(values))))
+        best.sort()
+        moves = {e: o for _, e, o in best[:r]}
+        merged = []
+        for o, (place, feature, weight, members) in enumerate(odd):
+            parts = [(feature, weight, members)] + [even[e][1:] for e in sorted(moves) if moves[e] == o]
+            w = [p[1] if weighting == "size" else 1 for p in parts]
+            mean = sum(p[0] * wi for p, wi in zip(parts, w)) / sum(w)
+            merged.append((place, mean, sum(p[1] for p in parts), [m for p in parts for m in p[2]]))
+        alive = sorted([e for i, e in enumerate(even) if i not in moves] + merged, key=lambda token: token[0])
+    return {place: (feature, members) for place, feature, _, members in alive}
+
+
+@pytest.mark.parametrize("weighting", ["plain", "size"])
+@pytest.mark.parametrize(("t", "count"), [(8, 4), (8, 2), (9, 3), (16, 5), (7, 6), (5, 1), (1, 1), (6, 6)])
+def test_merge_against_the_slow_rewrite(t, count, weighting):
+    x = torch.randn(3, t, 5)
+    alive, features, into = merge(x, count, weighting)
+    for b in range(3):
+        expected = slow_merge(x[b], count, weighting)
+        assert alive[b].nonzero().squeeze(1).tolist() == sorted(expected)
+        for place, (feature, members) in expected.items():
+            torch.testing.assert_close(features[b, place], feature.float(), atol=1e-5, rtol=1e-5)
+            assert sorted((into[b] == place).nonzero().squeeze(1).tolist()) == sorted(members)
+
+
+def test_a_full_halving_is_a_plain_mean():
+    x = torch.randn(1, 6, 4)
+    x[0, 2], x[0, 4] = x[0, 1] * 2, x[0, 1] * 3  # both go to token 1
+    x[0, 0] = x[0, 5] * 0.5
+    alive, features, _ = merge(x, 3)
+    assert alive[0].tolist() == [False, True, False, True, False, True]
+    torch.testing.assert_close(features[0, 1], (x[0, 1] + x[0, 2] + x[0, 4]) / 3)
+    torch.testing.assert_close(features[0, 5], (x[0, 5] + x[0, 0]) / 2)
+
+
+def test_published_lengths():
+    """Rounds of t0 // 2^i: a round halves what is left, rounding up."""
+    for lengths in ([196, 98, 49, 25, 13, 7, 4], [143, 72, 37], [169, 85, 43], [729, 365, 183]):
+        t0 = lengths[0]
+        left = t0
+        for i, expected in enumerate(lengths[1:], 1):
+            left -= min(t0 // 2**i, left // 2)
+            assert left == expected
+            assert merge(torch.randn(1, t0, 3), left)[0].sum() == left
+    assert AIMMerge(keep=0.25).select(clip(32, 14, 14)).n_kept == 32 * 49
+    one = VisualTokens(torch.randn(1, 576, 4), Layout((Plane(24, 24),)))
+    assert AIMMerge(keep=252).select(one).n_kept == 252  # LLaVA-1.5's 43.75 %
+    assert keep_count(576, 0.4375) == 252
+
+
+def clip(frames, rows, cols, b=1, width=4, seed=0):
+    layout = Layout((Plane(rows, cols, "frame"),) * frames, modality="video")
+    features = torch.randn(b, layout.n, width, generator=torch.Generator().manual_seed(seed))
+    return VisualTokens(features, layout)
+
+
+def test_frames_never_mix():
+    tokens = clip(3, 3, 4, b=2)
+    selection = AIMMerge(keep=0.3).select(tokens)
+    changed = tokens.features.clone()
+    changed[:, 12:24] = torch.randn(2, 12, 4)
+    other = AIMMerge(keep=0.3).select(VisualTokens(changed, tokens.layout))
+    for part in (slice(0, 12), slice(24, 36)):
+        assert torch.equal(selection.keep[:, part], other.keep[:, part])
+        assert torch.equal(selection.features[:, part], other.features[:, part])
+    frame = torch.arange(36) // 12
+    assert torch.equal(frame[selection.merged_into], frame.expand(2, -1))
+    assert (selection.keep.view(2, 3, 12).sum(2) == 3).all()
+    assert selection.keep.gather(1, selection.merged_into).all()
+
+
+def test_planes_of_different_sizes():
+    layout = Layout((Plane(2, 2, "thumbnail"), Plane(3, 5, "crops"), Plane(2, 2, "frame")))
+    features = torch.randn(2, layout.n, 4)
+    selection = AIMMerge(keep=0.5).select(VisualTokens(features, layout))
+    for start, size, count in ((0, 4, 2), (4, 15, 7), (19, 4, 2)):
+        part = slice(start, start + size)
+        alive, merged, into = merge(features[:, part], count)
+        assert torch.equal(selection.keep[:, part], alive)
+        torch.testing.assert_close(selection.features[:, part], merged)
+        assert torch.equal(selection.merged_into[:, part], into + start)
+
+
+def test_degenerate_features():
+    for x in (torch.ones(2, 9, 3), torch.zeros(2, 9, 3), torch.full((2, 9, 3), torch.nan)):
+        alive, features, into = merge(x, 4)
+        assert (alive.sum(1) == 4).all()
+        assert alive.gather(1, into).all()
+        torch.testing.assert_close(features[alive], x[alive], equal_nan=True)
+
+
+def test_gradient_reaches_every_source():
+    x = torch.randn(1, 8, 3, requires_grad=True)
+    alive, features, _ = merge(x, 2)
+    features[alive].sum().backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+    torch.testing.assert_close(x.grad.sum(), torch.tensor(2.0 * 3))  # two means of three channels
+
+
+def test_published_schedule():
+    """14 to 22 of 28 layers, 26 visual and 14 other tokens: 36, 33, 30, 27, 23, 20, 17, 14 after layers 14 to 21."""
+    schedule = AIMPrune().schedule(28)
+    assert list(schedule) == list(range(14, 22))
+    assert [14 + int(26 * r + 1e-9) for r in schedule.values()] == [36, 33, 30, 27, 23, 20, 17, 14]
+    assert AIMPrune(start=13, end=21).layers(32) == (13, 21)
+    assert AIMPrune().layers(56) == (28, 44)
+    assert AIMPrune(start=3, end=4).schedule(28) == {3: 0.0}
+    with pytest.raises(InvalidValue, match="must come after"):
+        AIMPrune(start=3, end=3).schedule(28)
+
+
+def test_counts_on_a_model_of_28_layers():
+    import transformers as T
+
+    from vtok.adapters.llava import LlavaAdapter
+
+    torch.manual_seed(0)
+    model, processor = LlavaAdapter().tiny(layers=28, hidden=32)
+    assert isinstance(model, T.LlavaForConditionalGeneration)
+    inputs = batch(processor, ["a # What colour is it?"], [picture(56, 56)])
+    text = inputs["input_ids"].shape[1] - 16
+    with vtok.patch(model.eval(), "aim_prune") as patch, torch.no_grad():
+        model(**inputs)
+    counts = patch.trace.counts()["compressed"][0]
+    expected = [16] * 15 + [int(16 * (1 - i / 8)) for i in range(1, 9)] + [0] * 5
+    assert [n - text for n in counts] == expected
+
+
+def test_budgets():
+    for n_layers, budget in ((8, 0.2), (28, 0.5), (32, 0.05)):
+        assert AIM().with_budget(budget, n_layers).keep <= 1.0
+        moved = AIM(keep=1.0).with_budget(budget, n_layers)
+        assert moved.keep * AIMPrune.mean_keep(moved, n_layers) <= budget + 1e-9
+    assert AIMPrune().with_budget(0.4, 28).mean_keep(28) <= 0.4
+    with pytest.raises(InvalidValue, match="Merge before"):
+        AIMPrune().with_budget(0.02, 28)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"start": -1}, {"end": 1.5}, {"end": True}, {"tau": 0}, {"iters": 0}, {"head_reduce": "max"}, {"anchor": "x"}],
+)
+def test_options_are_checked(options):
+    for cls in (AIMPrune, AIM):
+        with pytest.raises(InvalidValue):
+            cls(**options)
+    with pytest.raises(InvalidValue, match="weighting"):
+        AIM(weighting="median")
+
+
+def test_a_schedule_has_no_keep():
+    model, _ = tiny("llava")
+    with pytest.raises(InvalidValue, match="no option keep"):
+        vtok.patch(model, "aim_prune", keep=0.5)
