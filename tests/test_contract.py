@@ -5,6 +5,7 @@ import torch
 from contract import FAMILIES, Entered, Masked, batch, mixed, picture, tiny
 
 import vtok
+import vtok.selection
 
 METHODS = {
     "uniform": lambda: [vtok.Uniform(keep=0.5)],
@@ -25,6 +26,14 @@ CELLS = [
     for method in METHODS
     if method != "globalcom2" or family == "llava_next"
 ]
+
+
+class First(vtok.Uniform):
+    """Keeps the first tokens, so that a picture's last one is always dropped."""
+
+    def select(self, tokens):
+        index = torch.arange(vtok.selection.keep_count(tokens.features.shape[1], self.keep))
+        return vtok.Selection.of_indices(index.expand(len(tokens.features), -1), tokens.features.shape[1])
 
 
 def patched(model, method):
@@ -194,3 +203,53 @@ def test_a_second_picture_on_an_old_cache(family, method):
     here = trace_two.present_at(3)
     torch.testing.assert_close(two.logits[here], dense_two.logits[here], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(three.logits, dense_three.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_at_the_end_of_the_prompt(family):
+    """The row that predicts the first answer token is there, whatever the compressor thinks of it."""
+    model, processor = tiny(family)
+    inputs = mixed(processor)
+    with vtok.patch(model, [First(keep=0.5), vtok.FastV(keep=1, layer=2)]) as patch, Entered(model, patch) as entered:
+        logits = run(model, inputs).logits[:, -1]
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert (logits != 0).any(1).all()
+    with Masked(model, patch.trace, entered.embeds):
+        torch.testing.assert_close(logits, run(model, inputs).logits[:, -1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(tokens, model.generate(**inputs, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neither_mask_nor_cache(family):
+    """Gaps in the positions are then not read as packed sequences."""
+    model, processor = tiny(family)
+    inputs = dict(batch(processor, ["a # What colour is it?"], [picture(112, 70)]))
+    del inputs["attention_mask"]
+    with vtok.patch(model, [vtok.Uniform(keep=0.3), vtok.FastV(keep=0.5)]):
+        cached = run(model, inputs, use_cache=True).logits
+        torch.testing.assert_close(run(model, inputs, use_cache=False).logits, cached, atol=1e-5, rtol=1e-5)
+
+
+def test_what_an_in_llm_compressor_sees_on_an_old_cache():
+    model, processor = tiny("llava")
+    first = batch(processor, ["a # What colour is it?"], [picture(70, 112, 1)])
+    second = batch(processor, [" yes and # now?"], [picture(112, 70, 2)])
+    n1, n2 = first["input_ids"].shape[1], second["input_ids"].shape[1]
+    second["attention_mask"] = torch.ones(1, n1 + n2, dtype=torch.long)
+    seen = []
+
+    class Spy(vtok.FastV):
+        def score(self, attention):
+            seen.append(attention)
+            return super().score(attention)
+
+    with vtok.patch(model, [vtok.Uniform(keep=0.5), Spy(keep=0.5)]):
+        cache = run(model, first, use_cache=True).past_key_values
+        run(model, second, past_key_values=cache)
+    old, new = n1 - 8, n2 - 8
+    assert seen[1].query.shape[2] == new
+    assert seen[1].key.shape[2] == old + new
+    assert seen[1].visual.sum() == 8
+    assert not seen[1].visual[:, :old].any()
+    assert seen[1].valid.all()
+    assert seen[1].anchor.tolist() == [old + new - 1]

@@ -1,10 +1,11 @@
 """GlobalCom2 against a slow rewrite from the formulas, its invariants and the published counts."""
 
+import copy
 import math
 
 import pytest
 import torch
-from contract import batch, picture, tiny
+from contract import Masked, batch, picture, tiny
 
 import vtok
 from vtok.adapters.llava_next import anyres_layout
@@ -233,7 +234,32 @@ def test_on_a_model():
     assert torch.equal(patch.trace.keep_masks[0], masks[0])  # its own scores, whatever else is in the batch
 
 
-def test_encoders_without_cls_are_led_to_the_substitute():
+def test_models_that_cannot():
     llava, _ = tiny("llava")
     with pytest.raises(Unsupported, match="globalcom2 needs crops"):
         vtok.patch(llava, vtok.GlobalCom2(score_source="neg_cos_mean"))
+
+
+def test_a_model_whose_encoder_has_no_cls():
+    """LLaVA-NeXT on a SigLIP tower: refused with what to do, and then it works, batch or not."""
+    import transformers as T
+
+    base, processor = tiny("llava_next")
+    processor = copy.deepcopy(processor)  # shared with the other tests
+    config = base.config.to_dict()
+    config["vision_config"] = {**config["vision_config"], "model_type": "siglip_vision_model"}
+    config["vision_config"]["vision_use_head"] = False
+    config["vision_feature_select_strategy"] = "full"
+    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
+    torch.manual_seed(0)
+    model = T.LlavaNextForConditionalGeneration(T.LlavaNextConfig.from_dict(config)).eval()
+    with pytest.raises(Unsupported, match="cls_attention.*neg_cos_mean"):
+        vtok.patch(model, "globalcom2")
+    inputs = batch(processor, ["# one", "# two"], [picture(112, 112, 1), picture(112, 70, 2)])
+    with vtok.patch(model, "globalcom2", keep=0.25, score_source="neg_cos_mean") as patch, torch.no_grad():
+        logits = model(**inputs).logits
+    assert patch.trace.n_kept == [4 + 16, 4 + sum(p.size for p in patch.trace.layouts[1].planes[1:]) // 4]
+    with Masked(model, patch.trace), torch.no_grad():
+        masked = model(**inputs).logits
+    present = patch.trace.present_at(3)
+    torch.testing.assert_close(logits[present], masked[present], atol=1e-5, rtol=1e-5)

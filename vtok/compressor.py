@@ -34,6 +34,7 @@ class Compressor:
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
     adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
     text_guided: ClassVar[bool] = False
+    hints: ClassVar[dict[str, str]] = {}  # need -> what a user can do where a model does not provide it
     merges: ClassVar[bool] = False  # True if kept tokens get new features, through which gradient must flow
 
     keep: float | int = 0.25

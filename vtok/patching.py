@@ -229,7 +229,10 @@ def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapter
             raise Unsupported(f"At most one compressor a stage: {names} all act at {stage!r}.")
     for part in parts:
         if missing := sorted(part.needs_now - adapter.available(vlm)):
-            raise Unsupported(f"{part.name} needs {', '.join(missing)}, which {adapter.family} does not have here.")
+            hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
+            raise Unsupported(
+                f"{part.name} needs {', '.join(missing)}, which this {adapter.family} model does not have.{hints}"
+            )
     text = vlm.config.get_text_config()
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()) and getattr(text, "sliding_window", None):
         raise Unsupported("Decoders with sliding-window attention are not supported: a window counts dropped tokens.")

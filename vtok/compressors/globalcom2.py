@@ -40,6 +40,8 @@ class GlobalCom2(Compressor):
     needs = frozenset({"crops", "cls_attention"})
     paper = "Global Compression Commander, arXiv 2501.05179"
 
+    hints = {"cls_attention": "For encoders without CLS there is score_source='neg_cos_mean'."}
+
     tau: float = 10.0
     alpha: float = 0.5
     score_source: str = "cls_logits"
