@@ -26,7 +26,7 @@ from vtok.zoo import architecture, batches, scenes
 from vtok.zoo.batches import GRID, GROUPS, IGNORE, Batch
 from vtok.zoo.team import Team
 
-WATCHED = 4  # decoder layer whose first head is taught where to look
+HEARD, WATCHED = 2, 4  # decoder layers whose first heads are taught what was asked about and where that is
 CHECK_BATCHES = 12  # of validation pictures, looked at now and then
 
 
@@ -45,7 +45,7 @@ class Recipe:
     tower_lr: float = 0.5  # factor on the learning rate of the tower in stage 2: it knows something by then
     dense_weight: float = 0.2  # of the dense loss in stage 2
     word_weight: float = 0.5  # of the loss that ties visual tokens to words
-    focus_weight: float = 0.2  # of the loss that teaches one head where to look
+    focus_weight: float = 0.5  # of the loss that teaches two heads where to look
 
 
 class Heads(nn.Module):
@@ -83,7 +83,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling, dropout
     causal = torch.full((start, start), float("-inf"), dtype=attention_mask.dtype).triu(1)
     prefix = _attend(query[:, :, :start], key[:, :, :start], value[:, :, :start], causal)
     asked = _attend(query[:, :, start:], key, value, attention_mask)
-    if module.layer_idx == WATCHED:
+    if module.layer_idx in (HEARD, WATCHED):
         seen = query[:, 0, start:] @ key[:, 0].transpose(-1, -2) + attention_mask[:, 0]
         module.watched = seen.float().log_softmax(-1)  # [B, Q, P + Q] of the first head
     return torch.cat([prefix, asked], dim=2).transpose(1, 2), None
@@ -154,12 +154,27 @@ def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Ten
     return loss
 
 
-def focus_loss(model, before: int, batch: Batch) -> torch.Tensor:
-    """How little of one head's attention, before an answer is said, lies on the things the question is about."""
-    watched = model.model.language_model.layers[WATCHED].self_attn.watched
-    watched = watched[..., before : before + batch.focus.shape[-1]]  # [B, Q, N] log attention
-    some = batch.focus.any(-1)
-    return -watched[some].masked_fill(~batch.focus[some], float("-inf")).logsumexp(-1).mean()
+def noun_ids(tok) -> torch.Tensor:
+    """Tokens that tell what a question is about: shapes, colours, panels."""
+    nouns = {name.format(shape) for shape in (*scenes.SHAPES, "shape") for name in (" {}", " {}s", " {}es")}
+    nouns |= {f" {colour}" for colour in scenes.COLOURS} | {" label", " digit", " plot", " curve"}
+    return torch.tensor([ids[0] for ids in tok(sorted(nouns))["input_ids"] if len(ids) == 1])
+
+
+def focus_loss(model, before: int, nouns: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """How little two heads attend, before a word of an answer is said, to what they should.
+
+    That is for one the nouns of the question, and for the other, later, the visual tokens of what they name.
+    `before` is the number of tokens before the picture.
+    """
+    layers, loss = model.model.language_model.layers, torch.zeros(())
+    asked = (batch.block[:, :, None] == batch.block[:, None]) & torch.isin(batch.ids, nouns)[:, None]  # [B, Q, Q]
+    asked &= (batch.targets != IGNORE)[..., None]
+    for layer, first, wanted in ((HEARD, -asked.shape[-1], asked), (WATCHED, before, batch.focus)):
+        seen = layers[layer].self_attn.watched[..., first:][..., : wanted.shape[-1]]
+        some = wanted.any(-1)
+        loss = loss - seen[some].masked_fill(~wanted[some], float("-inf")).logsumexp(-1).mean()
+    return loss
 
 
 def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], features, batch: Batch) -> torch.Tensor:
@@ -229,7 +244,7 @@ def tower_loss(index: int, data: batches.Steps, model, heads: Heads, **_):
     return dense, (dense.item(), 0.0, 0.0, 0.0, 0)
 
 
-def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, words, recipe: Recipe):
+def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, words, nouns, recipe: Recipe):
     """The same of stage 2."""
     batch = data[index]
     with torch.autocast("cpu", torch.bfloat16):
@@ -240,7 +255,7 @@ def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, 
         logits = question_logits(model, prefix, features, batch)
         wanted = batch.targets != IGNORE
         asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
-        focus = focus_loss(model, len(prefix[0]), batch)
+        focus = focus_loss(model, len(prefix[0]), nouns, batch)
     loss = asked + recipe.dense_weight * dense + recipe.word_weight * named + recipe.focus_weight * focus
     parts = (dense.item(), named.item(), focus.item(), asked.item())
     return loss, (*parts, sum(map(len, batch.categories)))
@@ -271,7 +286,7 @@ def train(
     model.set_attn_implementation("zoo_packed")
     model.share_memory()
     heads = Heads(model.config.vision_config.hidden_size).share_memory()
-    prefix, words = prefix_ids(tok), word_ids(tok)
+    prefix, words, nouns = prefix_ids(tok), word_ids(tok), noun_ids(tok)
     path = out.with_name(out.name + ".ckpt") / "state.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"stage": 0, "step": 0, "pictures": 0, "questions": 0, "seconds": 0.0, "adam": None}
@@ -316,7 +331,8 @@ def train(
         data = batches.Steps(tok, "train", recipe.seed + stage, recipe.part, total * parts, narrow)
 
         losses = question_loss if name == "questions" else tower_loss
-        work = partial(losses, data=data, model=model, heads=heads, prefix=prefix, words=words, recipe=recipe)
+        known = {"prefix": prefix, "words": words, "nouns": nouns, "recipe": recipe}
+        work = partial(losses, data=data, model=model, heads=heads, **known)
         team = Team(workers, weights, work)
         clock = saved = began = time.time()
         sums = torch.zeros(4)
