@@ -218,6 +218,11 @@ def test_a_cache_of_another_patch_is_refused():
             cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).past_key_values
         with vtok.patch(model, "uniform"), pytest.raises(PatchStateError, match="another patch"):
             model(input_ids=torch.tensor([[40]]), past_key_values=cache)
+        more = batch(processor, ["# again"], [picture(56, 56)])
+        more["attention_mask"] = torch.ones(1, cache.get_seq_length() + more["input_ids"].shape[1])
+        for method in ("uniform", vtok.FastV(layer=1)):
+            with vtok.patch(model, method), pytest.raises(PatchStateError, match="another patch"):
+                model(**more, past_key_values=cache)
 
 
 def test_corrupted_and_missing_pictures(tmp_path):

@@ -168,7 +168,7 @@ def test_prompts_given_as_embeddings(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["uniform", "pool"])
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
 def test_compile_after_patch(family, method):
     model, processor = tiny(family)
     inputs = batch(processor, ["a # What colour?"], [picture(112, 112)])
@@ -178,7 +178,7 @@ def test_compile_after_patch(family, method):
         compiled = torch.compile(model, backend="aot_eager")
         for x, expected in zip((inputs, other), eager):
             torch.testing.assert_close(logits(compiled, x), expected, atol=1e-5, rtol=1e-5)
-        assert patch.trace.mean_keep <= 0.5
+        assert patch.trace.mean_keep < 1
         assert logits(compiled, inputs).shape[1] == inputs["input_ids"].shape[1]
 
 

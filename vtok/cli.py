@@ -173,11 +173,14 @@ def bench(
     decoder: Annotated[str, typer.Option(help="Size of the random decoder: toy, small or 7b.")] = "small",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
+    ] = False,
 ) -> None:
     """Measure prefill against the FLOP ratio, the cost of the patch itself, memory and selection time."""
     from vtok.eval import bench as work
 
-    met = work.run(out, repetitions, seconds, threads, decoder, device, dtype)
+    met = work.run(out, repetitions, seconds, threads, decoder, device, dtype, cpu_time)
     if check and not met:
         raise typer.Exit(1)
 

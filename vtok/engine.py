@@ -26,6 +26,8 @@ from vtok.sequence import CompressedCache, Rows, gather, gather_positions
 from vtok.stream import Stopwatch, Stream
 from vtok.trace import Picture, Shapes, Trace
 
+OTHER_PATCH = "This cache was made under another patch, whose layers hold different tokens. Start a new conversation."
+
 
 @dataclass
 class Call:
@@ -62,9 +64,6 @@ class Engine:
         self.call: Call | None = None
         self.trace: Trace | None = None
         self.cls: list[Tensor] | None = None
-
-    def __deepcopy__(self, memo: dict) -> Engine:
-        raise PatchStateError("A patched model cannot be copied: unpatch it, copy it, then patch both.")
 
     # ---- outer model -------------------------------------------------------------------------------------------
     def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -180,7 +179,7 @@ class Engine:
         batch, length, _ = hidden.shape
         _check_mask(mask)
         if len(cache.valid) > 1 and self.llm is None:
-            raise PatchStateError("This cache was made under another patch, whose layers hold different tokens.")
+            raise PatchStateError(OTHER_PATCH)
         new = None
         if length > 1 and mask is not None and not bool(mask[:, -length:].all()):
             new = mask[:, -length:].bool()
@@ -297,9 +296,12 @@ class Engine:
             stream.visual_counts = n_visual
             stream.text_counts = [n - v for n, v in zip(lengths, n_visual)]
             stream.image_counts = [owners.count(b) for b in range(batch)]
-            if cache is not None:
-                for layer in stream.schedule:
-                    cache.split(layer + 1)
+        if cache is not None:
+            groups_now = {0, *(layer + 1 for layer in stream.schedule)}
+            if not groups_now >= cache.valid.keys():
+                raise PatchStateError(OTHER_PATCH)
+            for first in groups_now:
+                cache.split(first)
         new = rows.valid if rows.padded else None
         if cache is not None:
             full = cache.extend(0, new, batch, rows.index.shape[1], device)

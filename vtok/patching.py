@@ -140,7 +140,7 @@ class Patch:
         _PATCHES[core] = self
 
     def _hook(self, register: Any, function: Any, *, with_kwargs: bool = True, **options: Any) -> None:
-        self._handles.append(register(function, with_kwargs=with_kwargs, **options))
+        self._handles.append(register(_Seam(function), with_kwargs=with_kwargs, **options))
 
     @property
     def trace(self) -> Trace:
@@ -177,6 +177,20 @@ class Patch:
     def __repr__(self) -> str:
         parts = ", ".join(repr(part) for part in self.compressors)
         return f"<vtok.Patch {parts} on {self.family}{'' if self.active else ', removed'}>"
+
+
+class _Seam:
+    """A hook. The compiler does not trace it, since what it decides differs from forward to forward; and it cannot be
+    copied, since a copied model's hooks would belong to the original."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = torch.compiler.disable(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict) -> _Seam:
+        raise PatchStateError("A patched model cannot be copied: unpatch it, copy it, then patch both.")
 
 
 def _encoder_method(engine: Engine, core_class: type, name: str, modality: str) -> Any:

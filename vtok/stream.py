@@ -74,6 +74,7 @@ class Stream:
         starts = self.rows if self.rows else self.cache.valid
         return max(start for start in starts if start <= layer)
 
+    @torch.compiler.disable
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """Score the keys of a layer of the schedule; called from inside its attention, once."""
         if layer not in self.schedule or layer in self.scores:
