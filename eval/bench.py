@@ -182,11 +182,13 @@ def measure(
     traces, memory = {}, {}
     progress(f"{family}: warming up")
     run_once(model, inputs, *variants["dense"])
+    gc.freeze()  # so that the collections between the runs are quick
     for name, variant in variants.items():
         progress(f"{family}: memory of {name}")
         peak, (_, traces[name], cache) = peak_memory(device, lambda v=variant: run_once(model, inputs, *v))
         memory[name] = {"peak_bytes": peak, "kv_bytes": cache_bytes(cache)}
         del cache
+    gc.unfreeze()
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
     began = time.perf_counter()
     for repetition in range(repetitions):

@@ -11,13 +11,14 @@ def attention_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, val
 
     query [B, H, Q, d] and key [B, Hkv, L, d] after RoPE; the queries are the last Q of the L keys.
     rows: [B, R] indices among the L keys, each >= L - Q. valid: [B, L] bool.
-    Returns [B, H, R, L]; a row sees the valid keys at or before itself.
+    Returns [B, H, R, L]; a row sees the valid keys at or before itself. Autocast does not reach in.
     """
     batch, heads, n_queries, width = query.shape
     groups, length = key.shape[1], key.shape[2]
     index = (rows - (length - n_queries))[:, None, :, None].expand(-1, heads, -1, width)
     chosen = query.gather(2, index).float()  # [B, H, R, d]
     chosen = chosen.view(batch, groups, -1, width)  # heads of one group share their keys: [B, Hkv, H/Hkv * R, d]
-    logits = (chosen @ key.float().transpose(2, 3)).view(batch, heads, rows.shape[1], length) * scaling
+    with torch.autocast(key.device.type, enabled=False):
+        logits = (chosen @ key.float().transpose(2, 3)).view(batch, heads, rows.shape[1], length) * scaling
     seen = valid[:, None, :] & (torch.arange(length, device=key.device) <= rows[..., None])  # [B, R, L]
     return logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 256  # query rows whose softmax exists at once
-CACHE = 2**26  # up to this many values (256 MiB) the softmax is kept between iterations instead of made again
+BLOCK = 256  # query rows whose softmax is made at once
+CACHE = 2**26  # values of softmax (256 MiB) that may be kept between iterations; sets how many heads go together
 
 
 @torch.no_grad()
@@ -29,36 +29,55 @@ def pagerank(
     u starts at 1/n and becomes u M (1 - damping) + damping / n, `iters` times, in each head; heads are then reduced
     by root mean square ("rms") or mean ("mean"). tau > 0. Returns [B, L] fp32, zero for what takes no part.
 
-    A block of rows is [B, H, block, Q]; nothing of size Q x Q outlives it, unless it is small (`CACHE`).
+    Heads do not depend on each other, so as many go together as `CACHE` has room for; where it has none for one head
+    of the batch, M is made again for each iteration, a block of rows [B, 1, block, Q] at a time. Everything is fp32,
+    also under autocast: tau multiplies a rounding error of the logits tenfold.
     """
     batch, heads, n_queries, width = query.shape
     groups, length = key.shape[1], key.shape[2]
-    past = length - n_queries
-    place = torch.arange(n_queries, device=key.device)
-    part = valid[:, past:] & (place <= (anchor - past)[:, None])  # [B, Q]
-    q = query.float().view(batch, groups, heads // groups, n_queries, width)
-    k = key[:, :, past:].float().transpose(2, 3)[:, :, None]  # [B, Hkv, 1, d, Q]
+    each, past = heads // groups, length - n_queries  # heads of one group share their keys
+    part = valid[:, past:] & (torch.arange(past, length, device=key.device) <= anchor[:, None])  # [B, Q]
+    query = query.view(batch, groups, each, n_queries, width)
+    per_head = batch * n_queries * n_queries // 2
+    fits = max(1, CACHE // max(1, per_head))  # heads
+    scores = []
+    with torch.autocast(key.device.type, enabled=False):
+        for g in range(0, groups, max(1, fits // each)):
+            group = slice(g, g + max(1, fits // each))
+            for h in range(0, each, fits):
+                q, k = query[:, group, h : h + fits].float() * (scaling / tau), key[:, group, past:].float()
+                u = _iterate(q, k, part, iters, damping, block, keep=per_head <= CACHE)
+                scores.append(u.flatten(1, 2))  # [B, some of H, Q]
+    u = torch.cat(scores, 1)  # [B, H, Q]
+    score = u.square().mean(1).sqrt() if head_reduce == "rms" else u.mean(1)
+    return torch.nn.functional.pad(score, (past, 0))
+
+
+def _iterate(q: Tensor, k: Tensor, part: Tensor, iters: int, damping: float, block: int, keep: bool) -> Tensor:
+    """u of each head, [B, G, E, Q], from q [B, G, E, Q, d] and k [B, G, Q, d] with part [B, Q]."""
+    batch, groups, each, length, _ = q.shape
+    place = torch.arange(length, device=q.device)
+    q = q.masked_fill(~part[:, None, None, :, None], 0.0)  # padding may hold anything, also NaN
+    k = k.masked_fill(~part[:, None, :, None], 0.0).transpose(2, 3)  # [B, G, d, Q]
 
     def rows(start: int) -> Tensor:
-        """[B, Hkv, H/Hkv, block, Q] of M, zero in rows that take no part."""
-        end = min(start + block, n_queries)
-        logits = (q[:, :, :, start:end] @ k[..., :end]) * (scaling / tau)
-        seen = part[:, None, :end] & part[:, start:end, None] & (place[:end] <= place[start:end, None])  # [B, b, end]
-        logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
-        return torch.where(part[:, None, None, start:end, None], logits.softmax(-1), 0.0)
+        """[B, G, E, b, end] of M. A row that takes no part sees itself alone, and holds nothing to pass on."""
+        end = min(start + block, length)
+        logits = q[:, :, :, start:end].flatten(2, 3) @ k[..., :end]  # [B, G, E * b, end]
+        row, column = place[start:end, None], place[:end]
+        seen = ((column <= row) & part[:, None, :end]) | (column == row)  # [B, b, end]
+        logits = logits.view(batch, groups, each, end - start, end)
+        return logits.masked_fill_(~seen[:, None, None], -torch.inf).softmax(-1)
 
-    starts = range(0, n_queries, block)
-    small = batch * heads * n_queries * n_queries // 2 <= CACHE
-    kept = [rows(start) for start in starts] if small else None
-    share = part / part.sum(1, keepdim=True).clamp(min=1)  # [B, Q], 1/n
-    u = share[:, None, None].expand(-1, groups, heads // groups, -1)  # [B, Hkv, H/Hkv, Q]
+    starts = range(0, length, block)
+    kept = [rows(start) for start in starts] if keep else None
+    share = (part / part.sum(1, keepdim=True).clamp(min=1))[:, None, None]  # [B, 1, 1, Q], 1/n
+    u = share.expand(-1, groups, each, -1)
     for _ in range(iters):
         flow = torch.zeros_like(u)
         for i, start in enumerate(starts):
-            m = kept[i] if small else rows(start)
-            moved = u[..., None, start : start + m.shape[3]] @ m  # [B, Hkv, H/Hkv, 1, end]
-            flow[..., : m.shape[4]] += moved.squeeze(-2)
-        u = flow * (1 - damping) + damping * share[:, None, None]
-    u = u.flatten(1, 2)  # [B, H, Q]
-    score = u.square().mean(1).sqrt() if head_reduce == "rms" else u.mean(1)
-    return torch.nn.functional.pad(score * part, (past, 0))
+            m = kept[i] if keep else rows(start)
+            held = u[..., None, start : start + m.shape[3]]  # [B, G, E, 1, b]
+            flow[..., : m.shape[4]] += (held @ m).squeeze(-2)
+        u = flow * (1 - damping) + damping * share
+    return u

@@ -1,5 +1,7 @@
 """AIM: merging against a slow rewrite, published lengths and counts, and what must not mix."""
 
+import math
+
 import pytest
 import torch
 from contract import batch, picture, tiny
@@ -112,12 +114,58 @@ def test_degenerate_features():
         torch.testing.assert_close(features[alive], x[alive], equal_nan=True)
 
 
+@pytest.mark.parametrize("weighting", ["plain", "size"])
+def test_half_precision_is_rounded_once(weighting):
+    x = torch.randn(2, 512, 8).bfloat16()
+    alive, features, into = merge(x, 8, weighting)
+    exact = merge(x.float(), 8, weighting)
+    assert torch.equal(alive, exact[0])
+    assert torch.equal(into, exact[2])
+    assert features.dtype == torch.bfloat16
+    assert torch.equal(features, exact[1].bfloat16())
+
+
+def test_autocast_merges_the_same():
+    tokens = clip(2, 6, 6, b=2)
+    outside = AIMMerge(keep=0.3).select(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = AIMMerge(keep=0.3).select(tokens)
+    assert torch.equal(inside.keep, outside.keep)
+    assert torch.equal(inside.features, outside.features)
+
+
+def test_a_count_is_shared_by_the_planes():
+    layout = Layout((Plane(2, 2, "thumbnail"), Plane(3, 4, "crops"), Plane(2, 2, "frame")))
+    tokens = VisualTokens(torch.randn(2, layout.n, 4), layout)
+    for keep, counts in ((5, [1, 3, 1]), (10, [2, 6, 2]), (2, [0, 1, 1]), (1000, [4, 12, 4])):
+        selection = AIMMerge(keep=keep).select(tokens)
+        parts = selection.keep.split([4, 12, 4], 1)
+        if keep == 2:
+            counts = [int(part[0].sum()) for part in parts]  # which of two equal planes goes is `share`'s business
+            assert sum(counts) == 2
+        assert [part.sum(1).tolist() for part in parts] == [[count, count] for count in counts]
+        gone = selection.merged_into < 0
+        assert torch.equal(gone, torch.cat([torch.full((2, n), c == 0) for n, c in zip([4, 12, 4], counts)], 1))
+
+
+def test_a_picture_of_one_token():
+    tokens = VisualTokens(torch.randn(2, 1, 4), Layout((Plane(1, 1),)))
+    for keep in (0.1, 1, 7):
+        selection = AIMMerge(keep=keep).select(tokens)
+        assert selection.keep.all()
+        assert torch.equal(selection.features, tokens.features)
+
+
 def test_gradient_reaches_every_source():
     x = torch.randn(1, 8, 3, requires_grad=True)
     alive, features, _ = merge(x, 2)
     features[alive].sum().backward()
     assert (x.grad.abs().sum(-1) > 0).all()
     torch.testing.assert_close(x.grad.sum(), torch.tensor(2.0 * 3))  # two means of three channels
+    tokens = VisualTokens(torch.randn(1, 9, 3, requires_grad=True), Layout((Plane(3, 3),)))
+    selection = AIMMerge(keep=1).select(tokens)
+    selection.features[selection.keep].sum().backward()
+    assert (tokens.features.grad.abs().sum(-1) > 0).all()
 
 
 def test_published_schedule():
@@ -128,8 +176,14 @@ def test_published_schedule():
     assert AIMPrune(start=13, end=21).layers(32) == (13, 21)
     assert AIMPrune().layers(56) == (28, 44)
     assert AIMPrune(start=3, end=4).schedule(28) == {3: 0.0}
-    with pytest.raises(InvalidValue, match="must come after"):
-        AIMPrune(start=3, end=3).schedule(28)
+    for start, end in ((3, 3), (0.5, 0.5), (0.6, 0.5), (15, 0.5)):
+        with pytest.raises(InvalidValue, match="must come after"):
+            AIMPrune(start=start, end=end).schedule(28)
+    for n_layers in range(1, 65):  # also where both fractions round to one layer
+        schedule = AIMPrune().schedule(n_layers)
+        assert min(schedule) == round(n_layers / 2)
+        assert list(schedule.values())[-1] == 0.0
+        assert list(schedule.values()) == sorted(schedule.values(), reverse=True)
 
 
 def test_counts_on_a_model_of_28_layers():
@@ -154,14 +208,24 @@ def test_budgets():
         assert AIM().with_budget(budget, n_layers).keep <= 1.0
         moved = AIM(keep=1.0).with_budget(budget, n_layers)
         assert moved.keep * AIMPrune.mean_keep(moved, n_layers) <= budget + 1e-9
-    assert AIMPrune().with_budget(0.4, 28).mean_keep(28) <= 0.4
+    for budget in (0.2, 0.4, 0.6, 0.99):
+        moved = AIMPrune().with_budget(budget, 28)
+        later = AIMPrune(start=moved.start + 1, end=moved.end + 1)
+        assert moved.mean_keep(28) <= budget < later.mean_keep(28)
+        assert moved.end - moved.start == 8
+    assert AIMPrune().with_budget(1.0, 28).mean_keep(28) == 1.0
+    assert AIMPrune(start=0, end=4).mean_keep(8) == pytest.approx((1 + 0.75 + 0.5 + 0.25) / 8)
     with pytest.raises(InvalidValue, match="Merge before"):
         AIMPrune().with_budget(0.02, 28)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"start": -1}, {"end": 1.5}, {"end": True}, {"tau": 0}, {"iters": 0}, {"head_reduce": "max"}, {"anchor": "x"}],
+    [
+        *({"start": -1}, {"start": "a"}, {"start": math.nan}, {"end": 1.5}, {"end": True}, {"end": None}),
+        *({"tau": 0}, {"tau": "x"}, {"tau": math.inf}, {"iters": 0}, {"iters": 2.5}, {"iters": True}),
+        *({"damping": -0.1}, {"damping": None}, {"head_reduce": "max"}, {"anchor": "x"}),
+    ],
 )
 def test_options_are_checked(options):
     for cls in (AIMPrune, AIM):

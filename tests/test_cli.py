@@ -1,6 +1,8 @@
 """The command line on a tiny random model: the demo's table and picture, bad input, the list of methods."""
 
+import io
 import re
+import sys
 
 import pytest
 import torch
@@ -52,9 +54,7 @@ def rows(output):
 def test_demo_answers_dense_and_compressed(run, tmp_path):
     pytest.importorskip("matplotlib")
     png = tmp_path / "new folder" / "kept.png"
-    code, output = run(
-        "--methods", "uniform, random,fastv", "--question", "What is [bold]it[/]?", "--out", png
-    )
+    code, output = run("--methods", "uniform, random,fastv", "--question", "What is [bold]it[/]?", "--out", png)
     assert code == 0, output
     assert "What is [bold]it[/]?" in output  # not read as markup
     assert max(len(line) for line in output.split("\n") if str(png) not in line) <= WIDTH
@@ -69,13 +69,11 @@ def test_demo_answers_dense_and_compressed(run, tmp_path):
         assert min(drawn.size) > 300
 
 
-def test_the_table_fits_80_columns(monkeypatch):
+def test_the_table_fits_80_columns():
     from rich.console import Console
 
-    answer = demo.Answer(
-        "globalcom2", "a long answer " * 9, 28800, 28800, 10**15, 10**12, 9.9, 9.9, 99.9, None
-    )
-    console = Console(width=WIDTH, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    answer = demo.Answer("globalcom2", "a long answer " * 9, 28800, 28800, 10**15, 10**12, 9.9, 9.9, 99.9, None)
+    console = Console(width=WIDTH, record=True, file=io.StringIO())
     console.print(demo.table([answer] * 2))
     text = console.export_text()
     assert max(len(line.rstrip()) for line in text.split("\n")) <= WIDTH
@@ -116,11 +114,7 @@ def test_panels_of_every_stage(folder):
     dense, uniform, fastv, small = (demo.panel(a, answers[1].trace) for a in answers)
     assert dense.seen.min() == 1 and dense.layout.n == 64
     assert uniform.seen.unique().tolist() == [0, 1] and uniform.seen.sum() == 16
-    assert (
-        0 < fastv.seen.min() < 1
-        and int((fastv.seen == 1).sum()) == 16
-        and "mean over layers" in fastv.caption
-    )
+    assert 0 < fastv.seen.min() < 1 and int((fastv.seen == 1).sum()) == 16 and "mean over layers" in fastv.caption
     assert small.layout.n < 64 and small.seen.min() == 1 and small.scale < 1
 
 
@@ -140,6 +134,16 @@ def test_panels_of_every_stage(folder):
 def test_bad_options_are_one_line(run, arguments, complaint):
     code, output = run(*arguments)
     one_line_error(code, output, complaint)
+
+
+def test_without_matplotlib_there_is_a_table_and_no_picture(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.chdir(tmp_path)
+    code, output = run("--methods", "uniform")
+    assert code == 0, output
+    assert list(rows(output)) == ["dense", "uniform"] and "vtok[viz]" in output
+    assert not list(tmp_path.glob("*.png"))
+    one_line_error(*run("--methods", "uniform", "--out", tmp_path / "x.png"), "vtok[viz]")
 
 
 def test_bad_pictures_are_one_line(run, tmp_path, folder):
@@ -223,9 +227,7 @@ def test_the_bundled_demo(monkeypatch, tmp_path):
     from vtok import zoo
 
     monkeypatch.setattr(demo, "TIMED_SECONDS", 0.0)
-    result = CliRunner().invoke(
-        cli.app, ["demo", "--out", str(tmp_path / "x.png")], env={"COLUMNS": str(WIDTH)}
-    )
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "x.png")], env={"COLUMNS": str(WIDTH)})
     assert result.exit_code == 0, result.output
     assert zoo.DEMO_QUESTION in result.output
     assert (tmp_path / "x.png").stat().st_size > 10_000

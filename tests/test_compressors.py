@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from contract import batch, picture, tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok
 from vtok.compressor import STAGES, load_all
@@ -79,25 +80,79 @@ def test_random_depends_on_the_seed_and_the_count_alone():
     assert (vtok.Random(keep=12, seed=3).select(t).keep[0] & one[0]).sum() < 9
 
 
+def slow_cells(plane, rows, cols):
+    """{(row, col) of the coarser grid: tokens of the plane in it}, raster order."""
+    members = {}
+    for y in range(plane.rows):
+        for x in range(plane.cols):
+            members.setdefault((y * rows // plane.rows, x * cols // plane.cols), []).append(y * plane.cols + x)
+    return members
+
+
 def test_pool_means():
-    t = tokens(Layout((Plane(4, 4, "thumbnail"), Plane(3, 6, "crops"))), b=2)
-    selection = vtok.Pool(keep=0.25).select(t)
+    t = tokens(Layout((Plane(4, 4, "thumbnail"), Plane(3, 6, "crops"), Plane(1, 1))), b=2)
+    selection = vtok.Pool(keep=0.32).select(t)  # 11 tokens: 5, 6 and none, which becomes 1
+    expected = set()
+    for plane, start, grid in zip(t.layout.planes, t.layout.starts, ((2, 2), (2, 3), (1, 1))):
+        for members in slow_cells(plane, *grid).values():
+            ys, xs = [m // plane.cols for m in members], [m % plane.cols for m in members]
+            centre = (min(ys) + max(ys)) / 2, (min(xs) + max(xs)) / 2
+            off = [math.dist(centre, (y, x)) for y, x in zip(ys, xs)]
+            place = start + members[off.index(min(off))]
+            expected.add(place)
+            for b in range(2):
+                mean = sum(t.features[b, start + m] for m in members) / len(members)
+                torch.testing.assert_close(selection.features[b, place], mean)
+                assert (selection.merged_into[b, [start + m for m in members]] == place).all()
     for b in range(2):
-        for place in selection.keep[b].nonzero().squeeze(1).tolist():
-            members = (selection.merged_into[b] == place).nonzero().squeeze(1)
-            assert len(members) > 1
-            torch.testing.assert_close(selection.features[b, place], t.features[b, members].mean(0))
-    assert (selection.merged_into >= 0).all()  # no token is lost
+        assert set(selection.keep[b].nonzero().squeeze(1).tolist()) == expected
+
+
+def test_pool_leaves_no_plane_empty():
+    t = tokens(Layout((Plane(3, 5, "frame"),) * 4, modality="video"))
+    assert (vtok.Pool(keep=0.01).select(t).keep.view(3, 4, 15).sum(2) == 1).all()
+    assert vtok.Pool(keep=3).select(t).n_kept == 3  # a count is a count
+
+
+def test_pool_rounds_half_precision_once():
+    t = tokens(Layout((Plane(32, 32),)))
+    half = VisualTokens(t.features.bfloat16(), t.layout)
+    features = vtok.Pool(keep=4).select(half).features
+    exact = vtok.Pool(keep=4).select(VisualTokens(half.features.float(), t.layout)).features
+    assert torch.equal(features, exact.bfloat16())
+
+
+def test_pool_gives_every_token_its_gradient():
+    features = torch.randn(2, 35, 3, requires_grad=True)
+    selection = vtok.Pool(keep=0.3).select(VisualTokens(features, Layout((Plane(5, 7),))))
+    selection.features[selection.keep].sum().backward()
+    assert (features.grad > 0).all()
+    torch.testing.assert_close(features.grad.sum(), torch.tensor(2.0 * 3 * selection.n_kept))
 
 
 def test_pool_grids():
     assert coarser(Plane(24, 24), 144) == (12, 12)
     assert coarser(Plane(24, 24), 575) == (23, 24)
+    assert coarser(Plane(40, 2), 59) == (29, 2)
+    assert coarser(Plane(24, 24), 1) == (1, 1)
+    assert coarser(Plane(24, 24), 17) == (4, 4)  # not a stripe of 17
+    used = []
+    for plane in (Plane(r, c) for r in range(1, 17) for c in range(1, 17)):
+        for count in range(1, plane.size + 1):
+            rows, cols = coarser(plane, count)
+            assert 1 <= rows <= plane.rows and 1 <= cols <= plane.cols and rows * cols <= count
+            if count >= 10:
+                used.append(rows * cols / count)
+    assert min(used) >= 0.8
+    assert sum(used) / len(used) > 0.95
     assert coarser(Plane(1, 7), 3) == (1, 3)
     assert coarser(Plane(28, 48), 336) == (14, 24)
-    cell, middle = cells(Plane(5, 7), 2, 3)
-    assert torch.bincount(cell).tolist() == [cell.eq(c).sum() for c in range(6)]
-    assert torch.equal(cell[middle], torch.arange(6))
+    for plane, grid in ((Plane(5, 7), (2, 3)), (Plane(6, 6), (6, 6)), (Plane(1, 9), (1, 4)), (Plane(3, 3), (1, 1))):
+        cell, middle, size = cells(plane, *grid)
+        for i, members in enumerate(slow_cells(plane, *grid).values()):
+            assert (cell == i).nonzero().squeeze(1).tolist() == members
+            assert size[i] == len(members)
+        assert torch.equal(cell[middle], torch.arange(grid[0] * grid[1]))
 
 
 def test_share():
@@ -135,9 +190,41 @@ def test_fastv_options():
     assert vtok.FastV(layer=3, keep=0.4).schedule(10) == {2: 0.4}
     solved = vtok.FastV(layer=2).with_budget(0.5, 32)
     assert (2 + 30 * solved.keep) / 32 == pytest.approx(0.5)
+    assert vtok.FastV(layer=2).with_budget(1.0, 32).keep == 1.0
+    with pytest.raises(InvalidValue, match="cannot be met"):
+        vtok.FastV(layer=4).with_budget(0.1, 32)
     for options in ({"layer": 0}, {"layer": True}, {"anchor": "last"}):
         with pytest.raises(InvalidValue):
             vtok.FastV(**options)
+    for layer in (4, 40):  # nothing would be dropped
+        with pytest.raises(InvalidValue, match="number of decoder layers, 4"):
+            vtok.FastV(layer=layer).schedule(4)
+        with pytest.raises(InvalidValue, match="number of decoder layers, 4"):
+            vtok.FastV(layer=layer).with_budget(0.5, 4)
+
+
+@pytest.mark.parametrize("name", [n for n, c in REGISTRY.items() if c.stage == "pre_llm" and not c.needs])
+def test_no_picture_changes_another(name):
+    t = tokens(LAYOUTS[3])
+    compressor = REGISTRY[name](keep=0.3)
+    together = compressor.select(t)
+    for b in range(3):
+        alone = compressor.select(VisualTokens(t.features[b : b + 1], t.layout))
+        assert torch.equal(alone.keep[0], together.keep[b])
+        if alone.features is not None:
+            torch.testing.assert_close(alone.features[0], together.features[b])
+            assert torch.equal(alone.merged_into[0], together.merged_into[b])
+
+
+@pytest.mark.parametrize("name", [n for n, c in REGISTRY.items() if c.stage == "pre_llm" and not c.needs])
+def test_selecting_reads_no_values_back(name):
+    """Contract 10: shapes alone decide what is computed; a fake tensor has no values to wait for."""
+    layout = LAYOUTS[3]
+    compressor = REGISTRY[name](keep=0.3)
+    layout.place, layout.boxes  # noqa: B018  made once per layout, outside
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        features = mode.from_tensor(torch.randn(2, layout.n, 4))
+        assert compressor.select(VisualTokens(features, layout)).keep.shape == (2, layout.n)
 
 
 def test_fastv_keeps_what_eager_attention_says():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import bipartite_match
@@ -91,13 +92,109 @@ def test_pagerank(options, past):
     assert (got[1, 8:] == 0).all()
 
 
-def test_pagerank_blocks_and_memory(monkeypatch):
-    query, key = heads(n=37, seed=2)
+class Made(TorchDispatchMode):
+    """Notes how many values each new tensor has; views are none."""
+
+    def __enter__(self):
+        self.sizes = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
+        for made in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(made, torch.Tensor) and made.untyped_storage()._cdata not in old:
+                self.sizes.append(made.numel())
+        return out
+
+
+# room for all heads, for both groups one after the other, for three heads, for one head, for none
+@pytest.mark.parametrize("fits", [12, 6, 3, 1, 0])
+@pytest.mark.parametrize("block", [1, 5, 37, 1000])
+def test_pagerank_of_any_block_and_memory(monkeypatch, fits, block):
+    query, key = heads(h=12, groups=2, n=37, seed=2)
     valid, anchor = torch.ones(2, 37, dtype=torch.bool), torch.tensor([36, 30])
-    whole = pagerank(query, key, 0.35, valid, anchor)
-    torch.testing.assert_close(pagerank(query, key, 0.35, valid, anchor, block=5), whole)
-    monkeypatch.setattr("vtok.kernels.pagerank.CACHE", 0)  # nothing is kept between iterations
-    torch.testing.assert_close(pagerank(query, key, 0.35, valid, anchor, block=5), whole)
+    valid[1, :3] = False
+    for reduce in ("rms", "mean"):
+        whole = pagerank(query, key, 0.35, valid, anchor, head_reduce=reduce)
+        with monkeypatch.context() as patched:
+            patched.setattr("vtok.kernels.pagerank.CACHE", fits * (2 * 37 * 37 // 2))
+            got = pagerank(query, key, 0.35, valid, anchor, head_reduce=reduce, block=block)
+        torch.testing.assert_close(got, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_pagerank_makes_neither_the_matrix_nor_repeated_keys(monkeypatch):
+    query, key = heads(b=1, h=8, groups=1, n=96, d=32)
+    valid, anchor = torch.ones(1, 96, dtype=torch.bool), torch.tensor([95])
+    monkeypatch.setattr("vtok.kernels.pagerank.CACHE", 0)
+    with Made() as made:
+        pagerank(query, key, 0.35, valid, anchor, block=8)
+    assert max(made.sizes) == 96 * 32  # the queries or keys of one head
+    monkeypatch.setattr("vtok.kernels.pagerank.CACHE", 8 * 96 * 96 // 2)
+    with Made() as made:
+        pagerank(query, key, 0.35, valid, anchor, block=8)
+    assert max(made.sizes) == 8 * 96 * 32  # the queries of all heads, times the scale and masked
+    assert made.sizes.count(8 * 96 * 32) == 2
+    query, key = query[..., :2].contiguous(), key[..., :2].contiguous()
+    with Made() as made:
+        attention_rows(query, key, anchor[:, None], 0.35, valid)
+    assert max(made.sizes) == 8 * 96  # the answer
+
+
+def test_pagerank_hands_all_of_itself_on():
+    """Each head's ranks sum to one, and under causality drain towards the first token."""
+    query, key = heads(b=3, n=40, seed=5)
+    valid, anchor = torch.ones(3, 40, dtype=torch.bool), torch.tensor([39, 20, 39])
+    valid[2, :7] = False
+    for options in ({}, {"damping": 0.3}, {"iters": 1}):
+        score = pagerank(query, key, 0.35, valid, anchor, head_reduce="mean", **options)
+        torch.testing.assert_close(score.sum(1), torch.ones(3))
+    flat = pagerank(torch.zeros_like(query), key, 0.35, valid, anchor)
+    assert (flat[0].diff() < 0).all()
+    assert flat[0].argmax() == 0
+    assert flat[2].argmax() == 7
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_pagerank_with_shared_keys(groups):
+    query, key = heads(groups=groups, seed=6)
+    valid, anchor = torch.ones(2, 11, dtype=torch.bool), torch.tensor([10, 10])
+    repeated = pagerank(query, key.repeat_interleave(4 // groups, 1), 0.35, valid, anchor)
+    torch.testing.assert_close(pagerank(query, key, 0.35, valid, anchor), repeated)
+
+
+def test_pagerank_of_one_token():
+    query, key = heads(n=1)
+    one = torch.ones(2, 1, dtype=torch.bool)
+    assert pagerank(query, key, 0.35, one, torch.zeros(2, dtype=torch.long)).tolist() == [[1.0], [1.0]]
+    nothing = pagerank(query, key, 0.35, ~one, torch.zeros(2, dtype=torch.long))
+    assert nothing.tolist() == [[0.0], [0.0]]
+
+
+def test_huge_logits():
+    """Logits over tau beyond what half precision and the masks of transformers can hold."""
+    query, key = heads(n=9, seed=7)
+    valid, anchor = torch.ones(2, 9, dtype=torch.bool), torch.tensor([8, 8])
+    valid[0, :3] = False
+    score = pagerank(query * 1e4, key * 1e4, 0.35, valid, anchor)
+    assert score.isfinite().all()
+    assert (score[0, :3] == 0).all()
+
+
+def test_autocast_does_not_reach_in():
+    """A trainer's autocast must not choose other tokens than the rollout did."""
+    query, key = heads(n=40, seed=8)
+    valid, anchor = torch.ones(2, 40, dtype=torch.bool), torch.tensor([39, 30])
+    metric = torch.randn(2, 60, 16)
+    calls = (
+        lambda: pagerank(query, key, 0.35, valid, anchor),
+        lambda: attention_rows(query, key, anchor[:, None], 0.35, valid),
+        lambda: torch.stack(bipartite_match(metric, 20)),
+    )
+    for call in calls:
+        outside = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), outside)
 
 
 def test_pagerank_padding_changes_nothing():
@@ -156,7 +253,7 @@ def test_bipartite_match_ties_zeros_and_blocks(monkeypatch):
     zero[0, 2] = 0
     source, _ = bipartite_match(torch.cat([zero, zero.abs()], 0), 3)
     assert sorted(source[1].tolist()) == [0, 2, 4]
-    assert source[1, -1] == 2  # similar to nothing
+    assert source[1, -1] == 2  # a cosine of 0, below all of positive features
     assert bipartite_match(torch.full((1, 4, 2), torch.nan), 2)[0].tolist() == [[0, 2]]
     metric = torch.randn(2, 21, 4)
     whole = bipartite_match(metric, 6)

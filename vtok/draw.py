@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from torch import Tensor
 from vtok.errors import InvalidValue, MissingExtra
 from vtok.selection import Layout
 
-INK, FAINT = "#1c1c1c", "#6b6b6b"
-TALL, WIDE, GAP = 3.2, 3.4, 0.34  # inches: at most, of a panel's picture; and between panels
+INK, FAINT, OTHER = "#1c1c1c", "#6b6b6b", "#b3261e"
+TALL, WIDE, GAP = 2.9, 4.4, 0.34  # inches: at most, of a panel's picture; and between panels
 HEAD, LINE = 0.44, 0.18  # inches: of name and caption, and of a line of the answer
 INSET = 0.36  # size of the thumbnail beside the picture, as a part of it
 DPI = 200
@@ -46,19 +47,16 @@ class Panel:
     scale: float = 1.0
 
 
-def panels(
-    picture: Image.Image, items: Sequence[Panel], question: str = "", columns: int | None = None
-) -> Image.Image:
+def panels(picture: Image.Image, items: Sequence[Panel], question: str = "", columns: int | None = None) -> Image.Image:
     """Draw one panel for each item: kept tokens clear in a thin outline, dropped ones faded away.
 
     The plane of full detail (the crops, or the only one) is drawn over the picture, and the thumbnail, where
-    there is one, small beside it. Returns an RGB picture of 200 pixels an inch.
+    there is one, small beside it. Answers that are not the first panel's are red. Returns an RGB picture of 200
+    pixels an inch.
     """
     figure_class, canvas_class = _matplotlib()
     if not items:
         raise InvalidValue("There is nothing to draw: give at least one panel.")
-    columns = columns or _columns(len(items))
-    rows = -(-len(items) // columns)
     inset = any(len(_planes(item.layout)) > 1 for item in items)
     aspect = picture.height / picture.width
     full = 1 + (INSET if inset else 0)
@@ -68,6 +66,8 @@ def panels(
     answers = [textwrap.wrap(f"“{item.answer}”", int(panel / 0.088), max_lines=3) for item in items]
     foot = 0.1 + LINE * max(map(len, answers))
     cell = (panel + GAP, HEAD + tall + foot + 0.12)
+    columns = columns or _columns(len(items), cell[0] / cell[1])
+    rows = -(-len(items) // columns)
     title = textwrap.wrap(question, int((columns * cell[0] - GAP) / 0.14), max_lines=3)
     top = 0.25 + 0.25 * len(title)
     sheet = _Sheet(figure_class, (columns * cell[0] + GAP, rows * cell[1] + top))
@@ -75,9 +75,10 @@ def panels(
     look = ON_BRIGHT if _brightness(picture) > 0.5 else ON_DARK
     for i, item in enumerate(items):
         left, y = GAP + (i % columns) * cell[0], top + (i // columns) * cell[1]
+        colour = INK if item.answer == items[0].answer else OTHER
         sheet.words(left, y, item.name, 11, INK, weight="bold")
         sheet.words(left, y + 0.2, item.caption, 8.5, FAINT)
-        sheet.words(left, y + HEAD + tall + 0.08, "\n".join(answers[i]), 10, INK)
+        sheet.words(left, y + HEAD + tall + 0.08, "\n".join(answers[i]), 10, colour)
         places = [(left, y + HEAD, width, tall)]
         places.append((left + width * 1.03, y + HEAD, width * (INSET - 0.03), tall * (INSET - 0.03)))
         for place, index in zip(places, _planes(item.layout)):
@@ -97,9 +98,7 @@ def save(image: Image.Image, file: str | Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file, format="PNG")
     except OSError as error:
-        raise InvalidValue(
-            f"The picture could not be written to {str(file)!r} ({error.strerror})."
-        ) from error
+        raise InvalidValue(f"The picture could not be written to {str(file)!r} ({error.strerror}).") from error
     return file
 
 
@@ -134,9 +133,9 @@ class _Sheet:
         return self.figure.add_axes((left / wide, 1 - (top + height) / tall, width / wide, height / tall))
 
 
-def _columns(n: int) -> int:
-    """Columns, four at most, that leave the fewest places empty."""
-    return n if n <= 4 else min((4, 3), key=lambda c: -n % c)
+def _columns(n: int, ratio: float) -> int:
+    """Columns for panels of width / height `ratio`: a sheet of about 3:2 with few empty places."""
+    return min(range(1, n + 1), key=lambda c: abs(math.log(c / -(-n // c) * ratio / 1.5)) + 0.25 * (-n % c))
 
 
 def _planes(layout: Layout) -> list[int]:
@@ -203,6 +202,4 @@ def _outlines(seen: Any, owner: Any) -> list[tuple[tuple[int, int], tuple[int, i
     name[1:-1, 1:-1] = np.where(kept, who, -1)
     across = np.argwhere(name[:-1, 1:-1] != name[1:, 1:-1])  # [E, 2] (row, col) of horizontal edges
     down = np.argwhere(name[1:-1, :-1] != name[1:-1, 1:])  # [E, 2] of vertical edges
-    return [((c, r), (c + 1, r)) for r, c in across.tolist()] + [
-        ((c, r), (c, r + 1)) for r, c in down.tolist()
-    ]
+    return [((c, r), (c + 1, r)) for r, c in across.tolist()] + [((c, r), (c, r + 1)) for r, c in down.tolist()]

@@ -242,6 +242,8 @@ def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapter
             names = ", ".join(part.name for part in parts if part.stage == stage)
             raise Unsupported(f"At most one compressor a stage: {names} all act at {stage!r}.")
     for part in parts:
+        if part.stage == "llm":
+            part.schedule(len(adapter.layers(adapter.core(vlm).language_model)))  # raises where the depth is too small
         if missing := sorted(part.needs_now - adapter.available(vlm)):
             hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
             raise Unsupported(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from vtok.kernels.pagerank import pagerank
 from vtok.selection import Attention, Selection, VisualTokens, keep_count, share
 
 PAPER = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, arXiv 2412.03248"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +84,15 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
 
     Returns alive [B, t] bool, features [B, t, D] (dead rows as they were), into [B, t]: the living token that stands
     for each. Gradient flows from a living row to all that it stands for. With count 0 nothing lives and into is -1.
+    Means are taken in fp32 and rounded to x's dtype once, at the end.
     """
     b, t, d = x.shape
     if count == 0:
         return x.new_zeros(b, t, dtype=torch.bool), x, torch.full((b, t), -1, device=x.device)
     place = torch.arange(t, device=x.device).expand(b, t)  # [B, left] where each living token stands
     into = place
-    features, weight = x, x.new_ones(b, t)
+    features = x.float()
+    weight = features.new_ones(b, t)
     wide = lambda index: index[..., None].expand(-1, -1, d)
     while place.shape[1] > count:
         left = place.shape[1]
@@ -105,7 +111,7 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
         place, weight = place.gather(1, index), weight.gather(1, index)
         features = features.gather(1, wide(index))
     alive = torch.zeros(b, t, dtype=torch.bool, device=x.device).scatter_(1, place, True)
-    return alive, x.scatter(1, place[..., None].expand(-1, -1, d), features), into
+    return alive, x.scatter(1, wide(place), features.to(x.dtype)), into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +120,14 @@ class AIMPrune(Compressor):
 
     start, end: layers l1 and l2 of the paper, as fractions of the depth or as absolute layers (int). All visual tokens
         are present up to layer l1, 1 - (l - l1 + 1) / (l2 - l1) of them after each layer l from l1 on, none after
-        layer l2 - 1.
+        layer l2 - 1. The defaults are the paper's 14 and 22 of 28 layers; for Vicuna's 32 it has start=13, end=21.
+        A start at the last layer or later drops nothing.
     tau, iters, damping, head_reduce: of the PageRank, as in the official code; the paper gives none of them.
     anchor: the token at which the prompt ends, see `Compressor`; later tokens have no vote.
     Differs from the paper: dropped tokens are gone, so they do not vote in later layers (the official code masks them
-    and lets them vote); rows of padding take no part, and left padding changes nothing.
+    and lets them vote). Several pictures a sample share one ranking. What goes wrong in the official code does not
+    here: positions that jump back while decoding, NaN and dropped text with left padding, one sample's text length
+    for the whole batch, a fixed depth, logits rounded to half precision.
     """
 
     name = "aim_prune"
@@ -141,11 +150,14 @@ class AIMPrune(Compressor):
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             value = getattr(self, name)
-            within = value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0
-            if isinstance(value, bool) or not within:
+            if not _number(value) or not (value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0):
                 raise InvalidValue(f"{name} must be a layer (int >= 0) or a fraction of depth in [0, 1], got {value!r}")
-        if not self.tau > 0 or self.iters < 1 or not 0 <= self.damping <= 1:
-            raise InvalidValue("tau must be > 0, iters >= 1 and damping in [0, 1].")
+        if not _number(self.tau) or not 0 < self.tau < math.inf:
+            raise InvalidValue(f"tau must be a number above 0, got {self.tau!r}")
+        if isinstance(self.iters, bool) or not isinstance(self.iters, int) or self.iters < 1:
+            raise InvalidValue(f"iters must be an int >= 1, got {self.iters!r}")
+        if not _number(self.damping) or not 0 <= self.damping <= 1:
+            raise InvalidValue(f"damping must be a number in [0, 1], got {self.damping!r}")
         if self.head_reduce not in ("rms", "mean"):
             raise InvalidValue(f"head_reduce must be 'rms' or 'mean', got {self.head_reduce!r}")
         if self.anchor not in ANCHORS:
@@ -154,6 +166,8 @@ class AIMPrune(Compressor):
     def layers(self, n_layers: int) -> tuple[int, int]:
         """(l1, l2) for a decoder of `n_layers`."""
         first, last = (v if isinstance(v, int) else round(v * n_layers) for v in (self.start, self.end))
+        if isinstance(self.start, float) and isinstance(self.end, float) and self.start < self.end:
+            last = max(last, first + 1)  # few layers: two fractions may round to one layer
         if first >= last:
             raise InvalidValue(
                 f"Of {n_layers} layers, start={self.start} is layer {first} and end={self.end} layer {last}: "
@@ -218,10 +232,11 @@ class AIM(AIMPrune):
     def __post_init__(self) -> None:
         self.parts()  # checks all parameters
 
-    def parts(self) -> Sequence[Compressor]:
+    def parts(self) -> tuple[Compressor, ...]:
         own = {f.name: getattr(self, f.name) for f in fields(AIMPrune) if f.init}
         return (AIMMerge(keep=self.keep, weighting=self.weighting), AIMPrune(**own))
 
     def with_budget(self, budget: float, n_layers: int) -> AIM:
+        """The schedule as it is, and the merge's `keep` such that the two together are within the budget."""
         mean = AIMPrune.mean_keep(self, n_layers)
         return replace(self, keep=min(1.0, budget / mean))

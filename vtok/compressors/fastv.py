@@ -40,6 +40,8 @@ class FastV(Compressor):
             raise InvalidValue(f"anchor must be one of {ANCHORS}, got {self.anchor!r}")
 
     def schedule(self, n_layers: int) -> dict[int, float | int]:
+        if self.layer >= n_layers:
+            raise InvalidValue(f"layer must be below the number of decoder layers, {n_layers}, got {self.layer}.")
         return {self.layer - 1: self.keep}
 
     def score(self, attention: Attention) -> Tensor:
@@ -49,6 +51,7 @@ class FastV(Compressor):
         return rows.mean(1).squeeze(1)
 
     def with_budget(self, budget: float, n_layers: int) -> FastV:
+        self.schedule(n_layers)  # refuses a layer that there is not
         keep = (budget * n_layers - self.layer) / (n_layers - self.layer)
         if keep <= 0:
             raise InvalidValue(

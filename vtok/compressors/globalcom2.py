@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.compressor import Compressor
-from vtok.errors import InvalidValue
+from vtok.errors import InvalidValue, Unsupported
 from vtok.selection import Plane, Selection, VisualTokens, keep_count, share
 
 SOURCES = ("cls_logits", "cls_probs", "neg_cos_mean")
+ALLOCATIONS = ("softmax_sum", "uniform")
+BUDGET_MAPS = ("centred", "official")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalCom2(Compressor):
-    """Each crop keeps a share that grows with its part of the thumbnail's attention, and in it the tokens that score
-    best locally and globally (Sections 3.2 and 3.3).
+    """Each crop keeps a share that grows with its part of the thumbnail's attention, and in it the tokens
+    that score best locally and globally (Sections 3.2 and 3.3). Pictures without crops are left whole.
 
-    keep: R of the paper, the fraction of the thumbnail's and the crops' tokens; or a count per picture over both.
+    keep: R of the paper, the fraction of the thumbnail's and of the crops' tokens; or a count per picture,
+        split over both in proportion to their sizes.
     tau: temperature of the shares over crops; works from 5 to 20 with logits.
     alpha: weight of the thumbnail's score against the crop's own, in [0, 1].
-    score_source: "cls_logits", the encoder's CLS attention before softmax, as the official code takes it; "cls_probs"
-        after softmax, with which shares are all but equal; "neg_cos_mean", for encoders without CLS: how little a token
-        looks like the mean of its view.
-    exact_count: the crops keep floor(R * tokens) together, by largest remainder, so that the count is fixed by the
-        grid; False rounds each crop down, as the official code does, and loses up to a token a crop.
-    budget_map: which thumbnail patches speak for a crop. "centred": those whose centre lies in it; "official": equal
-        parts of the thumbnail, which is wrong where padding cuts the outer crops.
+    score_source: "cls_logits", the encoder's CLS attention before softmax, as the official code takes it;
+        "cls_probs", after softmax, with which shares are all but equal; "neg_cos_mean", for encoders without
+        CLS: how little a token looks like the mean of its view.
+    allocation: "softmax_sum", shares by the thumbnail's attention; "uniform", `keep` of every crop.
+    exact_count: the crops keep floor(R * tokens) together, by largest remainder, so that the grid alone fixes
+        the count (ours); False rounds each crop down, as the official code does: the content has a say in it.
+    budget_map: which thumbnail patches speak for a crop. "centred": those whose centre lies in it, scaled as
+        if all crops had equally many (ours); "official": equal parts of the thumbnail, wrong where padding
+        cuts the outer crops. The same where nothing is padded and the grid divides the thumbnail.
     renumber: kept tokens get consecutive positions, as in the official code, instead of their own.
-    Differs from the paper: kept tokens stay in raster order, the thumbnail's too; rows of padding have no newline, and
-    kept tokens their true place and, in batches, their own picture's scores, where the official code errs.
+    Differs from the paper: kept tokens stay in raster order, the thumbnail's too. Three faults of the official
+    code cannot occur, as the sequence holds no padding and keeps all separators: tokens that slide into
+    padding, newlines for rows of padding, and scores that come from another picture of the batch.
     """
 
     name = "globalcom2"
@@ -45,20 +53,24 @@ class GlobalCom2(Compressor):
     tau: float = 10.0
     alpha: float = 0.5
     score_source: str = "cls_logits"
+    allocation: str = "softmax_sum"
     exact_count: bool = True
     budget_map: str = "centred"
     renumber: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.tau > 0:
-            raise InvalidValue(f"tau must be > 0, got {self.tau!r}")
-        if not 0 <= self.alpha <= 1:
-            raise InvalidValue(f"alpha must be in [0, 1], got {self.alpha!r}")
-        if self.score_source not in SOURCES:
-            raise InvalidValue(f"score_source must be one of {SOURCES}, got {self.score_source!r}")
-        if self.budget_map not in ("centred", "official"):
-            raise InvalidValue(f"budget_map must be 'centred' or 'official', got {self.budget_map!r}")
+        if not _is_number(self.tau) or self.tau <= 0:
+            raise InvalidValue(f"tau must be a number > 0, got {self.tau!r}")
+        if not _is_number(self.alpha) or not 0 <= self.alpha <= 1:
+            raise InvalidValue(f"alpha must be a number in [0, 1], got {self.alpha!r}")
+        words_of = {"score_source": SOURCES, "allocation": ALLOCATIONS, "budget_map": BUDGET_MAPS}
+        for field, words in words_of.items():
+            if getattr(self, field) not in words:
+                raise InvalidValue(f"{field} must be one of {words}, got {getattr(self, field)!r}")
+        for field in ("exact_count", "renumber"):
+            if not isinstance(getattr(self, field), bool):
+                raise InvalidValue(f"{field} must be True or False, got {getattr(self, field)!r}")
 
     @property
     def needs_now(self) -> frozenset[str]:
@@ -66,76 +78,117 @@ class GlobalCom2(Compressor):
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens) -> Selection:
-        thumbnail, crops = tokens.layout.planes
-        b, device = tokens.features.shape[0], tokens.features.device
-        n_crops = crops.crop_grid[0] * crops.crop_grid[1]
-        crop_of = crop_index(crops)  # [n] crop of each crop token
-        sizes = torch.bincount(crop_of, minlength=n_crops).to(device)  # [n_crops], without padding
-        crop_of = crop_of.to(device)
-        thumb_score, crop_score = self._scores(tokens, thumbnail, crops, crop_of)  # [B, S*S], [B, n]
+        layout, (b, n, _), device = tokens.layout, tokens.features.shape, tokens.features.device
+        if layout.modality == "video":
+            raise Unsupported("globalcom2 compresses pictures; a video has no thumbnail and crops.")
+        if not any(plane.kind == "crops" and plane.size for plane in layout.planes):
+            return Selection(torch.ones(b, n, dtype=torch.bool, device=device), n_kept=n)
+        kinds = [plane.kind for plane in layout.planes]
+        if kinds != ["thumbnail", "crops"]:
+            raise Unsupported(f"globalcom2 needs a thumbnail followed by its crops, got {', '.join(kinds)}.")
+        thumbnail, crops = layout.planes
+
         if isinstance(self.keep, int):
-            k_thumb, k_crops = share(keep_count(tokens.layout.n, self.keep), [thumbnail.size, crops.size])
+            k_thumb, k_crops = share(keep_count(n, self.keep), [thumbnail.size, crops.size])
             ratio = k_crops / crops.size
         else:
-            k_thumb, ratio = keep_count(thumbnail.size, self.keep), self.keep
-            k_crops = keep_count(crops.size, self.keep)
+            k_thumb, k_crops = keep_count(thumbnail.size, self.keep), keep_count(crops.size, self.keep)
+            ratio = self.keep
 
-        membership = speaks_for(thumbnail, crops, self.budget_map).to(device)
-        ratios = crop_ratios(thumb_score, membership, n_crops, ratio, self.tau)  # [B, n_crops]
-        if self.exact_count:
-            counts = allocate(ratios * sizes, sizes, k_crops)
+        crop_of, sizes = crop_index(crops, device), crop_sizes(crops, device)  # [n], [C] without padding
+        score, broken = self._scores(tokens, thumbnail, crops)  # [B, N], [B, N]
+        parts = [thumbnail.size, crops.size]
+        (thumb, local), (broken_thumb, broken_local) = score.split(parts, 1), broken.split(parts, 1)
+        if self.allocation == "uniform":
+            ratios = torch.full_like(score[:, :1], ratio).expand(b, len(sizes))
         else:
-            counts = (ratios * sizes + 1e-9).long()
+            membership = speaks_for(thumbnail, crops, self.budget_map, device)
+            ratios = crop_ratios(thumb, membership, sizes, ratio, self.tau, even=self.budget_map == "centred")
+        wanted = ratios * sizes  # [B, C]
+        counts = allocate(wanted, sizes, k_crops) if self.exact_count else (wanted + 1e-9).long()
 
-        large = global_map(thumb_score.view(b, thumbnail.rows, thumbnail.cols), crops)  # [B, n]
-        norm = lambda s: s / crop_norms(s, crop_of, n_crops).clamp(min=1e-12)[:, crop_of]
-        score = self.alpha * norm(large) + (1 - self.alpha) * norm(crop_score)
-        keep = torch.cat([ranks(thumb_score) < k_thumb, ranks(score, crop_of, sizes) < counts[:, crop_of]], 1)
+        large = global_map(thumb.view(b, thumbnail.rows, thumbnail.cols), crops)  # [B, n]
+        joint = token_scores(local, large, crop_of, len(sizes), self.alpha)
+        in_thumb = ranks(thumb.masked_fill(broken_thumb, -math.inf)) < k_thumb
+        in_crops = ranks(joint.masked_fill(broken_local, -math.inf), crop_of, sizes) < counts[:, crop_of]
+        keep = torch.cat([in_thumb, in_crops], 1)
         return Selection(keep, n_kept=k_thumb + k_crops if self.exact_count else None)
 
-    def _scores(
-        self, tokens: VisualTokens, thumbnail: Plane, crops: Plane, crop_of: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scores of the thumbnail's tokens and of the crops' tokens, each within its own view. fp32."""
+    def _scores(self, tokens: VisualTokens, thumbnail: Plane, crops: Plane) -> tuple[Tensor, Tensor]:
+        """[B, N] finite score of each token within its own view, and [B, N] bool, where it was not finite."""
         if self.score_source == "neg_cos_mean":
-            x = tokens.features.float()  # [B, N, D]
-            view = torch.cat([torch.zeros(thumbnail.size, dtype=torch.long, device=crop_of.device), 1 + crop_of])
-            n_views = 1 + crops.crop_grid[0] * crops.crop_grid[1]
-            mean = x.new_zeros(x.shape[0], n_views, x.shape[2]).index_add(1, view, x)  # its direction is what counts
-            score = -F.cosine_similarity(x, mean[:, view], dim=-1)
-        else:
-            a = tokens.cls_attention.float()  # [B, V, P]
-            if self.score_source == "cls_probs":
-                a = a.softmax(-1)
-            score = torch.cat([a[:, 0], a[:, 1:].flatten(1)[:, mosaic_index(crops).to(a.device)]], 1)
-        lowest = torch.where(score.isfinite(), score, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0.0)
-        score = torch.where(score.isfinite(), score, lowest)  # broken tokens go first
-        return score[:, : thumbnail.size], score[:, thumbnail.size :]
+            thumb, mosaic = tokens.features.split([thumbnail.size, crops.size], 1)
+            mosaic = mosaic.unflatten(1, (crops.rows, crops.cols))  # [B, rows, cols, D]
+            similar = torch.cat([cos_to_mean(thumb), cos_to_view_mean(mosaic, crops).flatten(1)], 1)
+            broken = ~similar.isfinite()
+            return -_wide(similar).masked_fill(broken, 1.0), broken
+        a = tokens.cls_attention
+        if a is None:
+            raise Unsupported("globalcom2 got no cls_attention. " + self.hints["cls_attention"])
+        views = 1 + crops.crop_grid[0] * crops.crop_grid[1]
+        if a.shape[1:] != (views, thumbnail.size) or math.prod(crops.crop_shape) != thumbnail.size:
+            raise Unsupported(
+                f"globalcom2 expected the CLS attention of {views} views over {thumbnail.size} patches each, "
+                f"got {tuple(a.shape[1:])}."
+            )
+        a = _wide(a)  # [B, V, P]
+        broken = ~a.isfinite()
+        lowest = a.masked_fill(broken, math.inf).amin(-1, keepdim=True)  # [B, V, 1]
+        a = torch.where(broken, lowest.nan_to_num(posinf=0.0), a)
+        if self.score_source == "cls_probs":
+            a = a.softmax(-1)
+        place = torch.arange(thumbnail.size, device=a.device)  # [P]
+        place = torch.cat([place, thumbnail.size + mosaic_index(crops, a.device)])  # [N] among the V * P
+        return a.flatten(1).index_select(1, place), broken.flatten(1).index_select(1, place)
 
 
-def crop_index(crops: Plane) -> Tensor:
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp64, in which sums of hundreds of logits keep their digits; Apple's GPUs have none."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+# The index maps are made on the device: a copy from the host would wait for it.
+def crop_index(crops: Plane, device: torch.device | None = None) -> Tensor:
     """[n] the crop, row-major, in which each token of the crops' plane lies."""
-    y = (torch.arange(crops.rows) + crops.offset[0]) // crops.crop_shape[0]
-    x = (torch.arange(crops.cols) + crops.offset[1]) // crops.crop_shape[1]
+    y = (torch.arange(crops.rows, device=device) + crops.offset[0]) // crops.crop_shape[0]
+    x = (torch.arange(crops.cols, device=device) + crops.offset[1]) // crops.crop_shape[1]
     return (y[:, None] * crops.crop_grid[1] + x).flatten()
 
 
-def mosaic_index(crops: Plane) -> Tensor:
+def mosaic_index(crops: Plane, device: torch.device | None = None) -> Tensor:
     """[n] where each token of the crops' plane is in the crops put one after the other, padding included."""
     rows, cols = crops.crop_shape
-    y, x = torch.arange(crops.rows) + crops.offset[0], torch.arange(crops.cols) + crops.offset[1]
+    y = torch.arange(crops.rows, device=device) + crops.offset[0]
+    x = torch.arange(crops.cols, device=device) + crops.offset[1]
     inside = (y % rows)[:, None] * cols + x % cols
-    return crop_index(crops) * rows * cols + inside.flatten()
+    return crop_index(crops, device) * rows * cols + inside.flatten()
 
 
-def speaks_for(thumbnail: Plane, crops: Plane, budget_map: str) -> Tensor:
-    """[S*S] the crop whose share each thumbnail patch raises. The thumbnail shows the picture without padding."""
+def crop_sizes(crops: Plane, device: torch.device | None = None) -> Tensor:
+    """[C] how many tokens each crop has without padding."""
+
+    def axis(n: int, offset: int, shape: int, grid: int) -> Tensor:
+        edges = torch.arange(grid + 1, device=device) * shape - offset
+        return edges.clamp(0, n).diff()
+
+    high = axis(crops.rows, crops.offset[0], crops.crop_shape[0], crops.crop_grid[0])
+    wide = axis(crops.cols, crops.offset[1], crops.crop_shape[1], crops.crop_grid[1])
+    return (high[:, None] * wide).flatten()
+
+
+def speaks_for(thumbnail: Plane, crops: Plane, budget_map: str, device: torch.device | None = None) -> Tensor:
+    """[S*S] the crop whose share each thumbnail patch raises. The thumbnail has no padding."""
 
     def axis(side: int, valid: int, offset: int, shape: int, grid: int) -> Tensor:
+        at = torch.arange(side, device=device)
         if budget_map == "official":
-            return (torch.arange(side) // max(side // grid, 1)).clamp(max=grid - 1)
-        centre = (torch.arange(side) + 0.5) * valid / side + offset  # on the padded mosaic, in patches
-        return (centre / shape).long().clamp(max=grid - 1)
+            return (at // max(side // grid, 1)).clamp(max=grid - 1)
+        # the centre, (at + 0.5) * valid / side + offset patches from the mosaic's edge, in whole numbers
+        return ((2 * at + 1) * valid + 2 * side * offset) // (2 * side * shape)
 
     (rows, cols), (top, left), (high, wide) = crops.crop_grid, crops.offset, crops.crop_shape
     y = axis(thumbnail.rows, crops.rows, top, high, rows)
@@ -143,47 +196,100 @@ def speaks_for(thumbnail: Plane, crops: Plane, budget_map: str) -> Tensor:
     return (y[:, None] * cols + x).flatten()
 
 
-def crop_ratios(score: Tensor, membership: Tensor, n_crops: int, keep: float, tau: float) -> Tensor:
-    """What each crop keeps of its tokens: keep * (1 + p - 1/n), p = softmax(sum of thumbnail scores / tau), at most 1.
+def crop_ratios(
+    score: Tensor, membership: Tensor, sizes: Tensor, keep: float, tau: float, even: bool = True
+) -> Tensor:
+    """What each crop keeps of its tokens: keep * (1 + p - 1/C), p = softmax(thumbnail / tau), at most 1.
 
-    score [B, S*S], membership [S*S] -> [B, n_crops]. Sums to n_crops * keep before the clip. In fp64, as sums of
-    hundreds of logits are."""
-    total = score.new_zeros(score.shape[0], n_crops, dtype=torch.float64).index_add(1, membership, score.double())
-    p = (total / tau).softmax(-1)
-    return (keep * (1 + p - 1 / n_crops)).clamp(max=1.0)
+    score: [B, S*S] of the thumbnail's patches. membership: [S*S] the crop that each speaks for. sizes: [C].
+    even: a crop's thumbnail score is the mean of its patches times S*S/C: their sum, where all crops have
+        equally many. Logits mean something up to a constant only, and sums (False, official) over unequal
+        numbers of patches compare that constant. Crops of padding alone then take no part.
+    [B, C]. Sums to C * keep before the clip.
+    """
+    score = _wide(score)
+    total = group_sums(score, membership, len(sizes))  # [B, C]
+    present, n_present = torch.ones_like(sizes, dtype=torch.bool), len(sizes)
+    if even:
+        present = sizes > 0
+        n_present = present.to(score).sum()  # C, but for crops of padding alone
+        patches = group_sums(torch.ones_like(score[:1]), membership, len(sizes))  # [1, C]
+        mean = torch.where(patches > 0, total / patches, score.mean(1, keepdim=True))
+        total = mean * (score.shape[1] / n_present)
+    p = (total / tau).masked_fill(~present, -math.inf).softmax(-1)
+    return (keep * (1 + p - 1 / n_present)).clamp(max=1.0).masked_fill(~present, 0.0)
 
 
 def allocate(wanted: Tensor, sizes: Tensor, total: int) -> Tensor:
-    """Whole counts near `wanted` [B, C] that sum to `total` <= sum of sizes and exceed no `sizes` [C].
+    """[B, C] whole counts in proportion to `wanted` [B, C] that sum to `total` and exceed no `sizes` [C].
 
-    Scaled to the total, rounded down, then one more for the largest remainders (ties to the lower index); what the
-    sizes cut off goes to the crops that have room. [B, C] long."""
-    wanted = wanted * (total / wanted.sum(1, keepdim=True).clamp(min=1e-12))
-    counts = torch.minimum(wanted.floor(), sizes.to(wanted))
-    for _ in range(len(sizes)):  # each round fills a crop or ends the rest
-        rest = total - counts.sum(1, keepdim=True)  # [B, 1]
-        room = sizes - counts
-        weight = torch.where(room > 0, wanted.clamp(min=1e-6), 0.0)
-        add = rest * weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
-        counts = counts + torch.minimum(add.floor(), room)
-    rest = total - counts.sum(1, keepdim=True)
-    remainder = torch.where(sizes > counts, wanted - counts, -torch.inf)
-    return (counts + (ranks(remainder) < rest)).long()
+    What the sizes cut off goes to the crops that have room, in proportion too. Rounded by largest remainder,
+    ties to the lower index. `total` is at most the sum of the sizes."""
+    size = sizes.to(wanted)  # [C]
+    weight = torch.where(size > 0, wanted.clamp(min=1e-9), 0.0)  # [B, C]
+    # The sum of min(scale * weight, size) is concave in the scale: the least of C lines, one for each number
+    # of full crops. So the scale at which it reaches `total` is the largest of those at which the lines do.
+    order = torch.where(size > 0, size / weight, 0.0).argsort(dim=1, stable=True)  # as they fill up
+    full = size[order].cumsum(1) - size[order]  # [B, C] tokens of those before, which are full
+    slope = weight.gather(1, order).flip(1).cumsum(1).flip(1)  # [B, C]
+    scale = ((total - full) / slope).amax(1, keepdim=True)  # [B, 1]
+    quota = torch.minimum(scale * weight, size)
+    counts = (quota + 1e-9).floor()
+    remainder = ((quota - counts) * 1e9).round()  # equal in spite of rounding errors
+    remainder = remainder.masked_fill(counts >= size, -math.inf)
+    return (counts + (ranks(remainder) < total - counts.sum(1, keepdim=True))).long()
 
 
 def global_map(score: Tensor, crops: Plane) -> Tensor:
     """[B, S, S] scores of the thumbnail, bilinearly at the places of the crops' plane, [B, n]."""
-    return F.interpolate(score[:, None], size=(crops.rows, crops.cols), mode="bilinear", align_corners=False).flatten(1)
+    size = (crops.rows, crops.cols)
+    return F.interpolate(score[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
 
 
-def crop_norms(score: Tensor, crop_of: Tensor, n_crops: int) -> Tensor:
-    """L2 norm of `score` [B, n] within each crop, [B, n_crops]."""
-    return score.new_zeros(score.shape[0], n_crops).index_add(1, crop_of, score.square()).sqrt()
+def token_scores(local: Tensor, large: Tensor, crop_of: Tensor, n_crops: int, alpha: float) -> Tensor:
+    """[B, n] alpha * global + (1 - alpha) * local score, each of unit L2 norm within its crop."""
+
+    def unit(s: Tensor) -> Tensor:
+        return s / group_sums(s.square(), crop_of, n_crops).sqrt().clamp(min=1e-12)[:, crop_of]
+
+    return alpha * unit(large) + (1 - alpha) * unit(local)
+
+
+def cos_to_mean(x: Tensor) -> Tensor:
+    """[B, n] cosine of each token of `x` [B, n, D] and their mean, fp32; NaN where a token is not finite."""
+    x = x.float()
+    norm = x.norm(dim=-1)  # [B, n]
+    finite = norm.isfinite()[..., None]
+    mean = x.where(finite, 0.0).sum(1, keepdim=True)  # [B, 1, D], as only the direction counts
+    return (x * mean).sum(-1) / (norm * mean.norm(dim=-1)).clamp(min=1e-12)
+
+
+def cos_to_view_mean(x: Tensor, crops: Plane) -> Tensor:
+    """`cos_to_mean` within each crop of the crops' plane `x` [B, rows, cols, D]. [B, rows, cols].
+
+    Loops over the crops: sums by index would come out in another order, and so differ, each time on a GPU."""
+
+    def axis(n: int, offset: int, shape: int, grid: int) -> list[slice]:
+        edges = [min(max(i * shape - offset, 0), n) for i in range(grid + 1)]
+        return [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
+
+    out = torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
+    for rows in axis(crops.rows, crops.offset[0], crops.crop_shape[0], crops.crop_grid[0]):
+        for cols in axis(crops.cols, crops.offset[1], crops.crop_shape[1], crops.crop_grid[1]):
+            crop = x[:, rows, cols]
+            out[:, rows, cols] = cos_to_mean(crop.flatten(1, 2)).unflatten(1, crop.shape[1:3])
+    return out
+
+
+def group_sums(values: Tensor, group: Tensor, n_groups: int) -> Tensor:
+    """[B, G] sums of `values` [B, n] over the members of each `group` [n], the same in each run."""
+    return values @ (group[:, None] == torch.arange(n_groups, device=group.device)).to(values)
 
 
 def ranks(score: Tensor, group: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
-    """Rank of each entry of `score` [B, n], best first, ties to the lower index; within its `group` [n], of which there
-    are as many as `sizes` [G] says, if given. [B, n] long."""
+    """Rank of each entry of `score` [B, n], best first, ties to the lower index. [B, n] long.
+
+    Within its `group` [n], of which there are as many as `sizes` [G] says, if given."""
     order = score.argsort(dim=1, descending=True, stable=True)  # [B, n]
     place = torch.arange(score.shape[1], device=score.device).expand_as(order)
     if group is not None:

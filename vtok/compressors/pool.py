@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ from vtok.selection import Plane, Selection, VisualTokens, keep_count, share
 class Pool(Compressor):
     """Replace each cell of a coarser grid by the mean of its tokens, plane by plane.
 
-    keep: fraction or count of the tokens that enter the language model, per picture. The coarser grid is the one with
-        the most cells within it, nearest to the plane's aspect.
-    The mean stands at the place of the token in the middle of its cell.
+    keep: fraction or count of the tokens that enter the language model, per picture, which each plane (a frame, a
+        thumbnail) gets its share of. Each is at most that, as near as a grid of about the plane's aspect comes; at a
+        fraction every plane keeps at least one.
+    The mean, taken in fp32, stands at the place of the token in the middle of its cell.
     Differs from the paper: there is none; a baseline.
     """
 
@@ -30,40 +32,51 @@ class Pool(Compressor):
         b, n, d = tokens.features.shape
         layout = tokens.layout
         counts = share(keep_count(n, self.keep), [plane.size for plane in layout.planes])
+        if isinstance(self.keep, float):
+            counts = [max(1, count) for count in counts]
         index, into, means = [], [], []
         for plane, start, count in zip(layout.planes, layout.starts, counts):
             if count == 0:
                 into.append(torch.full((plane.size,), -1))
                 continue
-            cell, middle = cells(plane, *coarser(plane, count))
+            cell, middle, size = cells(plane, *coarser(plane, count))
             index.append(start + middle)
             into.append(start + middle[cell])
-            cell = cell.to(tokens.features.device)
-            sums = tokens.features.new_zeros(b, len(middle), d).index_add(
-                1, cell, tokens.features[:, start : start + plane.size]
-            )
-            means.append(sums / torch.bincount(cell, minlength=len(middle)).to(sums)[:, None])
+            own = tokens.features[:, start : start + plane.size].float()
+            sums = own.new_zeros(b, len(middle), d).index_add(1, cell.to(own.device), own)
+            means.append(sums / size.to(sums)[:, None])
         index = torch.cat(index).to(tokens.features.device)
-        features = tokens.features.index_copy(1, index, torch.cat(means, 1))
+        features = tokens.features.index_copy(1, index, torch.cat(means, 1).to(tokens.features.dtype))
         merged = torch.cat(into).to(tokens.features.device).expand(b, n)
         return Selection.of_indices(index.expand(b, -1), n, features=features, merged_into=merged)
 
 
 def coarser(plane: Plane, count: int) -> tuple[int, int]:
-    """(rows, cols) of the grid with at most `count` cells that has the most, then the nearest aspect."""
-    return max(
-        ((rows, min(plane.cols, count // rows)) for rows in range(1, min(plane.rows, count) + 1)),
-        key=lambda grid: (
-            # near the aspect first: a stripe with one more cell is no better grid
-            -round(abs(grid[0] * plane.cols - grid[1] * plane.rows) / max(plane.rows, plane.cols)),
-            grid[0] * grid[1],
-        ),
-    )
+    """(rows, cols) of the coarser grid: at most `count` cells, as many as possible, and about the plane's aspect.
+
+    Best is the largest cells * sqrt(a), where a <= 1 is the one aspect over the other: a stripe with one more cell is
+    no better grid. From 10 cells on four fifths of the count are used at least, 97 % on average.
+    """
+
+    def worth(grid: tuple[int, int]) -> float:
+        wide, high = grid[1] * plane.rows, grid[0] * plane.cols
+        return grid[0] * grid[1] * math.sqrt(min(wide, high) / max(wide, high))
+
+    rows = range(1, min(plane.rows, count) + 1)
+    return max(((r, min(plane.cols, count // r)) for r in rows), key=worth)
 
 
-def cells(plane: Plane, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """Partition a plane into rows x cols cells: for each token its cell, [plane.size], and each cell's middle token."""
-    y, x = torch.arange(plane.rows) * rows // plane.rows, torch.arange(plane.cols) * cols // plane.cols
-    middle_y = torch.tensor([int((y == r).nonzero().median()) for r in range(rows)])
-    middle_x = torch.tensor([int((x == c).nonzero().median()) for c in range(cols)])
-    return (y[:, None] * cols + x).flatten(), (middle_y[:, None] * plane.cols + middle_x).flatten()
+def cells(plane: Plane, rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Partition a plane into rows x cols cells; token y of Y is in row floor(y * rows / Y) of them.
+
+    Returns the cell of each token, [plane.size], and of each cell, [rows * cols], its middle token and its size."""
+    y, middle_y, high = _cut(plane.rows, rows)
+    x, middle_x, wide = _cut(plane.cols, cols)
+    middle = middle_y[:, None] * plane.cols + middle_x
+    return (y[:, None] * cols + x).flatten(), middle.flatten(), (high[:, None] * wide).flatten()
+
+
+def _cut(n: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of each of n places, [n]; of each part, [parts], the middle place (the lower of two) and the length."""
+    edges = (torch.arange(parts + 1) * n + parts - 1) // parts  # first place of each part, and n
+    return torch.arange(n) * parts // n, (edges[:-1] + edges[1:] - 1) // 2, edges.diff()

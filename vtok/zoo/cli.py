@@ -30,18 +30,15 @@ def train(
     out: Annotated[Path, typer.Option(help="Hub folder to write; the state to resume from lies beside it.")],
     seed: int = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the question stage; the recipe's if left out.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes of one CPU thread.")] = 2,
 ) -> None:
     """Train a bundled model from scratch. Call again after a kill to go on."""
     if name not in RECIPES:
         raise typer.BadParameter(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
-    import torch
-
     from vtok.zoo import train as recipe
 
-    torch.set_num_threads(threads)
     settings = {"seed": seed} | ({"steps": steps} if steps else {})
-    recipe.train(out, recipe.Recipe(**settings))
+    recipe.train(out, recipe.Recipe(**settings), workers, log=typer.echo)
 
 
 @app.command(name="eval")

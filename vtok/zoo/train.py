@@ -47,6 +47,10 @@ class Recipe:
     word_weight: float = 0.5  # of the loss that ties visual tokens to words
     focus_weight: float = 0.5  # of the loss that teaches two heads where to look
 
+    def __post_init__(self):
+        if self.batch % self.part or self.tower_batch % self.part:
+            raise ValueError(f"part = {self.part} divides batch and tower_batch")
+
 
 class Heads(nn.Module):
     """Read-outs for the dense labels; training only.
