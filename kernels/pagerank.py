@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # query rows whose softmax is made at once
-CACHE = 2**26  # values of softmax (256 MiB) that may be kept between iterations; sets how many heads go together
+CACHE = 2**24  # values of softmax (64 MiB) that may be kept between iterations; sets how many heads go together
 
 
 @torch.no_grad()

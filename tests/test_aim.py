@@ -9,7 +9,8 @@ from contract import batch, picture, tiny
 import vtok
 from vtok.compressors.aim import AIM, AIMMerge, AIMPrune, merge
 from vtok.errors import InvalidValue
-from vtok.selection import Layout, Plane, VisualTokens, keep_count
+from vtok.kernels.pagerank import pagerank
+from vtok.selection import Attention, Layout, Plane, VisualTokens, keep_count
 
 
 def slow_merge(x, count, weighting):
@@ -186,6 +187,18 @@ def test_published_schedule():
         assert list(schedule.values()) == sorted(schedule.values(), reverse=True)
 
 
+def test_score_hands_its_options_on():
+    query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    valid, anchor = torch.ones(2, 9, dtype=torch.bool), torch.tensor([8, 5])
+    valid[0, :2] = False
+    options = {"tau": 0.5, "iters": 3, "damping": 0.2, "head_reduce": "mean"}
+    score = AIMPrune(**options).score(Attention(query, key, 0.35, valid, valid, anchor))
+    assert torch.equal(score, pagerank(query, key, 0.35, valid, anchor, **options))
+    assert not torch.equal(score, pagerank(query, key, 0.35, valid, anchor))
+    part = AIM(keep=0.5, weighting="size", start=1, end=2, **options).parts()
+    assert part == (AIMMerge(keep=0.5, weighting="size"), AIMPrune(start=1, end=2, **options))
+
+
 def test_counts_on_a_model_of_28_layers():
     import transformers as T
 
@@ -207,7 +220,8 @@ def test_budgets():
     for n_layers, budget in ((8, 0.2), (28, 0.5), (32, 0.05)):
         assert AIM().with_budget(budget, n_layers).keep <= 1.0
         moved = AIM(keep=1.0).with_budget(budget, n_layers)
-        assert moved.keep * AIMPrune.mean_keep(moved, n_layers) <= budget + 1e-9
+        assert moved.keep * AIMPrune.mean_keep(moved, n_layers) == pytest.approx(budget)
+    assert AIM().with_budget(0.9, 28).keep == 1.0  # the schedule alone is within it
     for budget in (0.2, 0.4, 0.6, 0.99):
         moved = AIMPrune().with_budget(budget, 28)
         later = AIMPrune(start=moved.start + 1, end=moved.end + 1)

@@ -1,6 +1,7 @@
 """Kernels against slow rewrites from the formulas."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -93,10 +94,10 @@ def test_pagerank(options, past):
 
 
 class Made(TorchDispatchMode):
-    """Notes how many values each new tensor has; views are none."""
+    """Notes how many values each new tensor has, and the most that were there at once; views are none."""
 
     def __enter__(self):
-        self.sizes = []
+        self.sizes, self.peak, self.alive = [], 0, []
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -105,6 +106,8 @@ class Made(TorchDispatchMode):
         for made in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(made, torch.Tensor) and made.untyped_storage()._cdata not in old:
                 self.sizes.append(made.numel())
+                self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(made)]
+                self.peak = max(self.peak, sum(ref().numel() for ref in self.alive))
         return out
 
 
@@ -136,6 +139,10 @@ def test_pagerank_makes_neither_the_matrix_nor_repeated_keys(monkeypatch):
     assert max(made.sizes) == 8 * 96 * 32  # the queries of all heads, times the scale and masked
     assert made.sizes.count(8 * 96 * 32) == 2
     query, key = query[..., :2].contiguous(), key[..., :2].contiguous()
+    monkeypatch.setattr("vtok.kernels.pagerank.CACHE", 0)
+    with Made() as made:
+        pagerank(query, key, 0.35, valid, anchor, block=1)
+    assert made.peak < 96 * 96 // 2  # one head's triangle
     with Made() as made:
         attention_rows(query, key, anchor[:, None], 0.35, valid)
     assert max(made.sizes) == 8 * 96  # the answer
@@ -227,10 +234,10 @@ def test_pagerank_depends_on_the_prompt_alone():
     torch.testing.assert_close(pagerank(query, key, 0.35, valid, anchor)[:, :8], prompt)
 
 
-@pytest.mark.parametrize("t", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("t", [1, 2, 5, 8, 9, 60])
 def test_bipartite_match(t):
     metric = torch.randn(3, t, 6)
-    for r in range(t // 2 + 1):
+    for r in {0, min(1, t // 2), t // 3, t // 2}:
         source, target = bipartite_match(metric, r)
         assert source.shape == target.shape == (3, r)
         for b in range(3):
@@ -254,6 +261,13 @@ def test_bipartite_match_ties_zeros_and_blocks(monkeypatch):
     source, _ = bipartite_match(torch.cat([zero, zero.abs()], 0), 3)
     assert sorted(source[1].tolist()) == [0, 2, 4]
     assert source[1, -1] == 2  # a cosine of 0, below all of positive features
+    for value in (torch.nan, torch.inf, 1e-30):  # as if zero; the squares of the last one vanish
+        metric = zero.abs()
+        metric[0, 2] = value
+        metric[0, 5] = value
+        source, target = bipartite_match(metric, 3)
+        assert source[0, -1] == 2
+        assert 5 not in target[0]
     assert bipartite_match(torch.full((1, 4, 2), torch.nan), 2)[0].tolist() == [[0, 2]]
     metric = torch.randn(2, 21, 4)
     whole = bipartite_match(metric, 6)

@@ -38,9 +38,9 @@ class GlobalCom2(Compressor):
         if all crops had equally many (ours); "official": equal parts of the thumbnail, wrong where padding
         cuts the outer crops. The same where nothing is padded and the grid divides the thumbnail.
     renumber: kept tokens get consecutive positions, as in the official code, instead of their own.
-    Differs from the paper: kept tokens stay in raster order, the thumbnail's too. Three faults of the official
-    code cannot occur, as the sequence holds no padding and keeps all separators: tokens that slide into
-    padding, newlines for rows of padding, and scores that come from another picture of the batch.
+    Differs from the paper: kept tokens stay in raster order, the thumbnail's too. Three faults of the
+    official code cannot occur, as the sequence holds no padding and keeps all separators: tokens that slide
+    into padding, newlines for rows of padding, and scores that come from another picture of the batch.
     """
 
     name = "globalcom2"
@@ -131,7 +131,7 @@ class GlobalCom2(Compressor):
                 f"globalcom2 expected the CLS attention of {views} views over {thumbnail.size} patches each, "
                 f"got {tuple(a.shape[1:])}."
             )
-        a = _wide(a)  # [B, V, P]
+        a = _wide(a.to(tokens.features.device))  # [B, V, P]; the encoder may be on another device
         broken = ~a.isfinite()
         lowest = a.masked_fill(broken, math.inf).amin(-1, keepdim=True)  # [B, V, 1]
         a = torch.where(broken, lowest.nan_to_num(posinf=0.0), a)
