@@ -218,6 +218,15 @@ def test_probabilities_are_too_small_for_the_temperature():
 
 
 @pytest.mark.parametrize(("side", "grid", "size"), CASES)
+def test_probabilities_are_the_softmax_of_each_view(side, grid, size):
+    t = tokens(side, grid, size)
+    soft = VisualTokens(t.features, t.layout, t.cls_attention.double().softmax(-1))  # padding's patches included
+    for exact_count in (True, False):
+        probs = vtok.GlobalCom2(keep=0.3, score_source="cls_probs", exact_count=exact_count).select(t)
+        assert torch.equal(probs.keep, vtok.GlobalCom2(keep=0.3, exact_count=exact_count).select(soft).keep)
+
+
+@pytest.mark.parametrize(("side", "grid", "size"), CASES)
 def test_a_constant_on_the_logits_changes_nothing(side, grid, size):
     """Logits mean something up to a constant; with plain sums it decides where crops have unequal patches."""
     thumb, crops = anyres_layout(side, grid, size).planes

@@ -227,6 +227,36 @@ def test_pagerank_padding_changes_nothing():
     torch.testing.assert_close(right[:, :9], plain)
 
 
+def test_attention_rows_padding_changes_nothing():
+    query, key = heads(b=1, n=9, seed=6)
+    valid, pad = torch.ones(1, 9, dtype=torch.bool), torch.nn.functional.pad
+    plain = attention_rows(query, key, torch.tensor([[8, 3]]), 0.35, valid)
+    padded = attention_rows(
+        pad(query, (0, 0, 4, 2), value=torch.nan),
+        pad(key, (0, 0, 4, 2), value=torch.nan),
+        torch.tensor([[12, 7]]),
+        0.35,
+        pad(valid, (4, 2)),
+    )
+    torch.testing.assert_close(padded[..., 4:-2], plain)
+    assert (padded[..., :4] == 0).all() and (padded[..., -2:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_dtype_comes_in_and_fp32_decides(dtype):
+    query, key = heads(dtype=dtype, seed=10)
+    valid, anchor = torch.ones(2, 11, dtype=torch.bool), torch.tensor([10, 8])
+    ranked = pagerank(query.requires_grad_(), key, 0.35, valid, anchor)
+    assert ranked.dtype == torch.float32 and not ranked.requires_grad
+    torch.testing.assert_close(ranked, pagerank(query.float(), key.float(), 0.35, valid, anchor))
+    rows = attention_rows(query, key, anchor[:, None], 0.35, valid)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, attention_rows(query.float(), key.float(), anchor[:, None], 0.35, valid))
+    metric = torch.randn(4, 201, 4, generator=torch.Generator().manual_seed(11)).to(dtype)  # near ties in 16 bits
+    for got, expected in zip(bipartite_match(metric, 80), bipartite_match(metric.float(), 80)):
+        assert torch.equal(got, expected)
+
+
 def test_pagerank_depends_on_the_prompt_alone():
     query, key = heads(n=12, seed=4)
     anchor, valid = torch.tensor([7, 7]), torch.ones(2, 12, dtype=torch.bool)
