@@ -223,7 +223,7 @@ class Engine:
         if mask is not None:
             valid = mask[:, -length:].bool()
 
-        visual, pictures = self._locate(call, module, embeds)
+        visual, pictures = self._locate(call, embeds)
         prompt_end = self._prompt_end(call, valid, cache, module.training)
         protected = torch.zeros_like(valid).scatter_(1, prompt_end[:, None], True)  # predicts the first answer token
         keep = valid & (~visual | protected)
@@ -341,7 +341,7 @@ class Engine:
         if find_packed_sequence_indices(positions[0] if positions.ndim == 3 else positions) is not None:
             raise Unsupported("Packed sequences cannot be compressed: pass padded rows with an attention_mask.")
 
-    def _locate(self, call: Call, module: nn.Module, embeds: Tensor) -> tuple[Tensor, list[Picture]]:
+    def _locate(self, call: Call, embeds: Tensor) -> tuple[Tensor, list[Picture]]:
         """Which places are visual, [B, S] bool, and for each picture where its tokens are in the flattened batch."""
         batch, length, _ = embeds.shape
         visual = torch.zeros(batch, length, dtype=torch.bool, device=embeds.device)
