@@ -1,0 +1,58 @@
+"""Spread-out points: greedy max-min selection by cosine distance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CACHE = 2**26  # similarities (256 MiB) that may exist at once; sets how many pictures go together
+BLOCK = 1024  # rows of the similarity matrix that are made at once where all would be too many
+
+
+@torch.no_grad()
+def farthest_points(features: Tensor, k: int) -> Tensor:
+    """Pick `k` of N points such that each pick is as far as can be from those before it (DivPrune, arXiv 2503.02175).
+
+    features: [B, N, D], any float dtype; compared by cosine in fp32, also under autocast. 0 <= k <= N.
+    The first pick is the point whose nearest other point is farthest; each further one is the unpicked point whose
+    nearest picked point is farthest. Ties go to the lower index. The cosine with a vector of zeros, or with
+    one that holds a NaN, is 0.
+    Returns [B, k] long, in the order of picking. Never waits for the device.
+
+    One product of the features with themselves says everything. Where one picture's similarities would not fit in
+    `CACHE`, they are made a block of rows at a time for the first pick, and for each further pick its row again.
+    """
+    n = features.shape[1]
+    unit = features.detach().float()
+    unit = (unit / unit.norm(dim=-1, keepdim=True).clamp(min=1e-12)).nan_to_num(0.0)
+    with torch.autocast(features.device.type, enabled=False):
+        parts = [_pick(part, k) for part in unit.split(max(1, CACHE // (n * n)))] if k and len(unit) else []
+    return torch.cat(parts) if parts else torch.empty(len(unit), k, dtype=torch.long, device=unit.device)
+
+
+def _pick(unit: Tensor, k: int) -> Tensor:
+    b, n, _ = unit.shape
+    block = n if n * n <= CACHE else BLOCK
+    picture = torch.arange(b, device=unit.device)
+    closest = []  # [B, n] similarity of each point to its nearest other one
+    for start in range(0, n, block):
+        rows = unit[:, start : start + block] @ unit.mT  # [B, block, n]
+        rows.diagonal(start, 1, 2).fill_(-torch.inf)
+        closest.append(rows.amax(2))
+
+    def row(point: Tensor) -> Tensor:
+        """[B, n] the similarities to one point of each picture, -inf to itself."""
+        if block == n:
+            return rows[picture, point]
+        return (unit @ unit[picture, point][..., None]).squeeze(2).scatter_(1, point[:, None], -torch.inf)
+
+    first = torch.cat(closest, 1).argmin(1)
+    # where two points are each other's nearest they tie, and rounding of the one product or the other may not decide
+    partner = row(first).argmax(1)
+    first = torch.where(row(partner).argmax(1) == first, torch.minimum(first, partner), first)
+    picks = [first]
+    near = unit.new_full((b, n), -torch.inf)  # similarity to the nearest picked point, +inf once picked
+    for _ in range(k - 1):
+        near = torch.maximum(near, row(picks[-1])).scatter_(1, picks[-1][:, None], torch.inf)
+        picks.append(near.argmin(1))
+    return torch.stack(picks, 1)
