@@ -1,4 +1,4 @@
-"""The command line: `vtok demo`, `vtok methods`, `vtok zoo`, `vtok bench`."""
+"""The command line: `vtok demo`, `vtok methods`, `vtok eval`, `vtok zoo`, `vtok bench`."""
 
 from __future__ import annotations
 
@@ -161,6 +161,45 @@ def methods(
             + (f"; not {', '.join(lacking)}" if lacking else ""),
             highlight=False,
         )
+
+
+@app.command(name="eval")
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder of results; call again with the same one to go on after a kill.")],
+    model: Annotated[str, typer.Option(help="A bundled model.")] = MODEL,
+    methods: Annotated[
+        str | None, typer.Option(help="Names separated by commas; all training-free ones if left out.")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Mean shares of visual tokens a decoder layer sees.")] = "0.5,0.25,0.1",
+    scenes: Annotated[int | None, typer.Option(min=1, help="Test scenes; all if left out.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
+) -> None:
+    """Exact match of every method at every budget on held-out questions, paired with the dense model."""
+    from vtok import zoo
+    from vtok.errors import UnknownName
+    from vtok.eval import sweep
+
+    try:
+        shares = [float(item) for item in budgets.split(",")]
+    except ValueError:
+        raise InvalidValue(f"--budgets are fractions separated by commas, not {budgets!r}.") from None
+    if model not in zoo.names():
+        raise UnknownName(f"No bundled model {model!r}; there are: {', '.join(zoo.names())}.")
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    network, processor = zoo.load(model)
+    chosen = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    count = scenes or sweep.evaluate.TEST_SCENES
+    summary = sweep.run(network, processor, model, chosen, shares, count, out)
+    console = Console()
+    console.print(sweep.table(summary))
+    for item in summary["refused"]:
+        console.print(f"not run: {item['method']} at {item['budget']:g}: {item['reason']}", style="dim", markup=False)
+    console.print(f"wrote {out / 'sweep.json'}", soft_wrap=True)
 
 
 @app.command()

@@ -51,11 +51,13 @@ class FastV(Compressor):
         return rows.mean(1).squeeze(1)
 
     def with_budget(self, budget: float, n_layers: int) -> FastV:
+        """The latest layer, up to `layer`, after which at least a quarter of the budget is left to keep."""
         self.schedule(n_layers)  # refuses a layer that there is not
-        keep = (budget * n_layers - self.layer) / (n_layers - self.layer)
-        if keep <= 0:
-            raise InvalidValue(
-                f"{self.layer} of {n_layers} layers see all tokens, so the mean is above {self.layer / n_layers:.3f}; "
-                f"a budget of {budget} cannot be met. Lower `layer` or raise the budget."
-            )
-        return replace(self, keep=min(1.0, keep))
+        for layer in range(self.layer, 0, -1):
+            keep = (budget * n_layers - layer) / (n_layers - layer)
+            if keep >= budget / 4:
+                return replace(self, layer=layer, keep=min(1.0, keep))
+        raise InvalidValue(
+            f"The first of {n_layers} layers sees all tokens, so a budget of {budget} cannot be met: it leaves "
+            f"next to nothing for the others. Raise it, or compress before the language model."
+        )

@@ -159,9 +159,12 @@ def word_loss(features: torch.Tensor, embed: nn.Embedding, words: list[torch.Ten
 
 
 def noun_ids(tok) -> torch.Tensor:
-    """Tokens that tell what a question is about: shapes, colours, panels."""
-    nouns = {name.format(shape) for shape in (*scenes.SHAPES, "shape") for name in (" {}", " {}s", " {}es")}
-    nouns |= {f" {colour}" for colour in scenes.COLOURS} | {" label", " digit", " plot", " curve"}
+    """Tokens that tell what a question is about: shapes, colours, panels.
+
+    Not " shape": of "Which shape is red?" it tells nothing, and a head that may look at it stops there.
+    """
+    nouns = {name.format(shape) for shape in scenes.SHAPES for name in (" {}", " {}s", " {}es")}
+    nouns |= {f" {colour}" for colour in scenes.COLOURS} | {" shapes", " label", " digit", " plot", " curve"}
     return torch.tensor([ids[0] for ids in tok(sorted(nouns))["input_ids"] if len(ids) == 1])
 
 

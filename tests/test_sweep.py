@@ -1,0 +1,138 @@
+"""`vtok eval`: resumable cells, paired summaries, and a run that compresses nothing is no result."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import vtok
+from vtok import zoo
+from vtok.errors import InvalidValue, UnknownName
+from vtok.eval import sweep
+from vtok.eval.sweep import Cell
+
+NAME = "vtok-tiny-llava-next"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return zoo.load(NAME)
+
+
+def lines(hits, texts="ab"):
+    """Fake lines: one scene per row of `hits`, one question per entry."""
+    right, wrong = texts
+    return {
+        i: {
+            "answers": [["colour", right, right if hit else wrong] for hit in row],
+            "seconds": 1.0,
+            "mean_keep": 0.25,
+            "flops": 0.3,
+            "selection_seconds": 0.0,
+        }
+        for i, row in enumerate(hits)
+    }
+
+
+def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
+    model, processor = loaded
+    run = lambda out: sweep.run(model, processor, NAME, ["uniform"], [0.25], 3, out)
+    whole = run(tmp_path / "whole")
+    out = tmp_path / "killed"
+    asked = []
+    answer = sweep.evaluate.answer
+
+    def dying(*args):
+        asked.append(args)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return answer(*args)
+
+    monkeypatch.setattr(sweep.evaluate, "answer", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(out)
+    file = out / Cell("uniform", 0.25).file
+    file.write_text(file.read_text() + '{"scene": 1, "answ')  # the kill fell into a write
+    again = run(out)
+    assert len(asked) == 5 + 2  # 3 scenes dense, 1 and a half compressed; then the missing two
+    for cells in (whole["cells"], again["cells"]):
+        for row in cells:
+            row.pop("seconds"), row.pop("selection_seconds", None)
+    assert again["cells"] == whole["cells"]
+    assert json.loads((out / "sweep.json").read_text())["cells"][1]["method"] == "uniform"
+    assert run(out) and len(asked) == 7  # nothing is done twice
+
+
+def test_results_of_other_weights_are_not_mixed(loaded, tmp_path):
+    model, processor = loaded
+    sweep.run(model, processor, NAME, ["uniform"], [0.25], 1, tmp_path)
+    other, _ = zoo.load(NAME)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(InvalidValue, match="take another folder"):
+        sweep.run(other, processor, NAME, ["uniform"], [0.25], 1, tmp_path)
+
+
+def test_what_cannot_be_patched_is_listed_and_a_no_op_is_refused(loaded, tmp_path, monkeypatch):
+    model, processor = loaded
+    summary = sweep.run(model, processor, NAME, ["fastv"], [0.1], 1, tmp_path)
+    assert [row["method"] for row in summary["cells"]] == ["dense"]
+    assert summary["refused"][0]["method"] == "fastv" and "cannot be met" in summary["refused"][0]["reason"]
+    monkeypatch.setattr(vtok.Uniform, "with_budget", lambda self, *_: vtok.Uniform(keep=10**6))
+    with pytest.raises(AssertionError, match="dropped nothing"):
+        sweep.run(model, processor, NAME, ["uniform"], [0.25], 1, tmp_path)
+    assert not vtok.patching._PATCHES.get(model.model)
+
+
+def test_names_and_budgets():
+    with pytest.raises(UnknownName, match="no-such"):
+        sweep.cells(["no-such"], [0.5])
+    with pytest.raises(InvalidValue, match="fraction"):
+        sweep.cells(None, [1.5])
+    chosen = sweep.cells(None, [0.5, 0.1])
+    assert chosen[0] == Cell("dense", 1.0) and len(chosen) == 1 + 2 * len(sweep.training_free())
+    assert sweep.training_free()[:3] == ["downsample", "pool", "random"]
+
+
+def test_summary_against_counting_by_hand():
+    rng = np.random.default_rng(3)
+    dense, method, rival, weak = (rng.random((40, 5)) < p for p in (0.9, 0.7, 0.6, 0.2))
+    cells = {
+        Cell("dense", 1.0): lines(dense),
+        Cell("uniform", 0.25): lines(method),
+        Cell("pool", 0.25): lines(rival),
+        Cell("random", 0.25): lines(weak),
+        Cell("random", 0.5): lines(dense),  # another budget is no rival
+    }
+    rows = {(r["method"], r["budget"]): r for r in sweep.summarise(cells, 40)}
+    row = rows["uniform", 0.25]
+    assert row["accuracy"] == pytest.approx(method.mean())
+    assert row["categories"] == {"colour": pytest.approx(method.mean())}
+    assert row["agreement"] == pytest.approx((method == dense).mean())
+    assert row["to_dense"]["difference"] == pytest.approx(method.mean() - dense.mean())
+    assert row["to_baseline"]["baseline"] == "pool"
+    assert row["to_baseline"]["difference"] == pytest.approx(method.mean() - rival.mean())
+    low, high = row["to_dense"]["interval"]
+    assert low < row["to_dense"]["difference"] < high < 0
+    # the interval of paired differences, from the normal approximation
+    spread = 1.96 * (method.sum(1) / 5 - dense.sum(1) / 5.0).std() / 40**0.5
+    assert high - low == pytest.approx(2 * spread, rel=0.2)
+    same = rows["random", 0.5]["to_dense"]
+    assert same["difference"] == 0 and same["interval"] == [0, 0]
+
+
+def test_a_broken_compressor_shows(loaded, tmp_path, monkeypatch):
+    """Keeping the wrong tokens costs more than the interval of its difference to the same method done right."""
+    model, processor = loaded
+    count = 10
+    right = sweep.run(model, processor, NAME, ["globalcom2"], [0.25], count, tmp_path / "right")["cells"][1]
+    select = vtok.GlobalCom2.select
+
+    def wrong(self, tokens):
+        selection = select(self, tokens)
+        return vtok.selection.Selection(selection.keep.roll(selection.keep.shape[1] // 2, 1), selection.n_kept)
+
+    monkeypatch.setattr(vtok.GlobalCom2, "select", wrong)
+    broken = sweep.run(model, processor, NAME, ["globalcom2"], [0.25], count, tmp_path / "wrong")["cells"][1]
+    assert broken["interval"][1] < right["accuracy"]
