@@ -15,7 +15,7 @@ from vtok.selection import Selection, VisualTokens, keep_count
 class DivPrune(Compressor):
     """Greedy max-min diversity by cosine distance among the tokens as they enter the language model (Algorithm 1).
 
-    keep: fraction or count of the tokens, per picture. A picture's crops and thumbnail, or a clip's frames, are one set.
+    keep: fraction or count of the tokens, per picture. Crops and thumbnail, or the frames of a clip, are one set.
     Differs from the paper: the count is rounded down where the official code rounds to the nearest; kept tokens keep
     their positions, where the official code renumbers them; LLaVA-NeXT's newlines stay and are no candidates; a token
     is picked once, while the official code can pick one of several equal tokens again.
