@@ -1,0 +1,1 @@
+"""Trained projectors that give fewer visual tokens, and what trains them."""
