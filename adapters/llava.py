@@ -6,17 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vtok.adapter import Adapter, stretch
 from vtok.errors import Unsupported
 from vtok.selection import Layout, Plane
+from vtok.tower import OF_CLS, OF_PATCHES, Tower
 
 
 class LlavaAdapter(Adapter):
     family = "llava"
     model_types = ("llava",)
-    provides = frozenset({"attention", "cls_attention"})
+    provides = frozenset({"attention"}) | OF_PATCHES | OF_CLS
     default = {"method": "aim_merge", "keep": 0.25}
 
     def check(self, model: nn.Module) -> None:
@@ -32,7 +33,7 @@ class LlavaAdapter(Adapter):
 
     def available(self, model: nn.Module) -> frozenset[str]:
         has_cls = model.config.vision_config.model_type == "clip_vision_model"
-        return self.provides if has_cls else self.provides - {"cls_attention"}
+        return self.provides if has_cls else self.provides - OF_CLS
 
     def side(self, core: nn.Module) -> int:
         """Patches along one side of a view."""
@@ -42,9 +43,14 @@ class LlavaAdapter(Adapter):
         side = self.side(core)
         return [Layout((Plane(side, side),))] * len(arguments["pixel_values"])
 
-    def cls_probe(self, core: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
-        # the last layer's input is what vision_feature_layer=-2 selects: scores and features are of the same tokens
-        return _encoder(core.vision_tower).layers[-1].self_attn, cls_logits
+    def tower(self, core: nn.Module) -> Tower:
+        return Tower(
+            skip=int(core.config.vision_config.model_type == "clip_vision_model"),
+            features=core.config.vision_feature_layer,
+        )
+
+    def encoder_layers(self, core: nn.Module) -> nn.ModuleList:
+        return getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers
 
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
@@ -100,18 +106,3 @@ class LlavaAdapter(Adapter):
             vision_feature_select_strategy="default",
         )
         return T.LlavaForConditionalGeneration(config), processor
-
-
-def _encoder(tower: nn.Module) -> nn.Module:
-    return getattr(tower, "vision_model", tower).encoder
-
-
-def cls_logits(attention: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Head-mean of the CLS token's pre-softmax logits over the patches, [views, P] in fp32.
-
-    The mean over heads of q.k is one dot product over the whole width, so no head is split and no softmax taken.
-    hidden_states: [views, 1 + P, C], the input of the layer's attention."""
-    with torch.no_grad():
-        query = attention.q_proj(hidden_states[:, :1]).float()  # [views, 1, C]
-        key = attention.k_proj(hidden_states[:, 1:]).float()  # [views, P, C]
-        return (query @ key.transpose(1, 2)).squeeze(1) * (attention.head_dim**-0.5 / attention.num_heads)

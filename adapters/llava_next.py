@@ -13,7 +13,7 @@ from vtok.selection import Layout, Plane
 class LlavaNextAdapter(LlavaAdapter):
     family = "llava_next"
     model_types = ("llava_next",)
-    provides = frozenset({"attention", "cls_attention", "crops"})
+    provides = LlavaAdapter.provides | {"crops"}
     default = {"method": "globalcom2", "keep": 0.25}
 
     def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from vtok.adapter import Adapter, stretch
 from vtok.selection import Layout, Plane
+from vtok.tower import OF_PATCHES, PackedTower, Tower
 
 
 class Qwen25VLAdapter(Adapter):
     family = "qwen2_5_vl"
     model_types = ("qwen2_5_vl",)
+    provides = frozenset({"attention"}) | OF_PATCHES
     encoders = {"image": "get_image_features", "video": "get_video_features"}
     default = {"method": "aim_merge", "keep": 0.25}
 
@@ -23,6 +25,15 @@ class Qwen25VLAdapter(Adapter):
         grids = arguments["image_grid_thw" if modality == "image" else "video_grid_thw"].tolist()
         kind = "image" if modality == "image" else "frame"
         return [Layout((Plane(h // merge, w // merge, kind),) * t, modality=modality) for t, h, w in grids]
+
+    def tower(self, core: nn.Module) -> Tower:
+        config = core.config.vision_config
+        window = getattr(config, "window_size", 0)  # Qwen2-VL and Qwen3-VL have none
+        merge = config.spatial_merge_size
+        return PackedTower(merge=merge, attention="attn", window=window // merge // config.patch_size)
+
+    def encoder_layers(self, core: nn.Module) -> nn.ModuleList:
+        return core.visual.blocks
 
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float

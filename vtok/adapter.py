@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vtok.errors import Unsupported
 from vtok.selection import Layout, Plane
+from vtok.tower import Layer, Tower
 
 _REGISTRY: dict[str, type[Adapter]] = {}
 
@@ -26,19 +27,19 @@ class Encoded:
     layouts: one a picture, as the prompt's placeholders count it.
     small: the layouts after an encoder-stage compressor, one a picture, or None.
     sources: for each picture the [n_small] tokens of `layouts[i]` that stand for the tokens of `small[i]`, or None.
-    cls_attention: for each picture [V, P], see `VisualTokens`; or None.
+    probed: for each picture what compressors asked of the encoder, (need, layer) -> [V, P, ...]; or None.
     """
 
     modality: str
     layouts: tuple[Layout, ...]
     small: tuple[Layout, ...] | None = None
     sources: tuple[Tensor, ...] | None = None
-    cls_attention: tuple[Tensor, ...] | None = None
+    probed: tuple[dict[tuple[str, Layer], Tensor], ...] | None = None
 
     def pick(self, order: list[int]) -> Encoded:
         """The same pictures in another order, repeated where `order` repeats them (beam search)."""
         take = lambda items: None if items is None else tuple(items[i] for i in order)
-        return Encoded(self.modality, *map(take, (self.layouts, self.small, self.sources, self.cls_attention)))
+        return Encoded(self.modality, *map(take, (self.layouts, self.small, self.sources, self.probed)))
 
 
 class Adapter(ABC):
@@ -76,9 +77,13 @@ class Adapter(ABC):
     def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """One layout a picture, from the arguments of the encoder method."""
 
-    def cls_probe(self, core: nn.Module) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
-        """A module of the encoder, and a function of (it, its `hidden_states`) -> [views, P] CLS logits."""
-        raise Unsupported(f"{self.family} has no CLS token in its encoder.")
+    def tower(self, core: nn.Module) -> Tower:
+        """How the vision encoder shows what compressors may need of it (`vtok.tower.NEEDS`)."""
+        raise Unsupported(f"What the vision encoder of {self.family} computes cannot be read.")
+
+    def encoder_layers(self, core: nn.Module) -> nn.ModuleList:
+        """The layers of the vision encoder."""
+        raise Unsupported(f"The layers of the vision encoder of {self.family} are not known.")
 
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.selection import Attention, Selection, VisualTokens, check_keep
+from vtok.tower import NEEDS as ENCODER_NEEDS
+from vtok.tower import Layer
 
 STAGES = ("encoder", "pre_llm", "llm")
 # Where a text-guided compressor reads the text: at the prompt's last token, or at the first text token after the last
@@ -30,7 +32,7 @@ class Compressor:
 
     name: ClassVar[str]  # the word for `vtok.patch(model, name)`
     stage: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "cls_attention", "crops", "attention"
+    needs: ClassVar[frozenset[str]] = frozenset()  # of "crops", "attention" and those of vtok/tower.py
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
     adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
     text_guided: ClassVar[bool] = False
@@ -56,6 +58,11 @@ class Compressor:
     def needs_now(self) -> frozenset[str]:
         """What this instance needs; a subset of `needs` where a parameter makes a need go away."""
         return self.needs
+
+    @property
+    def encoder_layers(self) -> dict[str, tuple[Layer, ...]]:
+        """For each of its needs that the vision encoder meets, the layers at which: the last, unless overridden."""
+        return {need: (-1,) for need in sorted(self.needs_now & ENCODER_NEEDS)}
 
     def scale(self) -> float:
         """The factor by which picture sides shrink before the encoder, in (0, 1]."""

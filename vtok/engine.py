@@ -2,7 +2,7 @@
 
     outer model       labels noted                                         (the prompt ends before the first of them)
     core model        what is visual, which pictures
-    encoder method    layouts, CLS logits; an encoder-stage compressor acts
+    encoder method    layouts, what compressors read of the encoder; an encoder-stage compressor acts
     language model    a pre-LLM compressor acts; sequence, positions and mask are compacted; the output is restored
     decoder layers    an in-LLM compressor acts
 """
@@ -24,6 +24,7 @@ from vtok.probe import KEYWORD
 from vtok.selection import Selection, VisualTokens
 from vtok.sequence import CompressedCache, Rows, gather, gather_positions
 from vtok.stream import Stopwatch, Stream
+from vtok.tower import Layer
 from vtok.trace import Picture, Shapes, Trace
 
 OTHER_PATCH = "This cache was made under another patch, whose layers hold different tokens. Start a new conversation."
@@ -63,7 +64,11 @@ class Engine:
         self.labels: Tensor | None = None
         self.call: Call | None = None
         self.trace: Trace | None = None
-        self.cls: list[Tensor] | None = None
+        self.reads = sorted(  # (need, layer) of the vision encoder
+            {(need, x) for part in active.values() for need, layers in part.encoder_layers.items() for x in layers},
+            key=str,
+        )
+        self.seen: dict[tuple[str, Layer], list[Tensor]] | None = None  # what was read during one call of the encoder
 
     # ---- outer model -------------------------------------------------------------------------------------------
     def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -104,19 +109,20 @@ class Engine:
         """Stands in for the core model's `get_image_features` or `get_video_features`."""
         arguments = bind(method, args, kwargs)
         layouts = tuple(self.adapter.layouts(core, modality, arguments))
-        small = sources = cls = None
-        self.cls = []
+        small = sources = probed = None
+        self.seen = {key: [] for key in self.reads}
         try:
             if self.encoder is not None:
                 output, views = self.adapter.encode_small(core, modality, method, arguments, self.encoder.scale())
                 small, sources = zip(*(shrink(layout, view) for layout, view in zip(layouts, views)))
             else:
                 output = method(*args, **kwargs)
-            if self.cls:
-                views = [sum(p.crop_grid[0] * p.crop_grid[1] for p in layout.planes) for layout in layouts]
-                cls = torch.cat(self.cls).split(views)
+            if seen := {key: torch.cat(parts) for key, parts in self.seen.items() if parts}:
+                tower = self.adapter.tower(core)
+                split = [tower.arrange(x, small or layouts) for x in seen.values()]
+                probed = tuple(dict(zip(seen, of_picture)) for of_picture in zip(*split))
         finally:
-            self.cls = None
+            self.seen = None
         if not hasattr(output, "pooler_output"):
             return output  # somebody asked for a plain tuple: features for their own use
         for rows, layout in zip(output.pooler_output, layouts):
@@ -125,14 +131,15 @@ class Engine:
                     f"The encoder gave {len(rows)} tokens for a picture where {layout.n_rows} were expected. "
                     f"vision_feature_layer and vision_feature_select_strategy must be those of the config."
                 )
-        output._vtok_encoded = Encoded(modality, layouts, small, sources, cls)
+        output._vtok_encoded = Encoded(modality, layouts, small, sources, probed)
         if self.call is not None:
             self.call.encoded[modality] = output._vtok_encoded
         return output
 
-    def before_cls(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], function: Any) -> None:
-        if self.cls is not None:
-            self.cls.append(function(module, args[0] if args else kwargs["hidden_states"]))
+    def in_encoder(self, key: Any, read: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """After a module of the vision encoder that shows what `key` names."""
+        if self.seen is not None:
+            self.seen[key].append(read(module, args, kwargs, out))
 
     # ---- language model ----------------------------------------------------------------------------------------
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -224,6 +231,8 @@ class Engine:
             valid = mask[:, -length:].bool()
 
         visual, pictures = self._locate(call, embeds)
+        # beside the pictures, not in them: a trace is kept, and must not hold the encoder's states
+        probed = [x for encoded in call.encoded.values() for x in encoded.probed or [{}] * len(encoded.layouts)]
         prompt_end = self._prompt_end(call, valid, cache, module.training)
         protected = torch.zeros_like(valid).scatter_(1, prompt_end[:, None], True)  # predicts the first answer token
         keep = valid & (~visual | protected)
@@ -243,11 +252,10 @@ class Engine:
                 flat_keep[tokens.flatten()] = True
                 selection = Selection(torch.ones_like(tokens, dtype=torch.bool), n_kept=tokens.shape[1])
             else:
-                cls = None
-                if first.cls_attention is not None:
-                    cls = torch.stack([pictures[i].cls_attention for i in members])
+                encoder = {key: torch.stack([probed[i][key] for i in members]) for key in probed[members[0]]}
+                visual_tokens = VisualTokens(flat[tokens], first.layout, encoder.get(("cls_attention", -1)), encoder)
                 with stopwatch, torch.set_grad_enabled(torch.is_grad_enabled() and self.pre_llm.merges):
-                    selection = self.pre_llm.select(VisualTokens(flat[tokens], first.layout, cls))
+                    selection = self.pre_llm.select(visual_tokens)
                 flat_keep[tokens.flatten()] |= selection.keep.flatten()
                 if selection.features is not None:
                     flat = flat.index_copy(0, tokens.flatten(), selection.features.flatten(0, 1).to(flat.dtype))
@@ -365,8 +373,7 @@ class Engine:
                     source = source.to(rows.device)
                     place = place[source]
                 separators = rows[separators.to(rows.device)]
-                cls = encoded.cls_attention[i] if encoded.cls_attention is not None else None
-                pictures.append(Picture(modality, dense, layout, rows, rows[place], separators, source, cls))
+                pictures.append(Picture(modality, dense, layout, rows, rows[place], separators, source))
         return visual, pictures
 
     def _prompt_end(self, call: Call, valid: Tensor, cache: Any, training: bool) -> Tensor:

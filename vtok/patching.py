@@ -114,6 +114,10 @@ class Patch:
         )
         token_ids = {modality: adapter.token_id(core.config, modality) for modality in adapter.encoders}
         engine = self._engine = Engine(adapter, parts, token_ids, shapes, watches_layers)
+        probes = {}  # found before the first hook, as there may be no such layer
+        if engine.reads:
+            tower, layers = adapter.tower(core), adapter.encoder_layers(core)
+            probes = {key: tower.probe(layers, *key) for key in engine.reads}
 
         hook = self._hook
         hook(vlm.register_forward_pre_hook, engine.before_outer)
@@ -125,9 +129,8 @@ class Patch:
         if watches_layers:
             for i, layer in enumerate(adapter.layers(language_model)):
                 hook(layer.register_forward_pre_hook, functools.partial(engine.before_layer, i))
-        if "cls_attention" in engine.needs:
-            module, function = adapter.cls_probe(core)
-            hook(module.register_forward_pre_hook, functools.partial(engine.before_cls, function=function))
+        for key, (module, read) in probes.items():
+            hook(module.register_forward_hook, functools.partial(engine.in_encoder, key, read))
         for modality, name in adapter.encoders.items():
             setattr(core, name, types.MethodType(_encoder_method(engine, type(core), name, modality), core))
             self._methods.append(name)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtok.errors import InvalidValue
+from vtok.errors import InvalidValue, Unsupported
 
 
 def check_keep(keep: float | int, name: str = "keep") -> float | int:
@@ -66,6 +66,16 @@ class Plane:
     @property
     def size(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def views(self) -> int:
+        """How many views of the encoder it is made of: one, or the number of crops."""
+        return self.crop_grid[0] * self.crop_grid[1]
+
+    @property
+    def view_shape(self) -> tuple[int, int]:
+        """(rows, cols) in tokens of one of them, padding included."""
+        return self.crop_shape if self.kind == "crops" else (self.rows, self.cols)
 
 
 @dataclass(frozen=True)
@@ -145,13 +155,22 @@ class VisualTokens:
     features: [B, N, D] after the projector, separators left out.
     layout: shared by the B pictures.
     cls_attention: [B, V, P] or None: for each view (thumbnail first, then crops row-major, padding included), the
-        head-mean of the pre-softmax logits of the encoder's CLS token over its P patches. Only for compressors
-        that need "cls_attention".
+        head-mean of the pre-softmax logits of the encoder's CLS token over its P patches, in the last layer. Short for
+        `encoder["cls_attention", -1]`.
+    encoder: (need, layer) -> [B, V, P, ...], what the compressor's `encoder_layers` asks of the vision encoder, and no
+        more; see `vtok/tower.py`.
     """
 
     features: Tensor
     layout: Layout
     cls_attention: Tensor | None = None
+    encoder: Mapping[tuple[str, int | float | None], Tensor] = field(default_factory=dict)
+
+    def read(self, need: str, layer: int | float | None = -1) -> Tensor:
+        """[B, V, P, ...] of `encoder`, on the features' device: the encoder may be on another."""
+        if (need, layer) not in self.encoder:
+            raise Unsupported(f"The vision encoder showed no {need} at layer {layer} for this {self.layout.modality}.")
+        return self.encoder[need, layer].to(self.features.device)
 
 
 @dataclass(frozen=True)

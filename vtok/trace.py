@@ -39,7 +39,6 @@ class Picture:
     tokens: Tensor
     separators: Tensor
     source: Tensor | None
-    cls_attention: Tensor | None
 
 
 @dataclass(frozen=True)
