@@ -9,10 +9,11 @@ BLOCK = 2048  # rows of the similarity matrix that exist at once
 
 
 @torch.no_grad()
-def bipartite_match(metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def bipartite_match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor, Tensor]:
     """The `r` even tokens that are most similar to some odd token, and which (AIM, arXiv 2412.03248, after ToMe).
 
-    metric: [B, t, C], any float dtype; compared by cosine in fp32, also under autocast. 0 <= r <= t // 2.
+    metric: [B, t, C], any float dtype; compared by cosine in fp32, also under autocast. The first `protected` tokens
+    (class, registers) take no part. 0 <= r <= (t - protected) // 2.
     Returns source [B, r] (tokens of the even set, most similar first) and target [B, r] (tokens of the odd set), as
     indices into the t tokens. Ties go to the lower index. The cosine with a zero vector is 0; NaN counts as 0.
     """
@@ -20,9 +21,10 @@ def bipartite_match(metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
         return (torch.empty(metric.shape[0], 0, dtype=torch.long, device=metric.device),) * 2
     unit = metric.detach().float()
     unit = (unit / unit.norm(dim=-1, keepdim=True).clamp(min=1e-12)).nan_to_num(0.0)
-    even, odd = unit[:, ::2], unit[:, 1::2].transpose(1, 2)  # [B, ceil(t/2), C], [B, C, floor(t/2)]
+    skip_even, skip_odd = (protected + 1) // 2, protected // 2
+    even, odd = unit[:, ::2][:, skip_even:], unit[:, 1::2][:, skip_odd:].transpose(1, 2)  # [B, a, C], [B, C, b]
     with torch.autocast(metric.device.type, enabled=False):
         best = [(even[:, i : i + BLOCK] @ odd).max(-1) for i in range(0, even.shape[1], BLOCK)]
     value, partner = torch.cat([b.values for b in best], 1), torch.cat([b.indices for b in best], 1)
     source = value.argsort(dim=1, descending=True, stable=True)[:, :r]  # [B, r]
-    return 2 * source, 2 * partner.gather(1, source) + 1
+    return 2 * (source + skip_even), 2 * (partner.gather(1, source) + skip_odd) + 1

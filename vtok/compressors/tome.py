@@ -1,0 +1,156 @@
+"""ToMe: similar tokens are merged inside the vision encoder, between the attention and the MLP of each block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vtok.compressor import Compressor
+from vtok.errors import InvalidValue
+from vtok.kernels.bipartite_match import bipartite_match
+from vtok.selection import check_keep, keep_count, share
+from vtok.vit import Block
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMe(Compressor):
+    """In each block, the `r` tokens whose keys are most like another's are merged into those (Section 3).
+
+    r: tokens merged in each block, of each view; one number, or one a block. Never more than half of a view's patches
+        at once. 8 if neither `r` nor `keep` is given.
+    keep: instead of `r`: fraction or count of a view's patches that are left after the last block that matters.
+    decreasing: as many in all, but 2r in the first block and linearly fewer down to none in the last (Appendix).
+    proportional: a token that stands for s patches attends as s tokens would: log s is added to its logits (Eq. 1).
+    carry: of each merged group one token enters the language model, at the place of the group's first patch. Else each
+        patch gets its group's feature back, so that nothing changes for what comes after the encoder.
+    Class and register tokens are never merged. Merged tokens are the mean of the patches that they stand for.
+    Differs from the paper: tokens have their full number between blocks (a group's tokens are then equal), so that
+    heads, poolers and whoever reads a block's output find what they expect; the mean is taken in fp32.
+    """
+
+    name = "tome"
+    stage = "encoder"
+    needs = frozenset({"vit"})
+    paper = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
+    merges = True
+    hints = {
+        "vit": "It acts in the blocks of CLIP, SigLIP, timm and open_clip towers.",
+        "token_per_patch": "With carry=False each patch gets its group's feature, which works here too.",
+    }
+
+    keep: float | int | None = None
+    r: int | tuple[int, ...] | None = None
+    decreasing: bool = False
+    proportional: bool = True
+    carry: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.r is not None:
+            raise InvalidValue("Give r or keep, not both.")
+        if self.keep is not None:
+            check_keep(self.keep)
+            return
+        if isinstance(self.r, list):
+            object.__setattr__(self, "r", tuple(self.r))
+        if self.r is None:
+            object.__setattr__(self, "r", 8)
+        each = self.r if isinstance(self.r, tuple) else (self.r,)
+        if not each or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in each):
+            raise InvalidValue(f"r must be an int >= 0, or a tuple of them, one a block, got {self.r!r}")
+        if self.decreasing and isinstance(self.r, tuple):
+            raise InvalidValue("decreasing goes with one number for r; a tuple says for itself what each block merges.")
+
+    @property
+    def masks(self) -> bool:
+        return self.proportional
+
+    @property
+    def scatters(self) -> bool:
+        return self.carry
+
+    @property
+    def needs_now(self) -> frozenset[str]:
+        return self.needs | {"token_per_patch"} if self.carry else self.needs
+
+    @property
+    def is_identity(self) -> bool:
+        if self.keep is not None:
+            return isinstance(self.keep, float) and self.keep == 1.0
+        return not any(self.r) if isinstance(self.r, tuple) else self.r == 0
+
+    def with_budget(self, budget: float, n_layers: int) -> ToMe:
+        """A budget counts tokens in the language model, so it has a meaning where they are carried there."""
+        if not self.carry:
+            raise InvalidValue("tome hands all tokens on to the language model, so it has no budget: set carry=True.")
+        return replace(self, r=None, keep=float(budget))
+
+    def merged_at(self, n_blocks: int, patches: int) -> list[int]:
+        """How many of a view's `patches` tokens each of `n_blocks` blocks merges away."""
+        if isinstance(self.r, tuple) and len(self.r) != n_blocks:
+            raise InvalidValue(f"r has {len(self.r)} entries, but {n_blocks} blocks of this tower matter.")
+        end = keep_count(patches, self.keep) if self.r is None else 0
+        if isinstance(self.r, tuple):
+            wanted = list(self.r)
+        else:
+            falling = self.decreasing and n_blocks > 1
+            weights = range(n_blocks - 1, -1, -1) if falling else [1] * n_blocks
+            wanted = share(patches - end if self.r is None else self.r * n_blocks, weights)
+        merged, left = [], patches
+        for i, n in enumerate(wanted):
+            if (
+                end
+            ):  # `keep` speaks of the end, which the blocks behind must be able to reach by halving; `r` of each block
+                n = left - min(patches - sum(wanted[: i + 1]), end << (n_blocks - 1 - i))
+            merged.append(max(0, min(n, left // 2)))
+            left -= merged[-1]
+        return merged
+
+    def group(self, block: Block) -> tuple[Tensor, int] | None:
+        r = self.merged_at(block.n_blocks, block.patches)[block.index]
+        if r == 0:
+            return None
+        return match(block.key, r, block.protected), block.key.shape[1] - r
+
+    def merge(self, x: Tensor, size: Tensor, group: Tensor, n: int) -> Tensor:
+        return merge(x, size, group, n)
+
+    def bias(self, size: Tensor) -> Tensor | None:
+        return size.log() if self.proportional else None
+
+
+def match(key: Tensor, r: int, protected: int = 0) -> Tensor:
+    """Bipartite soft matching: the even tokens choose their most similar odd token, and the best `r` are merged.
+
+    key: [B, N, C], compared by cosine; the first `protected` tokens neither merge nor are merged into.
+    0 <= r <= (N - protected) // 2. Returns [B, N] long, the row of each token among the N - r: the protected ones, the
+    even ones that are left, the odd ones. Ties go to the lower index.
+    """
+    batch, n = key.shape[:2]
+    source, target = bipartite_match(key, r, protected)  # [B, r]
+    place = torch.arange(n, device=key.device)
+    part = torch.where(place < protected, 0, 1 + place % 2).expand(batch, n).scatter(1, source, 3)
+    order = part.argsort(dim=1, stable=True)  # [B, N] tokens as they come out, the merged ones last
+    row = torch.empty_like(order).scatter_(1, order, place.expand(batch, n))
+    return row.scatter(1, source, row.gather(1, target))
+
+
+def merge(x: Tensor, size: Tensor, group: Tensor, n: int) -> Tensor:
+    """Mean of x [B, N, D] over the members of each `group` [B, N], weighted by `size` [B, N] fp32. [B, n, D].
+
+    Taken in fp32 at least. Gradient flows to all members."""
+    batch, _, width = x.shape
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)) * size[..., None]
+    sums = wide.new_zeros(batch, n, width).scatter_add(1, group[..., None].expand_as(wide), wide)
+    return (sums / sizes(size, group, n)[..., None]).to(x.dtype)
+
+
+def unmerge(x: Tensor, group: Tensor) -> Tensor:
+    """x [B, n, D] -> [B, N, D]: each of the N tokens gets the row of its `group` [B, N]."""
+    return x.gather(1, group[..., None].expand(-1, -1, x.shape[2]))
+
+
+def sizes(size: Tensor, group: Tensor, n: int) -> Tensor:
+    """[B, n] how many patches each group stands for, from the `size` [B, N] of its members."""
+    return size.new_zeros(size.shape[0], n).scatter_add(1, group, size)
