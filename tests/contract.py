@@ -20,8 +20,9 @@ def _built(family: str):
     torch.manual_seed(7)
     model, processor = ADAPTERS[family].tiny()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)  # random weights are so small that logits would hardly depend on the context
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("q_norm.weight", "k_norm.weight")):  # nine times the logits would magnify rounding
+                parameter.mul_(3.0)  # random weights are so small that logits would hardly depend on the context
     return model.state_dict(), processor
 
 
@@ -49,15 +50,19 @@ def placeholder_ids(model: nn.Module) -> list[int]:
     ]
 
 
+def encoder(model: nn.Module) -> nn.Module:
+    core = model.model
+    return core.visual if hasattr(core, "visual") else core.vision_tower
+
+
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3)).astype("uint8"))
 
 
 def mark(processor, modality: str = "image") -> str:
     """What stands for a picture in a prompt string."""
-    if hasattr(processor, "image_token") and "pad" in processor.image_token:
-        return f"<|vision_start|><|{modality}_pad|><|vision_end|>"
-    return "<image>"
+    token = getattr(processor, f"{modality}_token")
+    return f"<|vision_start|>{token}<|vision_end|>" if "pad" in token else token
 
 
 def batch(processor, prompts: list[str], pictures: list[Image.Image], side: str = "left", **extra):
@@ -114,25 +119,49 @@ class Masked:
     def _replace(self, module, args, kwargs):
         if kwargs["inputs_embeds"].shape[1] == self.embeds.shape[1]:
             kwargs = {**kwargs, "inputs_embeds": self.embeds}
+            if self.embeds.levels:
+                kwargs["deepstack_visual_embeds"] = self._merged(self.embeds.levels, kwargs["visual_pos_masks"])
         return args, kwargs
+
+    def _merged(self, given, visual):
+        """DeepStack features [V, D], where a kept token has the mean of those of the tokens merged into it."""
+        row = {place: i for i, place in enumerate(visual.flatten().nonzero().flatten().tolist())}
+        levels = [level.clone() for level in given]
+        for picture, into in zip(self.trace.pictures, self.trace.merged_into):
+            rows = [row[place] for place in picture.rows.tolist()]
+            for target in set(into.tolist()) - {-1} if into is not None else ():
+                members = [rows[i] for i, to in enumerate(into.tolist()) if to == target]
+                for new, level in zip(levels, given):
+                    new[rows[target]] = level[members].mean(0)
+        return levels
 
 
 class Entered:
-    """Notes what a patched language model gets, put back at its places."""
+    """Notes what a patched language model gets, put back at its places; and as `embeds.levels` the DeepStack features,
+    as they come from the encoder."""
 
     def __init__(self, model: nn.Module, patch) -> None:
         self.patch = patch
         self.lm = model.model.language_model
 
     def __enter__(self):
-        self.handle = self.lm.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.handles = [
+            self.lm.register_forward_pre_hook(self._note_levels, with_kwargs=True, prepend=True),
+            self.lm.register_forward_pre_hook(self._note, with_kwargs=True),
+        ]
         self.embeds = None
         return self
 
     def __exit__(self, *exc) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
+
+    def _note_levels(self, module, args, kwargs):
+        if self.embeds is None:
+            self.levels = [level.detach() for level in kwargs.get("deepstack_visual_embeds") or ()]
 
     def _note(self, module, args, kwargs):
         if self.embeds is None:
             trace = self.patch.trace
             self.embeds = trace.rows_at(0).restore(kwargs["inputs_embeds"].detach(), trace.length)
+            self.embeds.levels = self.levels

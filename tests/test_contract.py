@@ -1,8 +1,10 @@
 """The engine's contract (docs/design.md, section 3) on every family, against the oracle "pruning is masking"."""
 
+import dataclasses
+
 import pytest
 import torch
-from contract import FAMILIES, Entered, Masked, batch, mixed, picture, tiny
+from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, mixed, picture, tiny
 
 import vtok
 import vtok.selection
@@ -16,7 +18,14 @@ METHODS = {
     "fastv-count": lambda: [vtok.FastV(keep=2, layer=1)],
     "aim_merge": lambda: [vtok.AIMMerge(keep=0.4)],
     "aim_prune": lambda: [vtok.AIMPrune(start=1, end=3)],
+    "core_tokens": lambda: [vtok.CoreTokens(layer=1, max_keep=0.6)],
+    "schedule": lambda: [vtok.Schedule(rates=(1, 0.92, 0.89, 0.3))],  # 16 tokens: the second step drops none
+    "divprune": lambda: [vtok.DivPrune(keep=0.3)],
+    "dart": lambda: [vtok.DART(keep=0.4, layer=2, visual_pivots=1, text_pivots=2)],
+    "visionzip": lambda: [vtok.VisionZip(keep=0.4, importance="received")],
+    "tcc": lambda: [vtok.TCC(keep=0.5, sim_threshold=0.5, importance="received", low_layer=0)],
     "globalcom2": lambda: [vtok.GlobalCom2(keep=0.3)],
+    "globalcom2-cos": lambda: [vtok.GlobalCom2(keep=0.3, score_source="neg_cos_mean")],
     "all stages": lambda: [vtok.Downsample(keep=0.5), vtok.Uniform(keep=0.5), vtok.FastV(keep=0.5, layer=2)],
     "downsampled globalcom2": lambda: [vtok.Downsample(keep=0.5), vtok.GlobalCom2(keep=0.5)],
     "aim": lambda: [vtok.AIM(keep=0.5, start=1, end=3)],
@@ -25,7 +34,7 @@ CELLS = [
     pytest.param(family, method, id=f"{family}-{method}")
     for family in FAMILIES
     for method in METHODS
-    if "globalcom2" not in method or family == "llava_next"
+    if all(part.needs_now <= ADAPTERS[family].provides for item in METHODS[method]() for part in item.parts())
 ]
 
 
@@ -121,9 +130,9 @@ def test_keep_all_is_the_identity(family, method):
     dense, tokens = run(model, inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
     parts = METHODS[method]()
     whole = [part for item in parts for part in item.parts() if part.stage != "llm"] or parts
-    if method == "aim_prune":
-        pytest.skip("a schedule has no keep")
-    with vtok.patch(model, [type(part)(keep=1.0) for part in whole]) as patch:
+    if method in ("aim_prune", "core_tokens"):
+        pytest.skip("it has no keep")
+    with vtok.patch(model, [dataclasses.replace(part, keep=1.0) for part in whole]) as patch:
         assert torch.equal(run(model, inputs).logits, dense)
         assert patch.trace.n_kept == patch.trace.n_visual
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
@@ -202,8 +211,9 @@ def test_a_second_picture_on_an_old_cache(family, method):
         dense_two = run(model, second, use_cache=True, past_key_values=dense_one.past_key_values)
         dense_three = run(model, third, past_key_values=dense_two.past_key_values)
     here = trace_two.present_at(3)
-    torch.testing.assert_close(two.logits[here], dense_two.logits[here], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(three.logits, dense_three.logits, atol=1e-5, rtol=1e-5)
+    # 2e-5: three forwards on one cache, logits up to 6, so that rounding alone comes to 1e-5
+    torch.testing.assert_close(two.logits[here], dense_two.logits[here], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(three.logits, dense_three.logits, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

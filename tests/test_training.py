@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import FAMILIES, Entered, Masked, batch, mixed, picture, placeholder_ids, tiny
+from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, mixed, picture, placeholder_ids, tiny
 
 import vtok
 import vtok.errors
@@ -11,19 +11,23 @@ METHODS = {
     "uniform": lambda: [vtok.Uniform(keep=0.5)],
     "pool": lambda: [vtok.Pool(keep=0.3)],
     "downsample": lambda: [vtok.Downsample(keep=0.3)],
+    "tcc": lambda: [vtok.TCC(keep=0.5, sim_threshold=0.5, importance="received", low_layer=0)],
     "globalcom2": lambda: [vtok.GlobalCom2(keep=0.3)],
     "fastv": lambda: [vtok.FastV(keep=0.5, layer=2)],
+    "core_tokens": lambda: [vtok.CoreTokens(layer=1, max_keep=0.6)],
     "fastv after visual": lambda: [vtok.FastV(keep=0.5, layer=2, anchor="after_visual")],
+    "dart": lambda: [vtok.DART(keep=0.4, layer=2, visual_pivots=1, text_pivots=2)],
+    "schedule": lambda: [vtok.Schedule(rates=(1, 0.92, 0.89, 0.3))],
     "aim": lambda: [vtok.AIM(keep=0.5, start=1, end=3)],
 }
 CELLS = [
     pytest.param(family, method, id=f"{family}-{method}")
     for family in FAMILIES
     for method in METHODS
-    if method != "globalcom2" or family == "llava_next"
+    if all(part.needs_now <= ADAPTERS[family].provides for item in METHODS[method]() for part in item.parts())
 ]
 # features are merged or pictures shrunk: the oracle gets them as constants, and knows no gradient before them
-CONSTANT = {"pool", "downsample", "aim"}
+CONSTANT = {"pool", "downsample", "aim", "tcc"}
 PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "last 0 1 2 #"]
 SIZES = [(70, 112), (56, 56), (112, 70), (56, 140)]
 
@@ -50,7 +54,7 @@ def test_loss_and_gradients(family, method):
     """The loss and every gradient are those of the unpatched model with the dropped columns masked."""
     model, processor = tiny(family)
     inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
-    projector = model.model.visual.merger if family == "qwen2_5_vl" else model.model.multi_modal_projector
+    projector = model.model.visual.merger if family.startswith("qwen") else model.model.multi_modal_projector
     watched = {
         "embeddings": model.get_input_embeddings().weight,
         "projector": list(projector.parameters())[-1],
@@ -137,7 +141,8 @@ def test_bfloat16(family, method):
         assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
-    assert patch.trace.per_sample(patch.trace.n_kept_at(3)) == kept
+    if not METHODS[method]()[0].adaptive:  # such a count is a matter of rounding
+        assert patch.trace.per_sample(patch.trace.n_kept_at(3)) == kept
     assert patch.trace.kv_bytes()["dense"] * 2 == sum(
         sum(sample) * 2 * 32 * 4 for sample in patch.trace.counts()["dense"]
     )

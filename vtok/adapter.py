@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,6 +28,8 @@ class Encoded:
     small: the layouts after an encoder-stage compressor, one a picture, or None.
     sources: for each picture the [n_small] tokens of `layouts[i]` that stand for the tokens of `small[i]`, or None.
     probed: for each picture what compressors asked of the encoder, (need, layer) -> [V, P, ...]; or None.
+    previews: for each picture what `Adapter.join` wants to see of it; None where the pictures are whole.
+    merged_into: for each picture [n] the token of `layouts[i]` that stands for each after merging; or None.
     """
 
     modality: str
@@ -35,11 +37,14 @@ class Encoded:
     small: tuple[Layout, ...] | None = None
     sources: tuple[Tensor, ...] | None = None
     probed: tuple[dict[tuple[str, Layer], Tensor], ...] | None = None
+    previews: tuple[Tensor, ...] | None = None
+    merged_into: tuple[Tensor, ...] | None = None
 
     def pick(self, order: list[int]) -> Encoded:
         """The same pictures in another order, repeated where `order` repeats them (beam search)."""
         take = lambda items: None if items is None else tuple(items[i] for i in order)
-        return Encoded(self.modality, *map(take, (self.layouts, self.small, self.sources, self.probed)))
+        each = (self.layouts, self.small, self.sources, self.probed, self.previews, self.merged_into)
+        return Encoded(self.modality, *map(take, each))
 
 
 class Adapter(ABC):
@@ -47,12 +52,16 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]  # of transformers' configs
-    provides: ClassVar[frozenset[str]] = frozenset({"attention"})  # what compressors may need, see Compressor.needs
+    # what compressors may need, see Compressor.needs; "question" and "ffn" are added to all, "ffn" being checked on the
+    # model (vtok/ffn.py)
+    provides: ClassVar[frozenset[str]] = frozenset({"attention"})
     encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}  # modality -> method of the core model
+    late: ClassVar[bool] = False  # whether visual features also enter behind decoder layers, see `late_features`
     default: ClassVar[dict[str, Any]]  # {"method": name, **options}, from the measured tables in model_cards/
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.provides = cls.provides | {"question", "ffn"}
         for model_type in cls.model_types:
             _REGISTRY[model_type] = cls
 
@@ -73,9 +82,27 @@ class Adapter(ABC):
         """What this very model provides: `provides`, less what its encoder lacks."""
         return self.provides
 
+    def late_features(self, kwargs: dict[str, Any]) -> dict[int, Tensor]:
+        """Take out of the language model's keywords what it adds to the visual tokens behind some decoder layers.
+
+        Returns {layer: [V, D]}, added to the output of that layer, one row a visual place of the flattened batch. The
+        engine adds them in the language model's stead, to the tokens that are present there. Only where `late` is set,
+        and never behind the last layer."""
+        return {}
+
     @abstractmethod
     def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """One layout a picture, from the arguments of the encoder method."""
+
+    def previews(self, arguments: dict[str, Any]) -> tuple[Tensor, ...] | None:
+        """For families whose encoder method is given views and not told which of them are a picture: what `join` wants
+        to see of each. None for all others."""
+        return None
+
+    def join(self, encoded: Encoded, pictures: Sequence[Sequence[int]]) -> Encoded:
+        """Make pictures of views, given for each picture its views, in order: those whose placeholders follow each
+        other without a gap in the prompt. Called where `previews` gave something; the result has no previews."""
+        return encoded
 
     def tower(self, core: nn.Module) -> Tower:
         """How the vision encoder shows what compressors may need of it (`vtok.tower.NEEDS`)."""
@@ -114,16 +141,22 @@ def shrink(layout: Layout, view: tuple[int, int]) -> tuple[Layout, Tensor]:
 
     planes, sources = [], []
     for plane, start in zip(layout.planes, layout.starts):
-        shape = plane.crop_shape if plane.kind == "crops" else (plane.rows, plane.cols)
-        rows = axis(plane.rows, plane.offset[0], shape[0], view[0])
-        cols = axis(plane.cols, plane.offset[1], shape[1], view[1])
+        shape, offset, target = plane.view_shape, plane.offset, view
+        if any(plane.resampled):  # its cells are not the encoder's: it shrinks as a whole, in proportion
+            shape, offset = (plane.rows, plane.cols), (0, 0)
+            target = tuple(max(1, n * v // s) for n, v, s in zip(shape, view, plane.view_shape))
+        rows = axis(plane.rows, offset[0], shape[0], target[0])
+        cols = axis(plane.cols, offset[1], shape[1], target[1])
         sources.append(start + (torch.tensor(rows)[:, None] * plane.cols + torch.tensor(cols)).flatten())
         small = replace(plane, rows=len(rows), cols=len(cols))
         if plane.kind == "crops":
-            offset = tuple(o * v // s for o, v, s in zip(plane.offset, view, shape))
+            offset = tuple(o * v // s for o, v, s in zip(plane.offset, view, plane.view_shape))
             small = replace(small, crop_shape=view, offset=offset)
+        if any(plane.resampled):
+            span = tuple(max(1, n * v // s) for n, v, s in zip(plane.resampled, view, plane.view_shape))
+            small = replace(small, resampled=span)
         planes.append(small)
-    return Layout(tuple(planes), layout.separators, layout.modality), torch.cat(sources)
+    return replace(layout, planes=tuple(planes)), torch.cat(sources)
 
 
 def stretch(plane: Plane, view: tuple[int, int]) -> Tensor:

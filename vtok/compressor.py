@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,11 +12,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vtok.errors import InvalidValue, UnknownName, Unsupported
-from vtok.selection import Attention, Selection, VisualTokens, check_keep
+from vtok.selection import Activations, Attention, Selection, VisualTokens, check_keep
 from vtok.tower import NEEDS as ENCODER_NEEDS
 from vtok.tower import Layer
+from vtok.vit import Block
 
-STAGES = ("encoder", "pre_llm", "llm")
+STAGES = ("encoder", "pre_llm", "llm", "decode")
 # Where a text-guided compressor reads the text: at the prompt's last token, or at the first text token after the last
 # visual one. Never "the last position": in a training forward that is a token of the answer.
 ANCHORS = ("prompt_end", "after_visual")
@@ -27,17 +29,22 @@ class Compressor:
     """Base of all compressors. Subclasses are frozen dataclasses whose fields are the method's hyper-parameters.
 
     A subclass sets the class variables below and, by its stage, overrides one method:
-    "encoder": `scale()`; "pre_llm": `select(tokens)`; "llm": `schedule(n_layers)` and `score(attention)`.
+    "encoder": `scale()`; "pre_llm": `select(tokens)`; "llm": `schedule(n_layers)` and `score(attention)`; "decode":
+    `sparse_layers(n_layers)` and `neurons(activations)`.
     """
 
     name: ClassVar[str]  # the word for `vtok.patch(model, name)`
     stage: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "crops", "attention" and those of vtok/tower.py
+    needs: ClassVar[frozenset[str]] = frozenset()  # of "crops", "question", "attention", "ffn" and those of vtok/tower.py
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
     adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
     text_guided: ClassVar[bool] = False
     hints: ClassVar[dict[str, str]] = {}  # need -> what a user can do where a model does not provide it
     merges: ClassVar[bool] = False  # True if kept tokens get new features, through which gradient must flow
+    masks: ClassVar[bool] = False  # True if `bias()` may give something
+    scatters: ClassVar[bool] = False  # True if it leaves single patches of a picture, which lie on no grid
+    trained: ClassVar[bool] = False  # True if it has weights of its own, without which it is refused
+    min_tokens: ClassVar[int] = 1  # "decode": a shorter prompt, in tokens that enter the language model, stays dense
 
     keep: float | int = 0.25
 
@@ -68,17 +75,48 @@ class Compressor:
         """The factor by which picture sides shrink before the encoder, in (0, 1]."""
         raise Unsupported(f"{type(self).__name__} does not act in the encoder.")
 
+    def merged_at(self, n_blocks: int, patches: int) -> list[int]:
+        """How many of a view's rows each block groups away; for those that need "vit", as the next three. Raises
+        `InvalidValue` where there are not the right number of blocks."""
+        raise Unsupported(f"{type(self).__name__} does not act in the blocks of the encoder.")
+
+    def group(self, block: Block) -> tuple[Tensor, int] | None:
+        """Which rows of a block go on as one: [B, n] the new row of each, and how many new rows there are; or None."""
+        raise Unsupported(f"{type(self).__name__} does not act in the blocks of the encoder.")
+
+    def merge(self, x: Tensor, size: Tensor, group: Tensor, n: int) -> Tensor:
+        """[B, n, D], the rows that `group()` asked for, of x [B, rows, D], which stand for `size` [B, rows] patches."""
+        raise Unsupported(f"{type(self).__name__} does not act in the blocks of the encoder.")
+
+    def bias(self, size: Tensor) -> Tensor | None:
+        """[B, n] what is added to the attention logits of rows that stand for `size` [B, n] patches, or None."""
+        return None
+
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the tokens of B pictures, before the language model."""
         raise Unsupported(f"{type(self).__name__} does not act before the language model.")
 
-    def schedule(self, n_layers: int) -> dict[int, float | int]:
-        """Layer index -> what `keep` of the sample's visual tokens remains after that decoder layer."""
+    def schedule(self, n_layers: int) -> dict[int, float | int | None]:
+        """Layer index -> what `keep` of the sample's visual tokens remains after that decoder layer; None where the
+        score itself decides, and those remain whose score is above 0."""
         raise Unsupported(f"{type(self).__name__} does not act in the language model.")
 
-    def score(self, attention: Attention) -> Tensor:
-        """[B, L] importance of each key at a layer of the schedule; only the entries of visual tokens are used."""
+    def score(self, seen: Attention | Activations) -> Tensor:
+        """[B, L] importance of each key at a layer of the schedule; only the entries of visual tokens are used. `seen`
+        is what the compressor needs of the layer: "attention" or "ffn"."""
         raise Unsupported(f"{type(self).__name__} does not act in the language model.")
+
+    def sparse_layers(self, n_layers: int) -> range:
+        """The decoder layers in which text behind the prompt goes through some neurons of the FFN alone."""
+        raise Unsupported(f"{type(self).__name__} does not act in decoding.")
+
+    def neurons(self, activations: Activations) -> Tensor:
+        """[B, K] long, ascending: those neurons, for one of these layers."""
+        raise Unsupported(f"{type(self).__name__} does not act in decoding.")
+
+    def remaining(self, n: int, keep: float | int, images: int) -> int:
+        """How many of a sample's `n` visual tokens, those of `images` pictures, a value of `schedule()` means."""
+        return min(n, keep * images if isinstance(keep, int) else math.floor(n * keep + 1e-9))
 
     def with_budget(self, budget: float, n_layers: int) -> Compressor:
         """The same compressor with its knobs set so that `trace.mean_keep` is at most `budget`, in (0, 1]."""

@@ -6,6 +6,7 @@ import functools
 import types
 import weakref
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from torch import nn
 
 from vtok import adapter as adapters
 from vtok import compressor as compressors
-from vtok import probe
+from vtok import ffn, probe
+from vtok import vit as vits
 from vtok.accounting import TextShape, VisionShape
 from vtok.compressor import STAGES, Compressor
 from vtok.engine import Engine
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.selection import check_keep
+from vtok.tower import NEEDS as ENCODER_NEEDS
+from vtok.tower import layer_index
 from vtok.trace import Shapes, Trace
 
 TRANSFORMERS = ((5, 19), (5, 24))  # tested from the first up to, not with, the second; as in pyproject.toml
@@ -35,7 +39,8 @@ def patch(
 ) -> Patch:
     """Make a vision-language model run on fewer visual tokens, in place.
 
-    model: a `...ForConditionalGeneration` of a supported family, or a wrapper around one (PEFT).
+    model: a `...ForConditionalGeneration` of a supported family, or a wrapper around one (PEFT). For methods that act
+        in the blocks of a vision transformer ("tome") also one alone, of transformers, timm or open_clip, or its owner.
     method: the name of a compressor, a compressor object, or several, one a stage. None takes the family's default.
     budget: instead of `keep`: the mean over decoder layers of kept over all visual tokens is at most this, in (0, 1].
     options: of a compressor given by name, such as `keep`.
@@ -45,7 +50,10 @@ def patch(
     """
     _check_transformers(transformers.__version__)
     _refuse_compiled(model)
-    vlm, adapter = adapters.find(model)
+    try:
+        vlm, adapter = adapters.find(model)
+    except Unsupported as no_vlm:
+        return _patch_vit(model, method, budget, options, no_vlm)
     core = adapter.core(vlm)
     if core in _PATCHES:
         raise PatchStateError(f"This model is already patched: {_PATCHES[core]!r}. Call vtok.unpatch(model) first.")
@@ -61,11 +69,11 @@ def patch(
 
 def unpatch(model: nn.Module) -> None:
     """Undo `patch`: the model is exactly what it was. Raises `PatchStateError` if it is not patched."""
-    vlm, adapter = adapters.find(model)
-    core = adapter.core(vlm)
-    if core not in _PATCHES:
+    patches = {_PATCHES[module] for module in model.modules() if module in _PATCHES}
+    if not patches:
         raise PatchStateError("This model is not patched.")
-    _PATCHES[core].remove()
+    for found in patches:
+        found.remove()
 
 
 def available() -> dict[str, dict[str, dict[str, Any]]]:
@@ -105,10 +113,10 @@ class Patch:
         self.compressors = parts
         self._core = weakref.ref(core)
         self._handles: list[Any] = []
-        self._methods: list[str] = []
+        self._methods: list[tuple[weakref.ref[nn.Module], str]] = []
         flash = "flash" in (language_model.config._attn_implementation or "")
-        llm = any(part.stage == "llm" and not part.is_identity for part in parts)
-        watches_layers = llm or (flash and not all(part.is_identity for part in parts))
+        llm = any(part.stage in ("llm", "decode") and not part.is_identity for part in parts)
+        watches_layers = llm or ((flash or adapter.late) and not all(part.is_identity for part in parts))
         shapes = Shapes(
             TextShape.of(vlm.config), VisionShape.of(vlm.config), language_model.get_input_embeddings().weight.itemsize
         )
@@ -118,8 +126,17 @@ class Patch:
         if engine.reads:
             tower, layers = adapter.tower(core), adapter.encoder_layers(core)
             probes = {key: tower.probe(layers, *key) for key in engine.reads}
+        blocks = []
+        if engine.encoder is not None and "vit" in engine.encoder.needs_now:
+            vit, family = vits.find(core)
+            features = adapter.tower(core).features  # hidden states; behind a later block nothing is read
+            n = len(family.blocks(vit)) + 1
+            depth = max(layer_index(x, n) for x in ([features] if isinstance(features, int) else features))
+            engine.blocks, blocks = _blocks(engine.encoder, vit, family, depth)
 
         hook = self._hook
+        for register, function, how in blocks:  # before the probes, which then see what these leave
+            hook(register, function, **how)
         hook(vlm.register_forward_pre_hook, engine.before_outer)
         hook(vlm.register_forward_hook, engine.after_outer, always_call=True, with_kwargs=False)
         hook(core.register_forward_pre_hook, engine.before_core)
@@ -129,11 +146,13 @@ class Patch:
         if watches_layers:
             for i, layer in enumerate(adapter.layers(language_model)):
                 hook(layer.register_forward_pre_hook, functools.partial(engine.before_layer, i))
+                if i in engine.ffn_layers:
+                    hook(layer.self_attn.register_forward_pre_hook, engine.before_attention)
+                    self._stand_in(layer.mlp, "forward", _feed_forward(engine, i, layer.mlp))
         for key, (module, read) in probes.items():
             hook(module.register_forward_hook, functools.partial(engine.in_encoder, key, read))
         for modality, name in adapter.encoders.items():
-            setattr(core, name, types.MethodType(_encoder_method(engine, type(core), name, modality), core))
-            self._methods.append(name)
+            self._stand_in(core, name, _encoder_method(engine, type(core), name, modality))
         self._release = None
         if "attention" in engine.needs:
             implementation = language_model.config._attn_implementation
@@ -144,6 +163,12 @@ class Patch:
 
     def _hook(self, register: Any, function: Any, *, with_kwargs: bool = True, **options: Any) -> None:
         self._handles.append(register(_Seam(function), with_kwargs=with_kwargs, **options))
+
+    def _stand_in(self, module: nn.Module, name: str, function: Any) -> None:
+        """Let `function` be a method of this very module, until `remove`. It holds what was so before in `previous`."""
+        function.previous = module.__dict__.get(name)
+        setattr(module, name, types.MethodType(function, module))
+        self._methods.append((weakref.ref(module), name))
 
     @property
     def trace(self) -> Trace:
@@ -165,8 +190,12 @@ class Patch:
         core = self._core()
         for handle in self._handles:
             handle.remove()
-        for name in self._methods:
-            delattr(core, name)
+        for reference, name in self._methods:
+            module = reference()
+            if (previous := module.__dict__[name].__func__.previous) is None:
+                delattr(module, name)
+            else:  # accelerate's, where a device map spreads the model
+                setattr(module, name, previous)
         if self._release is not None:
             self._release()
         del _PATCHES[core]
@@ -180,6 +209,52 @@ class Patch:
     def __repr__(self) -> str:
         parts = ", ".join(repr(part) for part in self.compressors)
         return f"<vtok.Patch {parts} on {self.family}{'' if self.active else ', removed'}>"
+
+
+class VitPatch(Patch):
+    """The handle of a patched vision transformer that is no part of a vision-language model."""
+
+    def __init__(self, vit: nn.Module, family: vits.Vit, compressor: Compressor) -> None:
+        self.family = family.family
+        self.compressors = (compressor,)
+        self._core = weakref.ref(vit)
+        self._handles, self._methods, self._release, self._blocks = [], [], None, None
+        if not compressor.is_identity:
+            self._blocks, hooks = _blocks(compressor, vit, family)
+            for register, function, how in hooks:
+                self._hook(register, function, **how)
+        _PATCHES[vit] = self
+
+    @property
+    def trace(self) -> vits.VitTrace:
+        """The record of the last forward. Raises `PatchStateError` before the first, or if nothing is ever merged."""
+        if self._blocks is None or self._blocks.last is None:
+            raise PatchStateError("Nothing to report: run the patched model on a picture first.")
+        return self._blocks.trace()
+
+
+def _patch_vit(model: nn.Module, method: Any, budget: float | None, options: dict, no_vlm: Unsupported) -> VitPatch:
+    found = None if method is None else vits.find(model)
+    if found is None:
+        raise no_vlm
+    vit, family = found
+    if vit in _PATCHES:
+        raise PatchStateError(f"This model is already patched: {_PATCHES[vit]!r}. Call vtok.unpatch(model) first.")
+    parts = _parts(method, options, budget, len(family.blocks(vit)))
+    if len(parts) > 1 or "vit" not in parts[0].needs:
+        raise no_vlm
+    if lacking := parts[0].needs_now - {"vit"}:
+        raise Unsupported(f"{parts[0]!r} needs {', '.join(lacking)}, which a vision transformer alone does not have.")
+    return VitPatch(vit, family, parts[0])
+
+
+def _blocks(compressor: Compressor, vit: nn.Module, family: vits.Vit, depth: int | None = None) -> tuple[Any, list]:
+    """A compressor in the blocks of `vit`, and its hooks: (where to register, hook, options)."""
+    family.check(vit, compressor.masks)
+    if any(isinstance(hook, _Seam) for block in family.blocks(vit) for hook in block._forward_pre_hooks.values()):
+        raise PatchStateError("This vision tower is patched already, alone or in another model. Unpatch that first.")
+    blocks = vits.Blocks(compressor, family, vit, depth)
+    return blocks, list(blocks.hooks(vit))
 
 
 class _Seam:
@@ -205,6 +280,17 @@ def _encoder_method(engine: Engine, core_class: type, name: str, modality: str) 
         return engine.encode(core, modality, types.MethodType(original, core), args, kwargs)
 
     return encode
+
+
+def _feed_forward(engine: Engine, layer: int, mlp: nn.Module) -> Any:
+    """A function to bind to a decoder layer's FFN in place of its `forward`."""
+    inner = mlp.__dict__.get("forward")  # accelerate's, where a device map spreads the model
+
+    @functools.wraps(type(mlp).forward)
+    def forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return engine.feed_forward(layer, mlp, x, inner or types.MethodType(type(mlp).forward, mlp))
+
+    return torch.compiler.disable(forward)
 
 
 def _parts(method: Any, options: dict[str, Any], budget: float | None, n_layers: int) -> tuple[Compressor, ...]:
@@ -245,13 +331,24 @@ def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapter
             names = ", ".join(part.name for part in parts if part.stage == stage)
             raise Unsupported(f"At most one compressor a stage: {names} all act at {stage!r}.")
     for part in parts:
+        if part.stage == "decode":
+            part.sparse_layers(len(adapter.layers(adapter.core(vlm).language_model)))
         if part.stage == "llm":
             part.schedule(len(adapter.layers(adapter.core(vlm).language_model)))  # raises where the depth is too small
+        if "ffn" in part.needs_now and not part.is_identity:
+            layers = adapter.layers(adapter.core(vlm).language_model)
+            for layer in layers:
+                ffn.check(layer, part.name, copies=part.stage == "decode")
+            ffn.check_formula(layers[0].mlp, part.name)
         if missing := sorted(part.needs_now - adapter.available(vlm)):
             hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
             raise Unsupported(
                 f"{part.name} needs {', '.join(missing)}, which this {adapter.family} model does not have.{hints}"
             )
+    whole_views = ENCODER_NEEDS | {"crops"}
+    for part, other in permutations(parts, 2):
+        if part.scatters and not part.is_identity and (needs := sorted(other.needs_now & whole_views)):
+            raise Unsupported(f"{other.name} needs {', '.join(needs)} of whole views, and {part!r} leaves parts.")
     text = vlm.config.get_text_config()
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()) and getattr(text, "sliding_window", None):
         raise Unsupported("Decoders with sliding-window attention are not supported: a window counts dropped tokens.")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,8 +52,12 @@ class Plane:
     kind: "image", "thumbnail", "crops" or "frame".
     box: (left, top, right, bottom), the part of the picture it shows, each in [0, 1].
     crop_grid, crop_shape, offset: for "crops" only. The (rows, cols) of the crop mosaic, the (rows, cols) of
-        patches of one crop, and the (row, col) of the plane's first token on the padded mosaic, since padding
+        tokens of one crop, and the (row, col) of the plane's first token on the padded mosaic, since padding
         is cut away before the tokens reach the language model.
+    tiled: whether the prompt holds the plane crop by crop (InternVL) and not row by row.
+    resampled: the (rows, cols) that the plane had before the family resized its features, (0, 0) where it did not.
+        `crop_shape` and `offset` then count tokens of that size; of a plane that is no mosaic (a pooled frame) it is
+        the view itself.
     """
 
     rows: int
@@ -62,6 +67,8 @@ class Plane:
     crop_grid: tuple[int, int] = (1, 1)
     crop_shape: tuple[int, int] = (0, 0)
     offset: tuple[int, int] = (0, 0)
+    tiled: bool = False
+    resampled: tuple[int, int] = (0, 0)
 
     @property
     def size(self) -> int:
@@ -75,7 +82,35 @@ class Plane:
     @property
     def view_shape(self) -> tuple[int, int]:
         """(rows, cols) in tokens of one of them, padding included."""
-        return self.crop_shape if self.kind == "crops" else (self.rows, self.cols)
+        return self.crop_shape if self.kind == "crops" else self.span
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(rows, cols) of the mosaic that the plane covers, in the encoder's tokens."""
+        return self.resampled if any(self.resampled) else (self.rows, self.cols)
+
+    def mosaic_rows(self, device: torch.device | None = None) -> Tensor:
+        """[rows] the row of the padded mosaic in which the middle of each row of the plane lies."""
+        return self._on_mosaic(torch.arange(self.rows, device=device), 0)
+
+    def mosaic_cols(self, device: torch.device | None = None) -> Tensor:
+        """[cols] the same for columns."""
+        return self._on_mosaic(torch.arange(self.cols, device=device), 1)
+
+    @property
+    def crop_slices(self) -> tuple[list[slice], list[slice]]:
+        """The rows of the plane that each row of crops has, and the columns; those without any are left out."""
+
+        def cut(n: int, axis: int) -> list[slice]:
+            crop_of = [self._on_mosaic(i, axis) // self.crop_shape[axis] for i in range(n)]
+            starts = [i for i in range(n) if i == 0 or crop_of[i] != crop_of[i - 1]]
+            return [slice(*ends) for ends in pairwise([*starts, n])]
+
+        return cut(self.rows, 0), cut(self.cols, 1)
+
+    def _on_mosaic(self, i: Any, axis: int) -> Any:
+        """Where the middle of row (column) `i` lies, in the whole numbers of a tensor or of Python."""
+        return self.offset[axis] + (2 * i + 1) * self.span[axis] // (2 * (self.rows, self.cols)[axis])
 
 
 @dataclass(frozen=True)
@@ -86,11 +121,13 @@ class Layout:
     separators: for a plane of index p, the number of tokens that the family adds at the end of each of its rows
         (LLaVA-NeXT's newline). They are always kept and not counted.
     modality: "image" or "video".
+    tail: the number of separators behind the last plane (LLaVA-OneVision's newline after a clip).
     """
 
     planes: tuple[Plane, ...]
     separators: tuple[int, ...] = ()
     modality: str = "image"
+    tail: int = 0
 
     @cached_property
     def n(self) -> int:
@@ -109,7 +146,7 @@ class Layout:
     @cached_property
     def n_rows(self) -> int:
         """N plus the separators: how many placeholders the picture has in the prompt."""
-        return self.n + sum(s * p.rows for s, p in zip(self.separators, self.planes))
+        return self.n + sum(s * p.rows for s, p in zip(self.separators, self.planes)) + self.tail
 
     @cached_property
     def place(self) -> Tensor:
@@ -117,7 +154,12 @@ class Layout:
         parts, at = [], 0
         for i, plane in enumerate(self.planes):
             width = plane.cols + (self.separators[i] if self.separators else 0)
-            cells = torch.arange(plane.rows)[:, None] * width + torch.arange(plane.cols)
+            y, x = torch.arange(plane.rows)[:, None], torch.arange(plane.cols)
+            cells = y * width + x
+            if plane.tiled:
+                rows, cols = plane.crop_shape
+                crop = y // rows * plane.crop_grid[1] + x // cols
+                cells = crop * rows * cols + y % rows * cols + x % cols
             parts.append(at + cells.flatten())
             at += plane.rows * width
         return torch.cat(parts)
@@ -129,12 +171,13 @@ class Layout:
         return is_separator.nonzero().squeeze(1)
 
     def separators_of(self, tokens: Tensor) -> Tensor:
-        """[separators] bool: those that end a row in which some of `tokens` [n], indices among the N, lies."""
+        """[separators] bool: those that end a row in which some of `tokens` [n], indices among the N, lies, and the
+        tail."""
         kept = [torch.zeros(0, dtype=torch.bool)]
         for plane, start, per_row in zip(self.planes, self.starts, self.separators):
             rows = (tokens[(tokens >= start) & (tokens < start + plane.size)] - start) // plane.cols
             kept.append(torch.zeros(plane.rows, dtype=torch.bool).index_fill_(0, rows, True).repeat_interleave(per_row))
-        return torch.cat(kept)
+        return torch.cat([*kept, torch.ones(self.tail, dtype=torch.bool)])
 
     @cached_property
     def boxes(self) -> Tensor:
@@ -149,6 +192,21 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What B pictures are asked: for each its sample's text from behind the last visual token to the prompt's end, or,
+    where nothing stands there, all text of the prompt.
+
+    valid: [B, T] bool, false for padding, which is on the right.
+    states: [B, T, E] the language model's last hidden states where it reads this text alone. Without gradient.
+    ids: [B, T] token ids, or None where the model got embeddings.
+    """
+
+    valid: Tensor
+    states: Tensor
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class VisualTokens:
     """The tokens of B pictures of one layout, as they would enter the language model.
 
@@ -159,12 +217,14 @@ class VisualTokens:
         `encoder["cls_attention", -1]`.
     encoder: (need, layer) -> [B, V, P, ...], what the compressor's `encoder_layers` asks of the vision encoder, and no
         more; see `vtok/tower.py`.
+    question: only for compressors that need "question".
     """
 
     features: Tensor
     layout: Layout
     cls_attention: Tensor | None = None
     encoder: Mapping[tuple[str, int | float | None], Tensor] = field(default_factory=dict)
+    question: Question | None = None
 
     def read(self, need: str, layer: int | float | None = -1) -> Tensor:
         """[B, V, P, ...] of `encoder`, on the features' device: the encoder may be on another."""
@@ -196,6 +256,39 @@ class Selection:
         return Selection(keep, n_kept=index.shape[1], **fields)
 
 
+def mean_of_members(x: Tensor, merged_into: Tensor) -> Tensor:
+    """x [B, N, D] with each token's row replaced by the mean of the rows of all tokens that were merged into it.
+
+    merged_into: as in `Selection`. Tokens into which nothing was merged keep their rows. Means are taken in fp32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    into, member = merged_into.clamp(min=0), (merged_into >= 0).to(wide)  # [B, N]
+    count = torch.zeros_like(member).scatter_add(1, into, member)
+    weighted = x.to(wide) * member[..., None]
+    sums = torch.zeros_like(weighted).scatter_add(1, into[..., None].expand_as(x), weighted)
+    mean = (sums / count.clamp(min=1)[..., None]).to(x.dtype)
+    return torch.where(count[..., None] > 0, mean, x)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """One decoder layer's FFN activations, `act(gate(x)) * up(x)`, of the tokens that this forward brings to it.
+
+    values: [B, L, F], in the model's dtype; rows that are not of the prompt may hold anything.
+    prompt: [B, L] bool, the tokens up to the anchor, padding left out. Others must not influence an answer.
+    visual: [B, L] bool, the tokens that may be dropped.
+    picture: [B, L] long, which of its sample's pictures (from 0) a token belongs to, -1 for text. pictures: the
+        largest number of them in a sample.
+    anchor: [B] long, index among the L of the token at which the prompt ends.
+    """
+
+    values: Tensor
+    prompt: Tensor
+    visual: Tensor
+    picture: Tensor
+    pictures: int
+    anchor: Tensor
+
+
 @dataclass(frozen=True)
 class Attention:
     """One layer's attention over the visual and text tokens, for in-LLM compressors. Nothing here is a softmax yet.
@@ -206,6 +299,10 @@ class Attention:
     visual: [B, L] bool, the tokens that may be dropped.
     anchor: [B] long, index among the L keys of the token at which the prompt ends. Later tokens (a completion in a
         training forward) exist but must not influence a score.
+    instruction: [B, R] long, indices among the L keys, ascending, of the prompt's text from its first visual token to
+        the anchor, with the anchor itself; -1 in front where a sample has fewer than R. None where nobody told.
+    hidden: [B, Q, D], the hidden states that enter the layer. None where nobody told.
+    remaining: for each sample, how many visual tokens are to remain. None where the score says so itself.
     """
 
     query: Tensor
@@ -214,3 +311,6 @@ class Attention:
     valid: Tensor
     visual: Tensor
     anchor: Tensor
+    instruction: Tensor | None = None
+    hidden: Tensor | None = None
+    remaining: Sequence[int] | None = None

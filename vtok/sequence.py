@@ -14,6 +14,9 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from vtok.errors import Unsupported
+from vtok.ffn import Copies, Core
+
+OTHER_PATCH = "This cache was made under another patch, whose layers hold different tokens. Start a new conversation."
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,14 @@ class CompressedCache(DynamicCache):
     seen: the logical length.
     valid: first layer -> [B, columns] bool for that layer and those up to the next key, or None without padding.
     shift: [B] or None: how far later positions move down, for methods that renumber.
+    core: the FFN neurons that text on this cache goes through, or None for all; copies: of their weights, once used.
     """
 
     seen: int
     valid: dict[int, Tensor | None]
     shift: Tensor | None
+    core: Core | None
+    copies: Copies | None
 
     @classmethod
     def adopt(cls, cache: DynamicCache, past_mask: Tensor | None) -> CompressedCache:
@@ -99,7 +105,7 @@ class CompressedCache(DynamicCache):
         cache.__class__ = cls
         cache.seen = DynamicCache.get_seq_length(cache)
         cache.valid = {0: None if past_mask is None else past_mask.bool()}
-        cache.shift = None
+        cache.shift = cache.core = cache.copies = None
         return cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -137,6 +143,10 @@ class CompressedCache(DynamicCache):
     def _map(self, change) -> None:
         self.valid = {first: None if v is None else change(v) for first, v in self.valid.items()}
         self.shift = None if self.shift is None else change(self.shift)
+        if self.core is not None:
+            before, self.core = self.core, self.core.map(change)
+            if self.copies is not None and not self.core.same(before):  # beams move within a prompt, and it stays true
+                self.copies = None
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -146,7 +156,7 @@ class CompressedCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.valid, self.shift = 0, {0: None}, None
+        self.seen, self.valid, self.shift, self.core, self.copies = 0, {0: None}, None, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtok.accounting import TextShape, VisionShape, decode_flops, encoder_flops, kv_bytes, prefill_flops
+from vtok.accounting import (
+    TextShape,
+    VisionShape,
+    copied_bytes,
+    decode_flops,
+    encoder_flops,
+    kv_bytes,
+    prefill_flops,
+)
+from vtok.ffn import Core
 from vtok.selection import Layout
 from vtok.sequence import Rows
 
@@ -30,6 +39,7 @@ class Picture:
     dense, layout: its layout in the prompt, and the one that the compressors saw (smaller after an encoder stage).
     rows: [n_rows] all its placeholders. tokens: [n] those of `layout`'s tokens. separators: kept, not counted.
     source: [n] for each token of `layout` the token of `dense` that it stands on, or None where they are the same.
+    merged_into: [N] for each token of `dense` the one that stands for it after merging in the encoder, or None.
     """
 
     modality: str
@@ -39,6 +49,7 @@ class Picture:
     tokens: Tensor
     separators: Tensor
     source: Tensor | None
+    merged_into: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,8 @@ class Trace:
     _stopwatch: Any
     _encoder_stage: Any
     rows: dict[int, Rows]  # first layer -> positions present
+    core: Core | None = None  # the FFN neurons that text behind the prompt goes through, where not all
+    _merged_at: Callable[[int], Sequence[int]] | None = None  # patches of a view -> rows that each block groups away
 
     def __repr__(self) -> str:
         return (
@@ -114,6 +127,10 @@ class Trace:
                 full = torch.full((picture.dense.n,), -1)
                 full[source] = torch.where(merged >= 0, source[merged.clamp(min=0)], merged)
                 merged = full
+            if picture.merged_into is not None:  # in the encoder, and then perhaps once more
+                leader = picture.merged_into.cpu()
+                present = self.keep_masks[i]
+                merged = torch.where(present[leader], leader, -1) if merged is None else merged[leader]
             result.append(merged)
         return result
 
@@ -177,11 +194,16 @@ class Trace:
         text, vision = self.shapes.text, self.shapes.vision
         small = [p.layout if self._encoder_stage is not None else p.dense for p in self.pictures]
         layouts = {"dense": self.layouts, "compressed": small}
+        neurons = {"dense": {}, "compressed": self.neurons}
         return {
             kind: {
-                "encoder": encoder_flops(vision, (view for x in layouts[kind] for view in _views(x, vision.merge))),
+                "encoder": encoder_flops(
+                    vision,
+                    (view for x in layouts[kind] for view in _views(x, vision.merge)),
+                    self._merged_at if kind == "compressed" else None,
+                ),
                 "prefill": sum(prefill_flops(text, counts) for counts in samples),
-                "decode": sum(decode_flops(text, counts) for counts in samples),
+                "decode": sum(decode_flops(text, counts, neurons[kind]) for counts in samples),
             }
             for kind, samples in self.counts().items()
         }
@@ -192,6 +214,22 @@ class Trace:
         return {
             kind: sum(kv_bytes(text, counts, size) for counts in samples) for kind, samples in self.counts().items()
         }
+
+    @property
+    def neurons(self) -> dict[int, int]:
+        """Decoder layer -> how many neurons of its FFN decoding computes, for layers in which it does not compute all.
+        A batch in which some samples need all is computed whole."""
+        if self.core is None or not self.core.whole:
+            return {}
+        return {layer: index.shape[1] for layer, index in sorted(self.core.index.items())}
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the weights that decoding copies, those of these neurons for each prompt (not for each beam)."""
+        if not self.neurons:
+            return 0
+        prompts = self.batch // self.core.repeats()
+        return prompts * copied_bytes(self.shapes.text, self.neurons, self.shapes.bytes_per_value)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain numbers and lists, for JSON."""
@@ -205,6 +243,8 @@ class Trace:
             "merged_into": [None if m is None else m.tolist() for m in self.merged_into],
             "flops": self.flops(),
             "kv_bytes": self.kv_bytes(),
+            "neurons": {str(layer): n for layer, n in self.neurons.items()},
+            "copied_bytes": self.copied_bytes,
         }
 
     def _groups(self) -> Iterator[tuple[int, int]]:
@@ -217,6 +257,5 @@ class Trace:
 def _views(layout: Layout, merge: int) -> Iterator[tuple[int, int]]:
     """(rows, cols) in encoder patches of each view that the encoder saw."""
     for plane in layout.planes:
-        shape = plane.crop_shape if plane.kind == "crops" else (plane.rows, plane.cols)
-        for _ in range(plane.crop_grid[0] * plane.crop_grid[1]):
-            yield shape[0] * merge, shape[1] * merge
+        for _ in range(plane.views):
+            yield plane.view_shape[0] * merge, plane.view_shape[1] * merge

@@ -1,0 +1,318 @@
+"""CoreMatching: the FFN neurons that a prompt uses choose the visual tokens to keep and do the decoding alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok.compressor import ANCHORS, Compressor
+from vtok.errors import InvalidValue
+from vtok.selection import Activations, check_keep
+
+PAPER = "CoreMatching: A Co-adaptive Sparse Inference Framework for VLMs, arXiv 2505.19235"
+BLOCK = 256  # tokens whose strongest neurons are found at once
+VOTERS = ("all", "text", "last")
+QUOTAS = ("token", "mean")
+REFERENCES = ("core", "last", "official")
+OFFICIAL_TOKEN = 4  # tokens before the prompt's last one: where "ASSISTANT:" begins in the official prompt
+
+
+def votes(values: Tensor, voters: Tensor, rho: float, quota: str = "token", block: int = BLOCK) -> Tensor:
+    """How many tokens have each neuron among their strongest, [B, F] long (CoreInfer, Equations 1 and 2).
+
+    values: [B, L, F] activations. voters: [B, L] bool, whose strongest neurons count. rho: in (0, 1].
+    quota: "token", each has the strongest `floor(rho * n)` of its n positive activations; "mean", all have as many,
+        with n the mean over the voters, which for a token with few positive ones reaches into the others.
+    Of equal activations the lower neurons come first. NaN is the weakest of all.
+    """
+    b, length, f = values.shape
+    positive = (values > 0).sum(-1) * voters  # [B, L]
+    if quota == "mean":
+        mean = positive.sum(1).double() / voters.sum(1).clamp(min=1)
+        positive = mean[:, None].expand(-1, length)
+    # 0.2 * 15 is 3, not 2.9999
+    quotas = (positive.double() * rho + 1e-9).floor().long() * voters  # [B, L]
+    most = max(1, math.floor(f * rho + 1e-9))
+    counts = torch.zeros(b, f, dtype=torch.long, device=values.device)
+    for start in range(0, length, block):
+        x, q = values[:, start : start + block].nan_to_num(-torch.inf), quotas[:, start : start + block, None]
+        weakest = x.topk(most, dim=-1).values.gather(-1, (q - 1).clamp(min=0))  # [B, b, 1] of those chosen
+        above, equal = (x > weakest) & (q > 0), x == weakest
+        missing = q - above.sum(-1, keepdim=True)
+        counts += (above | (equal & (equal.cumsum(-1) <= missing))).sum(1)
+    return counts
+
+
+def core_neurons(counts: Tensor, beta: float) -> Tensor:
+    """[B, K] long, ascending: the `floor(beta * F)` neurons, at least one, with the most of the votes `counts` [B, F]
+    (CoreInfer, Equation 3). Of equal ones the lower come first."""
+    k = max(1, math.floor(counts.shape[1] * beta + 1e-9))
+    return counts.argsort(dim=1, descending=True, stable=True)[:, :k].sort(1).values
+
+
+def coactivation(values: Tensor, reference: Tensor) -> Tensor:
+    """[B, L] long: how many neurons of `reference` [B, F] bool each token of `values` [B, L, F] activates, above 0."""
+    return ((values > 0) & reference[:, None]).sum(-1)
+
+
+def elbow(counts: Tensor, members: Tensor, inclusive: bool = True) -> Tensor:
+    """How many members lie above the elbow of their sorted counts, [G] long (Section 3 of the paper).
+
+    counts: [G, L] long, members: [G, L] bool. Sorted downwards, the n counts of a group are points (i, v_i); the elbow
+    is the one farthest from the line through the first and the last point, the first of several. As many are counted
+    as are at least its value, or above it where `inclusive` is false. All are where no point leaves the line.
+    """
+    last = (members.sum(1) - 1).clamp(min=0)  # [G], n - 1
+    lowest = torch.iinfo(torch.long).min
+    v = counts.masked_fill(~members, lowest).sort(1, descending=True).values
+    place = torch.arange(v.shape[1], device=v.device)
+    inside = place <= last[:, None]
+    v = v.masked_fill(~inside, 0)
+    first, final = v[:, :1], v.gather(1, last[:, None])
+    # the distance times a constant, in integers: rounding must not make an elbow of a straight line
+    gap = (last[:, None] * (v - first) - place * (final - first)).abs().masked_fill(~inside, 0)
+    threshold = v.gather(1, gap.argmax(1, keepdim=True))
+    taken = members & ((counts >= threshold) if inclusive else (counts > threshold))
+    return torch.where(gap.any(1), taken.sum(1), members.sum(1))
+
+
+def core_tokens(
+    counts: Tensor, members: Tensor, inclusive: bool = True, low: Tensor | None = None, high: Tensor | None = None
+) -> Tensor:
+    """[G, L] bool: the members with the highest `counts` [G, L], as many as `elbow` says, but at least `low` [G] and
+    at most `high` [G]. Of equal counts the earlier come first."""
+    n = elbow(counts, members, inclusive)
+    n = n if low is None else n.maximum(low)
+    n = n if high is None else n.minimum(high)
+    order = counts.masked_fill(~members, -1).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, place)
+    return members & (rank < n[:, None])
+
+
+def _fraction(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise InvalidValue(f"{name} must be a fraction in (0, 1], got {value!r}")
+
+
+def _one_of(value: Any, name: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise InvalidValue(f"{name} must be one of {accepted}, got {value!r}")
+
+
+def _find_core(activations: Activations, rho: float, beta: float, quota: str, voters: str) -> Tensor:
+    """[B, K] core neurons of each prompt, by the votes of all its tokens, of its text or of its last token."""
+    who = activations.prompt
+    if voters == "text":
+        who = who & ~activations.visual
+    elif voters == "last":
+        who = torch.zeros_like(who).scatter_(1, activations.anchor[:, None], True)
+    return core_neurons(votes(activations.values, who, rho, quota), beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreTokens(Compressor):
+    """Keep the visual tokens that activate many of the prompt's core neurons, after an early decoder layer.
+
+    rho, beta: a token votes for the strongest rho of its positive FFN activations; the beta of the layer's neurons with
+        the most votes are the core.
+    layer: l, the layer (from 0) whose FFN decides; those behind it see core tokens only. Ours: the paper names none.
+    inclusive: whether counts equal to the elbow's are kept; the official code drops them.
+    reference: what a token's active neurons are counted against: "core", the core neurons; "last", the active ones of
+        the prompt's last token; "official", of the token four before it, as the released code does.
+    voters: "all" tokens of the prompt, its "text", or its "last" token. Ours: the paper does not say.
+    quota: see `votes`; "mean" is what CoreInfer's code does.
+    per: one elbow a "sample", over all its pictures, or a "picture".
+    min_keep, max_keep: bounds on what the elbow keeps: fractions of the visual tokens, or counts a picture. None is no
+        bound. min_keep=1.0 keeps all, and the model runs untouched.
+    anchor: where the prompt ends, see `Compressor`; later tokens have no vote.
+    Differs from the paper: the layers up to l keep the keys and values of all tokens. The released code holds no core
+    neurons, takes image tokens from fixed places and zeroes cached keys in 14 layers, after which the zeros still
+    draw attention; here dropped tokens are gone. Where the sorted counts are a straight line, all tokens stay.
+    """
+
+    name = "core_tokens"
+    stage = "llm"
+    needs = frozenset({"ffn"})
+    paper = PAPER
+    adaptive = True
+    text_guided = True
+
+    keep: float = field(default=1.0, init=False, repr=False)  # the elbow says it
+    rho: float = 0.2
+    beta: float = 0.4
+    layer: int = 2
+    inclusive: bool = True
+    reference: str = "core"
+    voters: str = "all"
+    quota: str = "token"
+    per: str = "sample"
+    min_keep: float | int | None = None
+    max_keep: float | int | None = None
+    anchor: str = "prompt_end"
+
+    def __post_init__(self) -> None:
+        _fraction(self.rho, "rho")
+        _fraction(self.beta, "beta")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise InvalidValue(f"layer must be an int >= 0, got {self.layer!r}")
+        if not isinstance(self.inclusive, bool):
+            raise InvalidValue(f"inclusive must be True or False, got {self.inclusive!r}")
+        _one_of(self.reference, "reference", REFERENCES)
+        _one_of(self.voters, "voters", VOTERS)
+        _one_of(self.quota, "quota", QUOTAS)
+        _one_of(self.per, "per", ("sample", "picture"))
+        _one_of(self.anchor, "anchor", ANCHORS)
+        for name in ("min_keep", "max_keep"):
+            if getattr(self, name) is not None:
+                check_keep(getattr(self, name), name)
+        low, high = self.min_keep, self.max_keep
+        if low is not None and high is not None and isinstance(low, int) == isinstance(high, int) and low > high:
+            raise InvalidValue(f"min_keep must be at most max_keep, got {low} and {high}")
+
+    @property
+    def is_identity(self) -> bool:
+        return isinstance(self.min_keep, float) and self.min_keep == 1.0
+
+    def schedule(self, n_layers: int) -> dict[int, float | int | None]:
+        if self.layer >= n_layers - 1:
+            raise InvalidValue(
+                f"layer must be below the last of {n_layers} decoder layers, {n_layers - 1}, for a layer to see fewer "
+                f"tokens; got {self.layer}."
+            )
+        return {self.layer: None}
+
+    def score(self, activations: Activations) -> Tensor:
+        """[B, L] bool: the core tokens."""
+        values, visual, picture = activations.values, activations.visual, activations.picture
+        reference = torch.zeros_like(values[:, 0], dtype=torch.bool)  # [B, F]
+        if self.reference == "core":
+            core = _find_core(activations, self.rho, self.beta, self.quota, self.voters)
+            reference = reference.scatter_(1, core, True)
+        else:
+            at = activations.anchor - (OFFICIAL_TOKEN if self.reference == "official" else 0)
+            at = at.maximum(activations.prompt.to(torch.uint8).argmax(1))  # a prompt may be shorter
+            reference = values.gather(1, at[:, None, None].expand(-1, 1, values.shape[2])).squeeze(1) > 0
+        b, length = visual.shape
+        counts, members = coactivation(values, reference)[:, None], visual[:, None]  # [B, 1, L]
+        pictures = (picture.amax(1, keepdim=True) + 1).clamp(min=1)  # [B, 1]
+        if self.per == "picture":
+            members = members & (picture[:, None] == torch.arange(activations.pictures, device=picture.device)[:, None])
+            counts, pictures = counts.expand_as(members), torch.ones_like(members[..., 0], dtype=torch.long)
+        counts, members, pictures = counts.reshape(-1, length), members.reshape(-1, length), pictures.reshape(-1)
+        n = members.sum(1)
+        low, high = _bound(self.min_keep, n, pictures), _bound(self.max_keep, n, pictures)
+        return core_tokens(counts, members, self.inclusive, low, high).view(b, -1, length).any(1)
+
+    def with_budget(self, budget: float, n_layers: int) -> CoreTokens:
+        """`max_keep` such that the mean is within the budget, whatever the elbow says."""
+        seen = self.layer + 1
+        self.schedule(n_layers)
+        most = (budget * n_layers - seen) / (n_layers - seen)
+        if most <= 0:
+            raise InvalidValue(
+                f"{seen} of {n_layers} layers see all tokens, so the mean is above {seen / n_layers:.3f}; a budget of "
+                f"{budget} cannot be met. Lower `layer` or raise the budget."
+            )
+        return replace(self, max_keep=min(1.0, most))
+
+
+def _bound(keep: float | int | None, n: Tensor, pictures: Tensor) -> Tensor | None:
+    """[G] how many of n [G] tokens of so many pictures [G] `keep` means."""
+    if keep is None:
+        return None
+    return n.minimum(keep * pictures) if isinstance(keep, int) else (n.double() * keep + 1e-9).floor().long()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreNeurons(Compressor):
+    """Decode with the core neurons of the prompt alone: beta of the FFN in the layers start <= l < end.
+
+    rho, beta, voters, quota: as in `CoreTokens`; each layer has its own core, of the tokens present there.
+    start, end: fractions of the depth, or layers (int). The defaults are CoreInfer's, layers 6 to 26 of 32.
+    min_tokens: a prompt with fewer tokens has no stable core and stays dense. Ours.
+    A forward that holds a completion too (training, a rollout's log-probabilities) treats its tokens as decoding
+    would. Later text goes through the same neurons until a prompt brings another picture, which has its own; text
+    without a picture is dense. beta=1.0 is the identity. All visual tokens stay: `trace.mean_keep` is 1.
+    Weights are not changed; the core's are copied for as long as the cache lives (`trace.copied_bytes`). A batch in
+    which some samples are dense, and decoding with gradients, computes all neurons and zeroes the others.
+    Differs from the paper: there are always beta neurons, those without votes last; sets belong to a sample, and the
+    samples of a batch do not share one.
+    """
+
+    name = "core_neurons"
+    stage = "decode"
+    needs = frozenset({"ffn"})
+    paper = PAPER
+    text_guided = True
+    anchor: ClassVar[str] = "prompt_end"
+
+    keep: float = field(default=1.0, init=False, repr=False)  # drops no token
+    rho: float = 0.2
+    beta: float = 0.4
+    start: float | int = 6 / 32
+    end: float | int = 27 / 32
+    voters: str = "all"
+    quota: str = "token"
+    min_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        _fraction(self.rho, "rho")
+        _fraction(self.beta, "beta")
+        _one_of(self.voters, "voters", VOTERS)
+        _one_of(self.quota, "quota", QUOTAS)
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not (value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0):
+                raise InvalidValue(f"{name} must be a layer (int >= 0) or a fraction of depth in [0, 1], got {value!r}")
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 1:
+            raise InvalidValue(f"min_tokens must be an int >= 1, got {self.min_tokens!r}")
+
+    @property
+    def is_identity(self) -> bool:
+        return self.beta == 1
+
+    def sparse_layers(self, n_layers: int) -> range:
+        first, end = (v if isinstance(v, int) else round(v * n_layers) for v in (self.start, self.end))
+        if not first < end <= n_layers:
+            raise InvalidValue(
+                f"Of {n_layers} layers, start={self.start} is layer {first} and end={self.end} layer {end}: the end "
+                f"must come after the start and not after the last layer."
+            )
+        return range(first, end)
+
+    def neurons(self, activations: Activations) -> Tensor:
+        return _find_core(activations, self.rho, self.beta, self.quota, self.voters)
+
+    def with_budget(self, budget: float, n_layers: int) -> CoreNeurons:
+        if budget < 1:
+            raise InvalidValue(f"core_neurons drops no visual token: it cannot meet a budget of {budget}.")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreMatching(CoreTokens):
+    """`CoreTokens` in the prefill and `CoreNeurons` in decoding, with the parameters of both.
+
+    Differs from the paper: see the two.
+    """
+
+    name = "corematching"
+    stage = "llm+decode"
+
+    start: float | int = 6 / 32
+    end: float | int = 27 / 32
+    min_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        self.parts()  # checks all parameters
+
+    def parts(self) -> tuple[Compressor, ...]:
+        return tuple(
+            cls(**{f.name: getattr(self, f.name) for f in fields(cls) if f.init}) for cls in (CoreTokens, CoreNeurons)
+        )
