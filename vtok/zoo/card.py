@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from vtok.eval.sweep import BASELINES
 from vtok.zoo import DEMO_ANSWER, DEMO_QUESTION, scenes, sources
 
 FRONT = """---
@@ -42,6 +43,98 @@ def _confusion(category: str, pairs: list[list]) -> str:
         cells[truth, predicted if predicted in known else "other"] += n
     columns = [*known, "other"] if any(p == "other" for _, p in cells) else list(known)
     return _table(["truth \\ said", *columns], [[t, *(cells[t, p] or "·" for p in columns)] for t in known])
+
+
+def _methods(folder: Path, name: str) -> str:
+    """What `vtok eval` measured, from sweep.json of the folder; nothing where there is none."""
+    file = folder / "sweep.json"
+    if not file.is_file():
+        return ""
+    sweep = json.loads(file.read_text())
+    times = _selection_times(folder / "bench.json")
+    dense = next(row for row in sweep["cells"] if row["method"] == "dense")
+    rows = [row for row in sweep["cells"] if row is not dense]
+    parts = [
+        f"### {100 * budget:g} % of the tokens\n\n{_at_budget([row for row in rows if row['budget'] == budget], times)}"
+        for budget in sorted({row["budget"] for row in rows}, reverse=True)
+    ]
+    if sweep["refused"]:
+        reasons = [f"- `{i['method']}` at {100 * i['budget']:g} %: {i['reason']}" for i in sweep["refused"]]
+        parts.append("Not run:\n\n" + "\n".join(reasons))
+    count, baselines = sweep["about"]["scenes"], ", ".join(f"`{b}`" for b in BASELINES)
+    tables = "\n\n".join(parts)
+    return f"""## Compressed
+
+Every training-free method of vtok at the same budget: the mean over decoder layers of kept over all visual
+tokens is at most that (*mean keep* is what it was). {dense["n"]:,} questions on the first {count} held-out scenes; the
+dense model has {_percent(dense["accuracy"])} % on them. *To dense* and *to best baseline* (of {baselines}, at this
+budget) are paired differences in points with 95 % intervals (bootstrap over scenes). FLOPs: of encoder and
+prefill, as a fraction of the dense ones, by formula.{_told(folder / "bench.json")}
+
+{tables}
+
+Reproduce: `vtok eval --out DIR --model {name} --scenes {count}`, which writes DIR/sweep.json.
+
+"""
+
+
+def _selection_times(file: Path) -> dict[int, dict[str, float]]:
+    """Visual tokens -> method -> milliseconds of its selection, from what `vtok bench --out` wrote; empty without."""
+    if not file.is_file():
+        return {}
+    return {
+        result["visual_tokens"]: {name: 1e3 * row["selection_seconds"] for name, row in result["variants"].items()}
+        for result in json.loads(file.read_text())["results"]
+    }
+
+
+def _told(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    about = json.loads(file.read_text())["machine"]
+    return f""" *Select at N*: milliseconds of the selection alone, for one
+picture of N visual tokens at keep=0.25, in a decoder of 768 dimensions and 8 layers on {about["threads"]} threads of
+{about["machine"]} (`{about["command"]}`)."""
+
+
+def _at_budget(rows: list[dict], times: dict[int, dict[str, float]]) -> str:
+    head = [
+        "method",
+        "mean keep",
+        "exact match %",
+        "95 % interval",
+        "to dense",
+        "to best baseline",
+        "as dense %",
+        "FLOPs",
+    ]
+    lines = [
+        [
+            f"`{row['method']}`",
+            f"{row['mean_keep']:.3f}",
+            f"**{_percent(row['accuracy'])}**",
+            "{} to {}".format(*map(_percent, row["interval"])),
+            _range(row["to_dense"]),
+            _range(row["to_baseline"]) if "to_baseline" in row else "",
+            _percent(row["agreement"]),
+            f"{row['flops']:.2f}",
+            *(f"{of[row['method']]:.1f}" if row["method"] in of else "" for of in times.values()),
+        ]
+        for row in sorted(rows, key=lambda row: -row["accuracy"])
+    ]
+    table = _table(head, lines)
+    baselines = [row for row in rows if row["method"] in BASELINES]
+    if not baselines:
+        return table
+    best = max(baselines, key=lambda row: row["accuracy"])["method"]
+    weak = [f"`{row['method']}`" for row in rows if row not in baselines and row["to_baseline"]["interval"][0] <= 0]
+    return f"{table}\n\nNo better than `{best}`, within the interval: {', '.join(weak) or 'none'}."
+
+
+def _range(row: dict) -> str:
+    """A paired difference in points."""
+    low, high = row["interval"]
+    return f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def write(folder: Path) -> Path:
@@ -134,7 +227,7 @@ is what the crops hold and the thumbnail does not. Letter by letter, labels are 
 Reproduce: `vtok zoo eval {name}` (test set version {test["version"]}, seed {test["seed"]}; drawn, not
 stored).
 
-## Confusion
+{_methods(folder, name)}## Confusion
 
 {confusion}
 

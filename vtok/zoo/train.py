@@ -35,7 +35,7 @@ class Recipe:
     seed: int = 0
     tower_steps: int = 4000  # stage 1: dense labels
     tower_batch: int = 10  # pictures
-    steps: int = 4500  # stage 2: questions
+    steps: int = 6500  # stage 2: questions
     batch: int = 8
     part: int = 2  # pictures of one layout that go through the model together; divides both batches
     narrow_steps: int = 1500  # of stage 2, the first, on pictures of two crops: cheaper while little is known
