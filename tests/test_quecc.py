@@ -1,13 +1,19 @@
 """QueCC: the module against the official one's golden numbers and a slow rewrite; the compressor in models."""
 
+import functools
 import math
 
 import pytest
 import torch
+from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, mixed, picture, placeholder_ids, tiny
 from torch import nn
 
-from vtok.errors import InvalidValue
+import vtok
+from vtok.compressors.quecc import places
+from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.quecc import LAYERS, RELEASED, QueCC, QueCCProjector, question_end, windows
+from vtok.modules.quecc_training import projector_for, train
+from vtok.selection import Layout, Plane
 
 
 def wave(shape, period, shift):
@@ -215,3 +221,293 @@ def test_bfloat16_weights():
     projector = QueCCProjector(16, 12, 2, text_dim=6).to(torch.bfloat16)
     out = projector(torch.randn(1, 4, 4, 16), torch.randn(1, 4, 4, 64), torch.randn(1, 6))
     assert out.dtype == torch.bfloat16 and isinstance(projector.mlp, nn.Sequential)
+
+
+CELLS = [family for family in FAMILIES if ADAPTERS[family].provides >= vtok.QueCC.needs]
+
+
+@functools.cache
+def weights(family, kernel=2):
+    """A random projector for the tiny model, whose tokens are about as large as the model's own."""
+    return randomise(projector_for(tiny(family)[0], kernel, layers=(0, 1, -1, 1.0), heads=4, partial=True)).eval()
+
+
+def slow_cells(plane, kernel):
+    """{(view, row, column) of a window: its dense tokens}, for a plane that is not resampled."""
+    (high, wide), (top, left) = plane.view_shape, plane.offset
+    cells = {}
+    for y in range(plane.rows):
+        for x in range(plane.cols):
+            crop = (y + top) // high * plane.crop_grid[1] + (x + left) // wide
+            cell = crop, (y + top) % high // kernel, (x + left) % wide // kernel
+            cells.setdefault(cell, []).append((y, x))
+    return cells
+
+
+@pytest.mark.parametrize(
+    "planes",
+    [
+        (Plane(4, 4),),
+        (Plane(5, 7),),
+        (Plane(1, 1),),
+        (Plane(4, 6, "frame"),) * 3,
+        (Plane(4, 4, "thumbnail"), Plane(6, 8, "crops", crop_grid=(2, 2), crop_shape=(4, 4), offset=(1, 0))),
+        (Plane(4, 4, "thumbnail"), Plane(8, 3, "crops", crop_grid=(2, 2), crop_shape=(4, 4), offset=(0, 2))),
+        (Plane(2, 8, "crops", crop_grid=(2, 2), crop_shape=(4, 4), offset=(3, 0)), Plane(4, 4, "thumbnail")),
+    ],
+)
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 9])
+def test_places(planes, kernel):
+    layout = Layout(planes)
+    source, place, into = places(layout, kernel)
+    expected, windows_before = {}, 0
+    for plane, start in zip(planes, layout.starts):
+        h, w = (-(-side // kernel) for side in plane.view_shape)
+        for (view, i, j), members in slow_cells(plane, kernel).items():
+            ys, xs = sorted({y for y, _ in members}), sorted({x for _, x in members})
+            middle = start + ys[(len(ys) - 1) // 2] * plane.cols + xs[(len(xs) - 1) // 2]
+            expected[windows_before + (view * h + i) * w + j] = middle
+            assert all(into[start + y * plane.cols + x] == middle for y, x in members)
+        windows_before += plane.views * h * w
+    assert dict(zip(source.tolist(), place.tolist())) == expected
+    assert len(source) == len(expected) == len(set(place.tolist()))
+
+
+def test_places_where_features_are_resized():
+    source, place, into = places(Layout((Plane(4, 4, "frame", resampled=(9, 9)),)), 3)
+    assert source.tolist() == list(range(9))
+    assert place.tolist() == [0, 1, 3, 4, 5, 7, 12, 13, 15]  # rows 1, 3 | 5, 7 of 9: windows 0, 1, 1, 2
+    assert sorted(set(into.tolist())) == place.tolist()
+
+
+def expected_tokens(model, projector, inputs, patch, sample_text):
+    """By hand: for each picture the made tokens at their places, from a run of the plain model's parts."""
+    lm, core = model.model.language_model, model.model
+    with torch.no_grad():
+        states = core.vision_tower(inputs["pixel_values"].flatten(0, -4), output_hidden_states=True).hidden_states
+        text = lm(input_ids=sample_text).last_hidden_state[:, -1]
+        grid = lambda x: x[:, 1:].unflatten(1, (4, 4))
+        deep = torch.cat([grid(states[layer]) for layer in (0, 1, 2, 3)], -1)
+        return projector(grid(states[-2]), deep, text.expand(len(deep), -1)).flatten(1, 2)
+
+
+def test_tokens_are_the_projectors():
+    """What enters the language model, against the module called by hand on the tower's and decoder's outputs."""
+    model, processor = tiny("llava")
+    projector = randomise(projector_for(model, 2, layers=(0, 1, -2, -1), heads=4))
+    inputs = batch(processor, ["some # What colour is it?"], [picture(56, 56)])
+    image = inputs["input_ids"][0] == model.config.image_token_id
+    behind = inputs["input_ids"][:, int(image.nonzero()[-1]) + 1 :]
+    stop = behind[0, -2:].tolist()
+    for options, text in (({}, behind), ({"stop": stop}, behind[:, :-2]), ({"stop": [1, 2, 3]}, behind)):
+        with vtok.patch(model, "quecc", weights=projector, **options) as patch, Entered(model, patch) as entered:
+            model(**inputs)
+        made = expected_tokens(model, projector, inputs, patch, text)[0]
+        kept = patch.trace.keep_masks[0]
+        assert kept.nonzero().squeeze(1).tolist() == [0, 2, 8, 10]
+        torch.testing.assert_close(entered.embeds[0, image][kept], made, atol=1e-5, rtol=1e-5)
+        assert patch.trace.merged_into[0].view(4, 4).tolist() == [[0, 0, 2, 2]] * 2 + [[8, 8, 10, 10]] * 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", CELLS)
+def test_pruning_is_masking(family, side):
+    """Contract 2 to 5, with the tokens that were made."""
+    model, processor = tiny(family)
+    inputs = mixed(processor, side)
+    with (
+        torch.no_grad(),
+        vtok.patch(model, "quecc", weights=weights(family)) as patch,
+        Entered(model, patch) as entered,
+    ):
+        pruned = model(**inputs).logits
+    assert sum(patch.trace.n_kept) < sum(patch.trace.n_visual)
+    with torch.no_grad(), Masked(model, patch.trace, entered.embeds):
+        masked = model(**inputs).logits
+    here = patch.trace.present_at(0)
+    torch.testing.assert_close(pruned[here], masked[here], atol=1e-5, rtol=1e-5)
+    assert (pruned[~here] == 0).all()
+
+
+@pytest.mark.parametrize("family", CELLS)
+def test_a_batch_is_its_samples(family):
+    """Also a picture at the end, whose question is the text before it, and a row without pictures."""
+    model, processor = tiny(family)
+    prompts = ["a # What colour is it?", "two # and # yes", "no picture at all", "last 0 1 2 #"]
+    pictures = [picture(70, 112, 1), picture(56, 56, 2), picture(112, 70, 3), picture(56, 56, 4)]
+    with torch.no_grad(), vtok.patch(model, "quecc", weights=weights(family)):
+        together = model(**batch(processor, prompts, pictures)).logits
+        for i, part in enumerate([pictures[:1], pictures[1:3], [], pictures[3:]]):
+            alone = model(**batch(processor, [prompts[i]], part)).logits
+            torch.testing.assert_close(together[i, -1], alone[0, -1], atol=2e-4, rtol=2e-4)
+
+
+def with_answer(inputs, answer):
+    inputs = dict(inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answer)], 1)
+    labels = inputs["input_ids"].clone()
+    labels[:, : -answer.shape[1]] = -100
+    return inputs, labels
+
+
+@pytest.mark.parametrize("family", CELLS)
+def test_the_answer_is_no_part_of_the_question(family):
+    """Contract 11: log-probabilities of a rollout and of the training forward agree."""
+    model, processor = tiny(family)
+    inputs = mixed(processor)
+    with torch.no_grad(), vtok.patch(model, "quecc", weights=weights(family)):
+        torch.manual_seed(0)
+        rollout = model.generate(
+            **inputs,
+            max_new_tokens=5,
+            do_sample=True,
+            top_k=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            suppress_tokens=placeholder_ids(model),
+        )
+        answer = rollout.sequences[:, inputs["input_ids"].shape[1] :]
+        full, labels = with_answer(inputs, answer)
+        position_ids = {}
+        if not family.startswith("qwen"):  # as `generate` counts; a bare forward would count the padding
+            position_ids["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        logits = model(**full, **position_ids, labels=labels).logits[:, -6:-1]
+    gather = lambda x: x.float().log_softmax(-1).gather(-1, answer[..., None])
+    torch.testing.assert_close(gather(torch.stack(rollout.logits, 1)), gather(logits), atol=1e-5, rtol=1e-5)
+
+
+def test_training_without_labels_is_refused():
+    model, processor = tiny("llava")
+    inputs = mixed(processor)
+    model.train()
+    with vtok.patch(model, "quecc", weights=weights("llava")), pytest.raises(Unsupported, match="Pass labels"):
+        model(**inputs)
+
+
+def test_a_second_picture_asks_its_own_question():
+    model, processor = tiny("llava")
+    first = batch(processor, ["a # What colour is it?"], [picture(56, 56, 1)])
+    n = first["input_ids"].shape[1]
+    kept = []
+    for question in (" yes and # now?", " yes and # no 1 2 3"):
+        second = batch(processor, [question], [picture(56, 56, 2)])
+        m = second["input_ids"].shape[1]
+        second["attention_mask"] = torch.ones(1, n + m, dtype=torch.long)
+        second["position_ids"] = torch.arange(n, n + m)[None]
+        with torch.no_grad(), vtok.patch(model, "quecc", weights=weights("llava")) as patch:
+            cache = model(**first, use_cache=True).past_key_values
+            with Entered(model, patch) as entered:
+                model(**second, past_key_values=cache)
+        image = second["input_ids"][0] == model.config.image_token_id
+        kept.append(entered.embeds[0, image][patch.trace.keep_masks[0]])
+        alone = batch(processor, [question], [picture(56, 56, 2)])
+        patch = vtok.patch(model, "quecc", weights=weights("llava"))
+        with torch.no_grad(), patch, Entered(model, patch) as entered:
+            model(**alone)
+        torch.testing.assert_close(kept[-1], entered.embeds[0, image][patch.trace.keep_masks[0]], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(*kept, atol=1e-3)
+
+
+def test_only_pictures_no_text():
+    """No question at all is an embedding of zeros."""
+    model, processor = tiny("llava")
+    inputs = batch(processor, ["#"], [picture(56, 56)])
+    image = model.config.image_token_id
+    only = inputs["input_ids"][0] == image
+    inputs = {**inputs, "input_ids": inputs["input_ids"][:, only], "attention_mask": inputs["attention_mask"][:, only]}
+    with torch.no_grad(), vtok.patch(model, "quecc", weights=weights("llava"), stop=(5,)) as patch:
+        assert model(**inputs).logits.isfinite().all()
+    assert patch.trace.n_kept == [4 + 1]  # and the last, behind which the answer begins
+
+
+def test_refusals(tmp_path):
+    model, processor = tiny("llava")
+    before = dict(model.state_dict())
+    with pytest.raises(InvalidValue, match="weights=PATH"):
+        vtok.patch(model, "quecc")
+    with pytest.raises(InvalidValue, match="no file"):
+        vtok.patch(model, "quecc", weights=str(tmp_path / "none"))
+    with pytest.raises(InvalidValue, match="no option keep"):
+        vtok.patch(model, "quecc", weights=weights("llava"), keep=0.5)
+    with pytest.raises(InvalidValue, match="another kernel"):
+        vtok.patch(model, "quecc", weights=weights("llava"), budget=0.5)
+    with pytest.raises(InvalidValue, match="token ids"):
+        vtok.QueCC(weights=weights("llava"), stop="ASSISTANT")
+    with pytest.raises(InvalidValue, match="layers 0 to"):  # at patch time
+        vtok.patch(model, vtok.QueCC(weights=QueCCProjector(32, 64, 2)))
+    inputs = mixed(processor)
+    narrow = vtok.QueCC(weights=QueCCProjector(16, 64, 2, layers=(0, 1)))
+    with vtok.patch(model, narrow), pytest.raises(Unsupported, match="patches of width 16"):
+        model(**inputs)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+    with vtok.patch(model, "quecc", weights=weights("llava"), stop=(5,)), pytest.raises(Unsupported, match="input_ids"):
+        model(inputs_embeds=embeds, **rest)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_from_a_file(tmp_path):
+    model, processor = tiny("llava")
+    inputs = mixed(processor)
+    weights("llava").save(tmp_path / "quecc.safetensors")
+    logits = []
+    for source in (weights("llava"), tmp_path / "quecc.safetensors", str(tmp_path)):
+        with torch.no_grad(), vtok.patch(model, "quecc", weights=source):
+            logits.append(model(**inputs).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_training_recipe(decoder):
+    """It learns a fixed answer, touches nothing else, and leaves flags and modes as they were."""
+    model, processor = tiny("llava_next")
+    inputs, labels = with_answer(mixed(processor), torch.tensor([[40, 50, 60]]).repeat(5, 1))
+    model.model.vision_tower.requires_grad_(False)
+    model.model.language_model.layers[0].train()
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    projector = projector_for(model, 2, heads=4)
+    start = {name: value.clone() for name, value in projector.state_dict().items()}
+    seen = []
+    losses = train(
+        model,
+        projector,
+        [{**inputs, "labels": labels}] * 20,
+        12,
+        lr=3e-3,
+        decoder=decoder,
+        on_step=lambda step, loss: seen.append((step, loss)),
+    )
+    assert seen == list(enumerate(losses)) and len(losses) == 12
+    assert losses[-1] < losses[0] - 0.1
+    unmoved = {name for name, value in projector.state_dict().items() if torch.equal(value, start[name])}
+    assert not unmoved
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert all(name.startswith(("model.language_model", "lm_head")) for name in moved)
+    assert bool(moved) is decoder
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    with pytest.raises(vtok.errors.PatchStateError):
+        vtok.unpatch(model)
+
+
+def test_training_needs_labels():
+    model, processor = tiny("llava")
+    inputs = dict(mixed(processor))
+    with pytest.raises(Unsupported, match="Pass labels"):
+        train(model, projector_for(model, 2, heads=4), [inputs], 1)
+    with pytest.raises(InvalidValue, match="steps"):
+        train(model, projector_for(model, 2, heads=4), [inputs], 0)
+
+
+def test_a_fresh_projector_knows_the_models_mlp():
+    model, _ = tiny("llava")
+    projector = projector_for(model, 2, heads=4)
+    own = model.model.multi_modal_projector
+    assert torch.equal(projector.mlp[0].weight, own.linear_1.weight)
+    assert torch.equal(projector.mlp[2].bias, own.linear_2.bias)
+    assert projector.layers == (2, 2, 3, 3)  # 12, 16, 22, 23 of 24

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok.errors import InvalidValue
+from vtok.errors import InvalidValue, Unsupported
 
 # The released weights' names, after "mm_projector.0.", and ours.
 RELEASED = {
@@ -140,6 +140,15 @@ class QueCCProjector(nn.Module):
         """As `QueCC.forward`, but -> [B, h, w, out_dim]. Inputs are brought to the weights' dtype."""
         x, deep, text = (y.to(self.mlp[0].weight.dtype) for y in (x, deep, text))
         return self.mlp(self.quecc(x, deep, text))
+
+    def check(self, dim: int, text_dim: int, out_dim: int) -> None:
+        """Raise `Unsupported` unless the weights are for a model of these widths."""
+        own = self.quecc.q[0].in_features, self.quecc.text[0].in_features, self.mlp[-1].out_features
+        if own != (dim, text_dim, out_dim):
+            raise Unsupported(
+                f"These QueCC weights are for patches of width {own[0]}, questions of {own[1]} and tokens of {own[2]}; "
+                f"this model's are {dim}, {text_dim} and {out_dim}."
+            )
 
     @classmethod
     def load(cls, path: str | Path, layers: Sequence[int | float] | None = None) -> QueCCProjector:
