@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 LLAVA_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+INTERNVL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 QWEN_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -25,8 +26,9 @@ _TEMPLATE = (
 )
 
 
-def tokenizer(special: tuple[str, ...], image: str, video: str = "<video>\n") -> Any:
-    """A byte-level BPE tokenizer of a few hundred tokens, left-padding, with a ChatML template."""
+def tokenizer(special: tuple[str, ...], image: str, video: str = "<video>\n", **named: str) -> Any:
+    """A byte-level BPE tokenizer of a few hundred tokens, left-padding, with a ChatML template. `named` special tokens
+    are attributes of it, where a processor looks for them."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -48,6 +50,7 @@ def tokenizer(special: tuple[str, ...], image: str, video: str = "<video>\n") ->
         pad_token="<|endoftext|>",
         model_max_length=4096,
         padding_side="left",
+        extra_special_tokens=named,
         chat_template=_TEMPLATE.replace("IMAGE", image).replace("VIDEO", video),
     )
 
@@ -67,6 +70,23 @@ def text_decoder(tok: Any, layers: int = 4, hidden: int = 64, heads: int = 4, kv
         "eos_token_id": end,
         "pad_token_id": pad,
     }
+
+
+def qwen(unit: int, **options: Any) -> tuple[Any, dict[str, int], dict[str, Any], dict[str, int]]:
+    """What the tiny Qwen-VL models share: the tokenizer, the processors' pixel limits for visual tokens of
+    `unit` x `unit` pixels, the options of a decoder with M-RoPE, and the ids of the special tokens."""
+    tok = tokenizer(
+        QWEN_TOKENS,
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        video="<|vision_start|><|video_pad|><|vision_end|>",
+    )
+    text = text_decoder(tok, **options)
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    mrope = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope}
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    ids = {f"{key}_token_id": tok.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
+    return tok, {"shortest_edge": unit**2, "longest_edge": 64 * unit**2}, text, ids
 
 
 def clip_tower() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +83,10 @@ class GlobalCom2(Compressor):
         if not any(plane.kind == "crops" and plane.size for plane in layout.planes):
             return Selection(torch.ones(b, n, dtype=torch.bool, device=device), n_kept=n)
         kinds = [plane.kind for plane in layout.planes]
-        if kinds != ["thumbnail", "crops"]:
-            raise Unsupported(f"globalcom2 needs a thumbnail followed by its crops, got {', '.join(kinds)}.")
-        thumbnail, crops = layout.planes
+        if sorted(kinds) != ["crops", "thumbnail"]:
+            raise Unsupported(f"globalcom2 needs a thumbnail and its crops, got {', '.join(kinds)}.")
+        thumbnail, crops = sorted(layout.planes, key=lambda plane: plane.kind, reverse=True)
+        behind = kinds[0] == "crops"  # the thumbnail is; below it comes first
 
         if isinstance(self.keep, int):
             k_thumb, k_crops = share(keep_count(n, self.keep), [thumbnail.size, crops.size])
@@ -96,7 +96,7 @@ class GlobalCom2(Compressor):
             ratio = self.keep
 
         crop_of, sizes = crop_index(crops, device), crop_sizes(crops, device)  # [n], [C] without padding
-        score, broken = self._scores(tokens, thumbnail, crops)  # [B, N], [B, N]
+        score, broken = self._scores(tokens, thumbnail, crops, behind)  # [B, N], [B, N]
         parts = [thumbnail.size, crops.size]
         (thumb, local), (broken_thumb, broken_local) = score.split(parts, 1), broken.split(parts, 1)
         if self.allocation == "uniform":
@@ -111,13 +111,17 @@ class GlobalCom2(Compressor):
         joint = token_scores(local, large, crop_of, len(sizes), self.alpha)
         in_thumb = ranks(thumb.masked_fill(broken_thumb, -math.inf)) < k_thumb
         in_crops = ranks(joint.masked_fill(broken_local, -math.inf), crop_of, sizes) < counts[:, crop_of]
-        keep = torch.cat([in_thumb, in_crops], 1)
+        keep = torch.cat([in_crops, in_thumb] if behind else [in_thumb, in_crops], 1)
         return Selection(keep, n_kept=k_thumb + k_crops if self.exact_count else None)
 
-    def _scores(self, tokens: VisualTokens, thumbnail: Plane, crops: Plane) -> tuple[Tensor, Tensor]:
-        """[B, N] finite score of each token within its own view, and [B, N] bool, where it was not finite."""
+    def _scores(
+        self, tokens: VisualTokens, thumbnail: Plane, crops: Plane, behind: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[B, N] finite score of each token within its own view, the thumbnail's first, and [B, N] bool, where it was
+        not finite."""
         if self.score_source == "neg_cos_mean":
-            thumb, mosaic = tokens.features.split([thumbnail.size, crops.size], 1)
+            features = tokens.features.roll(thumbnail.size, 1) if behind else tokens.features
+            thumb, mosaic = features.split([thumbnail.size, crops.size], 1)
             mosaic = mosaic.unflatten(1, (crops.rows, crops.cols))  # [B, rows, cols, D]
             similar = torch.cat([cos_to_mean(thumb), cos_to_view_mean(mosaic, crops).flatten(1)], 1)
             broken = ~similar.isfinite()
@@ -125,13 +129,15 @@ class GlobalCom2(Compressor):
         a = tokens.cls_attention
         if a is None:
             raise Unsupported("globalcom2 got no cls_attention. " + self.hints["cls_attention"])
-        views = 1 + crops.crop_grid[0] * crops.crop_grid[1]
-        if a.shape[1:] != (views, thumbnail.size) or math.prod(crops.crop_shape) != thumbnail.size:
+        views, patches = 1 + crops.views, a.shape[2] // thumbnail.size  # of a token: 4 behind a 2x2 pixel shuffle
+        if a.shape[1:] != (views, patches * thumbnail.size) or math.prod(crops.crop_shape) != thumbnail.size:
             raise Unsupported(
-                f"globalcom2 expected the CLS attention of {views} views over {thumbnail.size} patches each, "
-                f"got {tuple(a.shape[1:])}."
+                f"globalcom2 expected the CLS attention of {views} views over the patches of {thumbnail.size} tokens "
+                f"each, got {tuple(a.shape[1:])}."
             )
         a = _wide(a.to(tokens.features.device))  # [B, V, P]; the encoder may be on another device
+        a = a.unflatten(2, (thumbnail.size, patches)).mean(3)  # a token's logit is the mean of its patches'
+        a = a.roll(1, 1) if behind else a
         broken = ~a.isfinite()
         lowest = a.masked_fill(broken, math.inf).amin(-1, keepdim=True)  # [B, V, 1]
         a = torch.where(broken, lowest.nan_to_num(posinf=0.0), a)
@@ -154,29 +160,26 @@ def _wide(x: Tensor) -> Tensor:
 # The index maps are made on the device: a copy from the host would wait for it.
 def crop_index(crops: Plane, device: torch.device | None = None) -> Tensor:
     """[n] the crop, row-major, in which each token of the crops' plane lies."""
-    y = (torch.arange(crops.rows, device=device) + crops.offset[0]) // crops.crop_shape[0]
-    x = (torch.arange(crops.cols, device=device) + crops.offset[1]) // crops.crop_shape[1]
+    y = crops.mosaic_rows(device) // crops.crop_shape[0]
+    x = crops.mosaic_cols(device) // crops.crop_shape[1]
     return (y[:, None] * crops.crop_grid[1] + x).flatten()
 
 
 def mosaic_index(crops: Plane, device: torch.device | None = None) -> Tensor:
     """[n] where each token of the crops' plane is in the crops put one after the other, padding included."""
     rows, cols = crops.crop_shape
-    y = torch.arange(crops.rows, device=device) + crops.offset[0]
-    x = torch.arange(crops.cols, device=device) + crops.offset[1]
-    inside = (y % rows)[:, None] * cols + x % cols
+    inside = (crops.mosaic_rows(device) % rows)[:, None] * cols + crops.mosaic_cols(device) % cols
     return crop_index(crops, device) * rows * cols + inside.flatten()
 
 
 def crop_sizes(crops: Plane, device: torch.device | None = None) -> Tensor:
     """[C] how many tokens each crop has without padding."""
 
-    def axis(n: int, offset: int, shape: int, grid: int) -> Tensor:
-        edges = torch.arange(grid + 1, device=device) * shape - offset
-        return edges.clamp(0, n).diff()
+    def axis(places: Tensor, shape: int, grid: int) -> Tensor:
+        return torch.searchsorted(places, torch.arange(grid + 1, device=device) * shape).diff()
 
-    high = axis(crops.rows, crops.offset[0], crops.crop_shape[0], crops.crop_grid[0])
-    wide = axis(crops.cols, crops.offset[1], crops.crop_shape[1], crops.crop_grid[1])
+    high = axis(crops.mosaic_rows(device), crops.crop_shape[0], crops.crop_grid[0])
+    wide = axis(crops.mosaic_cols(device), crops.crop_shape[1], crops.crop_grid[1])
     return (high[:, None] * wide).flatten()
 
 
@@ -191,8 +194,8 @@ def speaks_for(thumbnail: Plane, crops: Plane, budget_map: str, device: torch.de
         return ((2 * at + 1) * valid + 2 * side * offset) // (2 * side * shape)
 
     (rows, cols), (top, left), (high, wide) = crops.crop_grid, crops.offset, crops.crop_shape
-    y = axis(thumbnail.rows, crops.rows, top, high, rows)
-    x = axis(thumbnail.cols, crops.cols, left, wide, cols)
+    y = axis(thumbnail.rows, crops.span[0], top, high, rows)
+    x = axis(thumbnail.cols, crops.span[1], left, wide, cols)
     return (y[:, None] * cols + x).flatten()
 
 
@@ -268,14 +271,10 @@ def cos_to_view_mean(x: Tensor, crops: Plane) -> Tensor:
     """`cos_to_mean` within each crop of the crops' plane `x` [B, rows, cols, D]. [B, rows, cols].
 
     Loops over the crops: sums by index would come out in another order, and so differ, each time on a GPU."""
-
-    def axis(n: int, offset: int, shape: int, grid: int) -> list[slice]:
-        edges = [min(max(i * shape - offset, 0), n) for i in range(grid + 1)]
-        return [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
-
     out = torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
-    for rows in axis(crops.rows, crops.offset[0], crops.crop_shape[0], crops.crop_grid[0]):
-        for cols in axis(crops.cols, crops.offset[1], crops.crop_shape[1], crops.crop_grid[1]):
+    of_rows, of_cols = crops.crop_slices
+    for rows in of_rows:
+        for cols in of_cols:
             crop = x[:, rows, cols]
             out[:, rows, cols] = cos_to_mean(crop.flatten(1, 2)).unflatten(1, crop.shape[1:3])
     return out

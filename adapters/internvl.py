@@ -1,0 +1,179 @@
+"""InternVL: tiles of one picture and a thumbnail behind them, InternViT with a CLS token, 2x2 pixel shuffle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.adapter import Adapter, Encoded, shrink, stretch
+from vtok.errors import Unsupported
+from vtok.selection import Layout, Plane
+from vtok.tower import OF_CLS, OF_PATCHES, Tower
+
+PREVIEW = 16  # side of the small pictures by which tiles are compared with their thumbnail
+
+
+class InternVLAdapter(Adapter):
+    """The model is given tiles alone. Those whose placeholders follow each other without a gap are one picture: its
+    tiles in raster order and, where there are several, the thumbnail. In how many rows and columns they lie is not told
+    either, but seen: the one arrangement that looks like the thumbnail.
+
+    A clip's frames are pictures of one tile, as the prompt writes text between them: a count as `keep` is a count a
+    frame."""
+
+    family = "internvl"
+    model_types = ("internvl",)
+    provides = frozenset({"attention", "crops"}) | OF_PATCHES | OF_CLS
+    default = {"method": "aim_merge", "keep": 0.25}
+
+    def check(self, model: nn.Module) -> None:
+        config, vision = model.config, model.config.vision_config
+        if config.vision_feature_select_strategy != "default":
+            raise Unsupported(
+                f"{self.family} with vision_feature_select_strategy={config.vision_feature_select_strategy!r}: the "
+                f"features must be the patches alone, so it needs 'default' (drop CLS)."
+            )
+        if len({*vision.image_size}) > 1 or len({*vision.patch_size}) > 1:
+            raise Unsupported(f"{self.family} with tiles or patches that are not square is not supported.")
+        if (1 / config.downsample_ratio) % 1:
+            raise Unsupported(
+                f"downsample_ratio must be 1 over a whole number, as in 0.5, got {config.downsample_ratio}."
+            )
+
+    def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        """One a tile, until `join`."""
+        tiles, *_, width = arguments["pixel_values"].shape
+        side = width // self.unit(core)
+        return [Layout((Plane(side, side),))] * tiles
+
+    def unit(self, core: nn.Module) -> int:
+        """Side of a visual token in pixels."""
+        return core.config.vision_config.patch_size[0] * merge(core.config)
+
+    def previews(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        pixels = arguments["pixel_values"].float()
+        return tuple(torch.nn.functional.adaptive_avg_pool2d(pixels, PREVIEW))
+
+    def join(self, encoded: Encoded, pictures: Sequence[Sequence[int]]) -> Encoded:
+        layouts, small, sources, probed = [], [], [], []
+        tiles = torch.stack(encoded.previews).cpu()  # [V, 3, PREVIEW, PREVIEW]
+        for views in pictures:
+            layout = encoded.layouts[views[0]]
+            if len(views) > 1:
+                *crops, thumbnail = tiles[list(views)]
+                layout = tiled(layout.planes[0].rows, arrangement(torch.stack(crops), thumbnail))
+            layouts.append(layout)
+            if encoded.small is not None:
+                less, source = shrink(layout, encoded.small[views[0]].planes[0].view_shape)
+                small.append(less)
+                sources.append(source)
+            if encoded.probed is not None:
+                keys = encoded.probed[views[0]]
+                probed.append({key: torch.cat([encoded.probed[view][key] for view in views]) for key in keys})
+        optional = (tuple(items) if items else None for items in (small, sources, probed))
+        return Encoded(encoded.modality, tuple(layouts), *optional)
+
+    def tower(self, core: nn.Module) -> Tower:
+        return InternViT(skip=1, merge=merge(core.config), features=core.config.vision_feature_layer)
+
+    def encoder_layers(self, core: nn.Module) -> nn.ModuleList:
+        return core.vision_tower.encoder.layer
+
+    def encode_small(
+        self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
+    ) -> tuple[Any, list[tuple[int, int]]]:
+        pixels, unit = arguments["pixel_values"], self.unit(core)
+        side = pixels.shape[-1] // unit
+        small = max(1, int(side * scale + 1e-6))
+        pixels = torch.nn.functional.interpolate(pixels.float(), size=small * unit, mode="bicubic", antialias=True).to(
+            pixels.dtype
+        )
+        output = encode(**{**arguments, "pixel_values": pixels})
+        source = stretch(Plane(side, side), (small, small)).to(output.pooler_output.device)
+        output.pooler_output = output.pooler_output[:, source]
+        return output, [(small, small)] * len(pixels)
+
+    def tiny(self, **options: Any) -> tuple[nn.Module, Any]:
+        import transformers as T
+
+        from vtok.adapters._tiny import INTERNVL_TOKENS, text_decoder, tokenizer
+
+        tok = tokenizer(
+            INTERNVL_TOKENS,
+            image="<IMG_CONTEXT>\n",
+            start_image_token="<img>",
+            end_image_token="</img>",
+            context_image_token="<IMG_CONTEXT>",
+            video_token="<video>",
+        )
+        size = {"height": 56, "width": 56}
+        processor = T.InternVLProcessor(
+            T.GotOcr2ImageProcessor(size=dict(size), max_patches=4),
+            tok,
+            T.InternVLVideoProcessor(size=dict(size)),
+            image_seq_length=16,
+            chat_template=tok.chat_template,
+        )
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [56, 56],
+            "patch_size": [7, 7],
+        }
+        config = T.InternVLConfig(
+            vision_config=vision,
+            text_config={"model_type": "qwen2", **text_decoder(tok, **options)},
+            image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"),
+            image_seq_length=16,
+            downsample_ratio=0.5,
+            tie_word_embeddings=False,
+        )
+        return T.InternVLForConditionalGeneration(config), processor
+
+
+@dataclass(frozen=True)
+class InternViT(Tower):
+    """With norms over the whole width of queries and keys, in the large one."""
+
+    attention: str = "attention"
+
+    def query(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        return attention.q_norm(attention.q_proj(hidden))
+
+    def key(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        return attention.k_norm(attention.k_proj(hidden))
+
+
+def merge(config: Any) -> int:
+    """Side, in patches, of the square that becomes one visual token."""
+    return round(1 / config.downsample_ratio)
+
+
+def tiled(side: int, grid: tuple[int, int]) -> Layout:
+    """The layout of a picture cut into `grid` (rows, cols) tiles of side x side tokens, and a thumbnail behind them."""
+    rows, cols = grid
+    crops = Plane(rows * side, cols * side, kind="crops", crop_grid=grid, crop_shape=(side, side), tiled=True)
+    return Layout((crops, Plane(side, side, kind="thumbnail")))
+
+
+def arrangement(tiles: Tensor, thumbnail: Tensor) -> tuple[int, int]:
+    """The (rows, cols) in which `tiles` [T, C, s, s], row by row, look most like `thumbnail` [C, s, s].
+
+    By mean squared difference, the mosaic averaged down to s x s. Where it does not matter, a picture of one colour,
+    the squarest."""
+    n, channels, side, _ = tiles.shape
+    grids = sorted(
+        ((rows, n // rows) for rows in range(1, n + 1) if n % rows == 0), key=lambda grid: abs(grid[0] - grid[1])
+    )
+
+    def difference(grid: tuple[int, int]) -> float:
+        mosaic = tiles.unflatten(0, grid).permute(2, 0, 3, 1, 4).reshape(channels, grid[0] * side, grid[1] * side)
+        return (torch.nn.functional.adaptive_avg_pool2d(mosaic, side) - thumbnail).square().mean().item()
+
+    return min(grids, key=difference)
