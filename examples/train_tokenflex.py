@@ -22,7 +22,7 @@ import vtok
 from vtok import zoo
 from vtok.eval.sweep import interval
 from vtok.modules.tokenflex import TokenSampler
-from vtok.modules.training import FlexibleTokens, align, projector_for
+from vtok.modules.tokenflex_training import FlexibleTokens, align, projector_for
 from vtok.zoo import evaluate, scenes
 
 NAME = "vtok-tiny-llava-next"
@@ -106,7 +106,7 @@ def train(counts, shares, steps, aligned, out):
 def test(model, processor, projector, count, limit):
     """[scenes, 2]: right answers and questions on each held-out scene, at `count` tokens a view."""
     hits = []
-    with vtok.patch(model, "tokenflex", keep=count, projector=projector):
+    with vtok.patch(model, "tokenflex", keep=count, weights=projector):
         for scene, asked in evaluate.held_out(limit):
             said = evaluate.answer(model, processor, scene.image, [q.text for q in asked])
             hits.append((sum(a == q.answer for a, q in zip(said, asked)), len(asked)))

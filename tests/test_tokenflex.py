@@ -121,13 +121,13 @@ def test_options():
     module = TokenFlexProjector(8, 4)
     for keep in (15, 2):
         with pytest.raises(InvalidValue, match="perfect square"):
-            vtok.TokenFLEX(keep=keep, projector=module)
-    method = TokenFLEX(keep=0.25, projector=module)
+            vtok.TokenFLEX(keep=keep, weights=module)
+    method = TokenFLEX(keep=0.25, weights=module)
     assert method.grid(8, 8) == (4, 4) and method.grid(6, 10) == (3, 5) and method.grid(1, 1) == (1, 1)
-    assert TokenFLEX(keep=16, projector=module).grid(4, 6) == (4, 4)
+    assert TokenFLEX(keep=16, weights=module).grid(4, 6) == (4, 4)
     with pytest.raises(InvalidValue, match="do not fit"):
-        TokenFLEX(keep=16, projector=module).grid(3, 6)
-    assert not TokenFLEX(keep=1.0, projector=module).is_identity
+        TokenFLEX(keep=16, weights=module).grid(3, 6)
+    assert not TokenFLEX(keep=1.0, weights=module).is_identity
     with pytest.raises(InvalidValue, match="pool"):
         TokenFlexProjector(8, 4, pool="max")
 
@@ -156,7 +156,7 @@ def test_selection_by_hand_with_merged_patches():
             states[:, :, token * 4 + patch] = raster[:, :, y, x]
     features = torch.randn(2, 12, 4)
     tokens = VisualTokens(features, layout, encoder={("encoder_states", None): states})
-    selection = TokenFLEX(keep=0.5, projector=module).select(tokens)  # a grid of 1 x 2 a frame
+    selection = TokenFLEX(keep=0.5, weights=module).select(tokens)  # a grid of 1 x 2 a frame
     assert selection.n_kept == 4 and selection.keep.sum(1).tolist() == [4, 4]
     for b in range(2):
         expected = torch.cat([module(raster[b : b + 1, v], (1, 2)).flatten(0, 2) for v in range(2)])
@@ -164,7 +164,7 @@ def test_selection_by_hand_with_merged_patches():
     assert torch.equal(selection.features[~selection.keep], features[~selection.keep])
     squeezed = VisualTokens(features, Layout((Plane(2, 3, resampled=(4, 6)),)), encoder=tokens.encoder)
     with pytest.raises(Unsupported, match="anyres-max"):
-        TokenFLEX(projector=module).select(squeezed)
+        TokenFLEX(weights=module).select(squeezed)
 
 
 def logits(model, inputs):
@@ -190,7 +190,7 @@ def test_at_the_full_grid_the_models_own_projector_gives_its_own_logits(family):
     inputs = batch(processor, ["# what?", "and # this", "no picture"], [picture(112, 112), picture(56, 112)])
     dense = logits(model, inputs)
     own = AsOwn(model.model.multi_modal_projector)
-    with vtok.patch(model, TokenFLEX(keep=1.0, projector=own)) as handle:
+    with vtok.patch(model, TokenFLEX(keep=1.0, weights=own)) as handle:
         torch.testing.assert_close(logits(model, inputs), dense, rtol=1e-5, atol=1e-5)
         assert handle.trace.mean_keep == 1.0
 
@@ -211,7 +211,7 @@ def test_batches_are_equal_to_single_samples_and_gradient_reaches_the_projector(
     model, processor = tiny(family)
     module = flexible(family)
     prompts, pictures = ["# what?", "and # this one"], [picture(112, 112), picture(56, 112, 1)]
-    with vtok.patch(model, "tokenflex", keep=keep, projector=module) as handle:
+    with vtok.patch(model, "tokenflex", keep=keep, weights=module) as handle:
         together = logits(model, batch(processor, prompts, pictures))
         kept = handle.trace.n_kept
         assert all(0 < k < n for k, n in zip(kept, handle.trace.n_visual))
@@ -227,3 +227,47 @@ def test_batches_are_equal_to_single_samples_and_gradient_reaches_the_projector(
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     module.zero_grad()
     model.zero_grad()
+
+
+def test_the_recipe(tmp_path):
+    """Alignment brings the tokens closer to the model's own; then each step of a trainer draws its number."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from vtok.modules.tokenflex_training import FlexibleTokens, align, projector_for
+
+    model, processor = tiny("llava")
+    sampler = TokenSampler((1, 4), (0.5, 0.5), seed=2)
+    torch.manual_seed(0)
+    projector = projector_for(model)
+    inputs = batch(processor, ["# what?", "and # this"], [picture(56, 56), picture(56, 56, 1)])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = align(model, projector, [inputs] * 60, sampler, lr=1e-2)
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    kept = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kept.append(flexible.patch.trace.n_kept)
+
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    rows = [{name: value[i] for name, value in inputs.items()} | {"labels": labels[i]} for i in range(2)]
+    flexible = FlexibleTokens(projector, sampler)
+    flexible.attach(model)
+    frozen = projector.down.weight.detach().clone()
+    settings = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=rows * 6, callbacks=[flexible, Watch()])
+    trainer.train()
+    assert kept == [[sampler.at(step)] * 2 for step in range(6)] and len({k[0] for k in kept}) == 2
+    assert not torch.equal(projector.down.weight, frozen)  # the trainer's optimiser had it
+    assert set(model.state_dict()) == set(before)  # and the model is its old self
+    vtok.patch(model, "uniform").remove()

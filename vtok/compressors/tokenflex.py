@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ class TokenFLEX(Compressor):
 
     keep: tokens of each view (a picture, a thumbnail, a crop, a frame): a perfect square, or a fraction of the view's
         tokens, rounded down to a grid of the view's proportions. Also 1.0 goes through the trained projector.
-    projector: the module, or a safetensors file of it: one's own, or the released weights.
+    weights: the module, or a safetensors file of it: one's own, or the released weights.
     A token stands at the place of the dense token in the middle of its cell; cells of the padding of crops are dropped.
     Differs from the paper: places and newlines of the dense grid stay, where the released model counts its tokens
     alone; views need not be square.
@@ -35,7 +35,7 @@ class TokenFLEX(Compressor):
     merges = True
     trained = True
 
-    projector: TokenFlexProjector | str | Path | None = None
+    weights: TokenFlexProjector | str | Path | None = field(default=None, repr=False)
 
     is_identity: ClassVar[bool] = False
 
@@ -43,13 +43,13 @@ class TokenFLEX(Compressor):
         super().__post_init__()
         if isinstance(self.keep, int):
             square_side(self.keep)
-        if self.projector is None:
+        if self.weights is None:
             raise InvalidValue(
-                "tokenflex needs its trained projector: pass projector=FILE (safetensors) or a TokenFlexProjector. "
-                "`vtok.modules.training.train` makes one for a model at hand."
+                "tokenflex needs its trained projector: pass weights=FILE (safetensors) or a TokenFlexProjector. "
+                "`vtok.modules.tokenflex_training` and examples/train_tokenflex.py train one."
             )
-        if isinstance(self.projector, str | Path):
-            object.__setattr__(self, "projector", TokenFlexProjector.load(self.projector))
+        if isinstance(self.weights, str | Path):
+            object.__setattr__(self, "weights", TokenFlexProjector.load(self.weights))
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:
@@ -69,7 +69,7 @@ class TokenFLEX(Compressor):
         layout, features = tokens.layout, tokens.features
         states = tokens.read("encoder_states", None)  # [B, V, P, C]
         b, _, patches, _ = states.shape
-        projector = self.projector.to(features.device)
+        projector = self.weights.to(features.device)
         index, rows, view = [], [], 0
         for plane, start in zip(layout.planes, layout.starts):
             if any(plane.resampled):
