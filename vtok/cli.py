@@ -1,4 +1,4 @@
-"""The command line: `vtok demo`, `vtok methods`, `vtok eval`, `vtok zoo`, `vtok bench`."""
+"""The command line: `vtok demo`, `vtok methods`, `vtok eval`, `vtok search`, `vtok zoo`, `vtok bench`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 import vtok
 from vtok.errors import InvalidValue, VtokError
+from vtok.search.cli import app as search_app
 from vtok.zoo.cli import app as zoo_app
 
 MODEL = "vtok-tiny-llava-next"
@@ -35,6 +36,7 @@ app = typer.Typer(
     help="Visual-token compression for Hugging Face vision-language models.",
 )
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(search_app, name="search")
 
 
 def _version(wanted: bool) -> None:

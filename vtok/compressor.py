@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import math
 import pkgutil
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -113,6 +114,10 @@ class Compressor:
     def neurons(self, activations: Activations) -> Tensor:
         """[B, K] long, ascending: those neurons, for one of these layers."""
         raise Unsupported(f"{type(self).__name__} does not act in decoding.")
+
+    def remaining(self, n: int, keep: float | int, images: int) -> int:
+        """How many of a sample's `n` visual tokens, those of `images` pictures, a value of `schedule()` means."""
+        return min(n, keep * images if isinstance(keep, int) else math.floor(n * keep + 1e-9))
 
     def remaining(self, n: int, keep: float | int, images: int) -> int:
         """How many of a sample's `n` visual tokens, those of `images` pictures, a value of `schedule()` means."""

@@ -1,0 +1,78 @@
+"""PyramidDrop: at the end of each stage of decoder layers, a fixed share of the visual tokens that are left stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from torch import Tensor
+
+from vtok.compressor import ANCHORS, Compressor
+from vtok.errors import InvalidValue
+from vtok.kernels.attention_rows import attention_rows
+from vtok.selection import Attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(Compressor):
+    """The decoder is cut into equal stages; after each but the last, the share `keep` of what the stage had stays,
+    by the head-mean attention of the last instruction token (Section 3.2).
+
+    keep: lambda of the paper, as a fraction: after stage s, keep ** s of the tokens that entered remain.
+    stages: S of the paper. The first ones are a layer shorter where the depth is no multiple.
+    anchor: whose attention counts, see `Compressor`; "prompt_end" is the paper's.
+    Differs from the paper: scores are the attention of each stage's last layer; the official code computes them
+    with the queries and keys of the layer that follows, on all that stage had.
+    """
+
+    name = "pyramiddrop"
+    stage = "llm"
+    needs = frozenset({"attention"})
+    paper = "PyramidDrop, arXiv 2410.17247"
+    text_guided = True
+
+    keep: float = 0.5
+    stages: int = 4
+    anchor: str = "prompt_end"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.keep, float):
+            raise InvalidValue(f"keep is the share that a stage leaves to the next, in (0, 1], got {self.keep!r}")
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
+            raise InvalidValue(f"stages must be an int >= 2, got {self.stages!r}")
+        if self.anchor not in ANCHORS:
+            raise InvalidValue(f"anchor must be one of {ANCHORS}, got {self.anchor!r}")
+
+    def starts(self, n_layers: int) -> list[int]:
+        """The first layer of each stage but the first."""
+        if self.stages > n_layers:
+            raise InvalidValue(f"stages must be at most the number of decoder layers, {n_layers}, got {self.stages}.")
+        return [s * n_layers // self.stages for s in range(1, self.stages)]
+
+    def schedule(self, n_layers: int) -> dict[int, float | int]:
+        return {start - 1: self.keep**s for s, start in enumerate(self.starts(n_layers), start=1)}
+
+    def score(self, attention: Attention) -> Tensor:
+        rows = attention_rows(
+            attention.query, attention.key, attention.anchor[:, None], attention.scaling, attention.valid
+        )  # [B, H, 1, L]
+        return rows.mean(1).squeeze(1)
+
+    def mean_keep(self, n_layers: int) -> float:
+        """Mean over layers of the share of visual tokens present."""
+        edges = [0, *self.starts(n_layers), n_layers]
+        return sum(self.keep**s * (end - start) for s, (start, end) in enumerate(pairwise(edges))) / n_layers
+
+    def with_budget(self, budget: float, n_layers: int) -> PyramidDrop:
+        first = self.starts(n_layers)[0] / n_layers
+        if budget <= first:
+            raise InvalidValue(
+                f"The first of {self.stages} stages sees all tokens, so the mean is above {first:.3f}; a budget of "
+                f"{budget} cannot be met. Cut the decoder into more stages or raise the budget."
+            )
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if replace(self, keep=middle).mean_keep(n_layers) <= budget else (low, middle)
+        return replace(self, keep=1.0 if budget == 1 else low)

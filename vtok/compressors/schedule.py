@@ -1,0 +1,138 @@
+"""Schedule: drop visual tokens at every decoder layer, by the attention that the instruction paid them before."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vtok.compressor import ANCHORS, Compressor
+from vtok.errors import InvalidValue
+from vtok.kernels.attention_rows import attention_rows
+from vtok.search import schedules
+from vtok.selection import Attention, check_keep
+
+QUERIES = ("instruction", "last")
+ROUNDINGS = ("up", "down")
+MEAN = 0.34  # of the schedule that G-Search found for LLaVA-1.5-7B (Table 1)
+BLOCK = 64  # queries whose rows are in memory at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Compressor):
+    """Before layer i only rate[i] of the visual tokens that entered stay, those with most attention in layer i - 1.
+
+    The attention is that of the instruction, the prompt's text behind its first visual token, summed over its tokens
+    and averaged over heads (Figure 2). The rates come from one of three places:
+
+    file: of a schedule, as `vtok search` writes it.
+    rates: one a layer, from 1 down, each the share of all tokens that entered. For a decoder of another depth they are
+        averaged over the layers' parts of the depth; with a file too.
+    neither: P-Sigmoid, a / (1 + exp(k (i - midpoint))) with the midpoint that gives the mean `keep`.
+
+    keep: the mean of the rates over all layers, a fraction; P-Sigmoid's is 0.34 if left out. Rates that are given are
+        used as they are if it is left out, else those below 1 are scaled to this mean.
+    a, k: amplitude and steepness per layer of P-Sigmoid. r_min: its lowest rate.
+    first_full: how many layers see all tokens. None: two, as in the paper; one in decoders of fewer than 16 layers.
+    queries: "instruction", or "last" for the attention of the anchor alone, which is cheaper.
+    rounding: of counts, "up" as in the paper, which leaves at least one token a sample, or "down". A `budget` rounds
+        down, so that it is never exceeded.
+    anchor: where the instruction ends, see `Compressor`; "prompt_end" is the paper's.
+    Differs from the paper: no code is published, and what the paper leaves open is ours: the range of P-Sigmoid's
+    parameters and their defaults, `r_min`, one full layer in shallow decoders, and what other depths get.
+    """
+
+    name = "schedule"
+    stage = "llm"
+    needs = frozenset({"attention"})
+    paper = "Searching Optimal Vision Token Reduction (G-Search, P-Sigmoid), arXiv 2412.00556"
+    text_guided = True
+
+    keep: float | None = None
+    file: str | os.PathLike[str] | None = None
+    rates: tuple[float, ...] | None = None
+    a: float = 1.0
+    k: float = 0.5
+    r_min: float = 0.0
+    first_full: int | None = None
+    queries: str = "instruction"
+    rounding: str = "up"
+    anchor: str = "prompt_end"
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and not isinstance(check_keep(self.keep), float):
+            raise InvalidValue(f"keep of a schedule is a mean over layers, a fraction in (0, 1], got {self.keep!r}")
+        if self.file is not None and self.rates is not None:
+            raise InvalidValue("Give a schedule's file or its rates, not both.")
+        if self.rates is not None:
+            object.__setattr__(self, "rates", schedules.check(self.rates))
+        for name, low, high in (("a", 0, 10), ("k", 0, 100), ("r_min", -1, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
+                raise InvalidValue(f"{name} must be a number above {low} and up to {high}, got {value!r}")
+        if not 0 <= self.r_min <= min(self.a, 1.0):
+            raise InvalidValue(f"r_min must be a number from 0 to a and to 1, got {self.r_min!r}")
+        full = self.first_full
+        if full is not None and (isinstance(full, bool) or not isinstance(full, int) or full < 1):
+            raise InvalidValue(f"first_full must be an int >= 1 or None, got {full!r}")
+        for name, words in (("queries", QUERIES), ("rounding", ROUNDINGS), ("anchor", ANCHORS)):
+            if getattr(self, name) not in words:
+                raise InvalidValue(f"{name} must be one of {words}, got {getattr(self, name)!r}")
+        _ = self.given  # a file that is no schedule is refused here
+
+    @cached_property
+    def given(self) -> tuple[float, ...] | None:
+        """The rates of the file, or those given, at their own depth; None for P-Sigmoid."""
+        return self.rates if self.file is None else schedules.read(self.file)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.keep == 1.0 or (self.keep is None and self.given is not None and min(self.given) == 1.0)
+
+    def rates_at(self, n_layers: int) -> tuple[float, ...]:
+        """The share of the visual tokens that is present at each of `n_layers` layers."""
+        if self.is_identity:
+            return (1.0,) * n_layers
+        full = schedules.full_layers(n_layers) if self.first_full is None else self.first_full
+        if self.given is None:
+            shape = {"n_layers": n_layers, "a": self.a, "k": self.k, "first_full": full, "r_min": self.r_min}
+            keep = MEAN if self.keep is None else self.keep
+            return schedules.sigmoid(midpoint=schedules.midpoint(keep, **shape), **shape)
+        rates = schedules.resampled(self.given, n_layers, full)
+        return rates if self.keep is None else schedules.scaled(rates, self.keep)
+
+    def schedule(self, n_layers: int) -> dict[int, float | int]:
+        rates = self.rates_at(n_layers)
+        return {i: here for i, (before, here) in enumerate(pairwise(rates)) if here < before}
+
+    def remaining(self, n: int, keep: float | int, images: int) -> int:
+        if self.rounding == "down":
+            return super().remaining(n, keep, images)
+        return min(n, max(1, math.ceil(n * keep - 1e-9)))  # 0.28 * 25 is 7, not 7.0000001
+
+    def score(self, attention: Attention) -> Tensor:
+        queries = attention.anchor[:, None] if self.queries == "last" else attention.instruction
+        return received(attention.query, attention.key, queries, attention.scaling, attention.valid)
+
+    def with_budget(self, budget: float, n_layers: int) -> Schedule:
+        solved = replace(self, keep=float(budget), rounding="down")
+        solved.rates_at(n_layers)  # refuses a mean that cannot be met
+        return solved
+
+
+def received(query: Tensor, key: Tensor, queries: Tensor, scaling: float, valid: Tensor) -> Tensor:
+    """[B, L] the attention that each key gets from some queries: head mean, summed over the queries, in fp32.
+
+    query [B, H, Q, d], key [B, Hkv, L, d]: see `Attention`. queries: [B, R] indices among the L keys, -1 for none.
+    """
+    total = torch.zeros(valid.shape, dtype=torch.float32, device=key.device)
+    for part in queries.split(BLOCK, 1):
+        rows = part.clamp(min=key.shape[2] - query.shape[2])
+        weights = attention_rows(query, key, rows, scaling, valid).mean(1)  # [B, r, L]
+        total += torch.where(part[..., None] >= 0, weights, 0.0).sum(1)
+    return total
