@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,35 +50,21 @@ class Qwen25VLAdapter(Adapter):
             views.append(view)
         small = {pixels_key: torch.cat(pieces), grid_key: grid.new_tensor(grids)}
         output = encode(**{**arguments, **small})
-        stretched = []
-        for features, layout, view in zip(output.pooler_output, self.layouts(core, modality, arguments), views):
-            source = stretch(layout.planes[0], view).to(features.device)
-            frames = features.view(len(layout.planes), view[0] * view[1], -1)  # [T, small, D]
-            stretched.append(frames[:, source].flatten(0, 1))
-        output.pooler_output = tuple(stretched)
+        output.pooler_output = stretch_frames(output.pooler_output, self.layouts(core, modality, arguments), views)
         return output, views
 
     def tiny(self, **options: Any) -> tuple[nn.Module, Any]:
         import transformers as T
 
-        from vtok.adapters._tiny import QWEN_TOKENS, text_decoder, tokenizer
+        from vtok.adapters._tiny import qwen
 
-        tok = tokenizer(
-            QWEN_TOKENS,
-            image="<|vision_start|><|image_pad|><|vision_end|>",
-            video="<|vision_start|><|video_pad|><|vision_end|>",
-        )
-        size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
+        tok, size, text, ids = qwen(28, **options)
         processor = T.Qwen2_5_VLProcessor(
             T.Qwen2VLImageProcessor(size=dict(size)),
             tok,
             T.Qwen2VLVideoProcessor(size=dict(size)),
             chat_template=tok.chat_template,
         )
-        text = text_decoder(tok, **options)
-        half = text["hidden_size"] // text["num_attention_heads"] // 2
-        mrope = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope}
         vision = {
             "depth": 2,
             "hidden_size": 32,
@@ -89,10 +75,21 @@ class Qwen25VLAdapter(Adapter):
             "window_size": 56,
             "fullatt_block_indexes": [1],
         }
-        names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-        ids = {f"{key}_token_id": tok.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
         config = T.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
         return T.Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def stretch_frames(
+    features: Iterable[Tensor], layouts: list[Layout], views: list[tuple[int, int]]
+) -> tuple[Tensor, ...]:
+    """Features of small pictures or clips, each [frames * rows' * cols', D], repeated over the cells of their layouts:
+    each [frames * rows * cols, D]. views: the (rows', cols') of each."""
+    stretched = []
+    for small, layout, view in zip(features, layouts, views):
+        source = stretch(layout.planes[0], view).to(small.device)
+        frames = small.view(len(layout.planes), view[0] * view[1], -1)  # [frames, small, D]
+        stretched.append(frames[:, source].flatten(0, 1))
+    return tuple(stretched)
 
 
 def _resize(patches: Tensor, grid: tuple[int, int, int], size: tuple[int, int], config: Any) -> Tensor:
@@ -103,9 +100,9 @@ def _resize(patches: Tensor, grid: tuple[int, int, int], size: tuple[int, int], 
     channels, frames = config.in_channels, config.temporal_patch_size
     x = patches.view(t, h // m, w // m, m, m, channels, frames, p, p)
     x = x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * frames, channels, h * p, w * p)
-    x = torch.nn.functional.interpolate(
-        x.float(), size=(size[0] * p, size[1] * p), mode="bicubic", antialias=True
-    ).to(patches.dtype)
+    x = torch.nn.functional.interpolate(x.float(), size=(size[0] * p, size[1] * p), mode="bicubic", antialias=True).to(
+        patches.dtype
+    )
     h, w = size
     x = x.view(t, frames, channels, h // m, m, p, w // m, m, p).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(t * h * w, -1)

@@ -152,7 +152,7 @@ def test_prompts_given_as_embeddings(family):
     """Placeholders are then found as transformers finds them, by their embedding."""
     model, processor = tiny(family)
     inputs = dict(mixed(processor))
-    if family == "qwen2_5_vl":
+    if family.startswith("qwen"):
         position_ids, _ = model.model.get_rope_index(
             inputs["input_ids"],
             mm_token_type_ids=inputs["mm_token_type_ids"],

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from contract import FAMILIES, mixed, tiny
+from contract import FAMILIES, encoder, mixed, tiny
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtok
@@ -80,7 +80,7 @@ def test_exceptions_leave_nothing_behind(family, where, monkeypatch):
     targets = {
         "compressor": (vtok.Uniform, "select"),
         "layer": (type(model.model.language_model.layers[3].mlp), "forward"),
-        "encoder": (type(model.model.vision_tower if family != "qwen2_5_vl" else model.model.visual), "forward"),
+        "encoder": (type(encoder(model)), "forward"),
     }
     with monkeypatch.context() as patched:
         patched.setattr(*targets[where], boom)

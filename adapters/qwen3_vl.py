@@ -1,0 +1,66 @@
+"""Qwen3-VL: as Qwen2.5-VL, with DeepStack (features of several encoder layers, each added to the visual tokens behind
+one of the first decoder layers), and clips as one run of placeholders a frame, each behind its timestamp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtok.adapters.qwen2_5_vl import Qwen25VLAdapter, stretch_frames
+from vtok.errors import Unsupported
+
+
+class Qwen3VLAdapter(Qwen25VLAdapter):
+    family = "qwen3_vl"
+    model_types = ("qwen3_vl",)
+    late = True
+
+    def check(self, model: nn.Module) -> None:
+        levels = len(model.config.vision_config.deepstack_visual_indexes)
+        layers = model.config.get_text_config().num_hidden_layers
+        if levels >= layers:
+            raise Unsupported(
+                f"DeepStack adds {levels} features in a decoder of {layers} layers: one would be added behind the last "
+                f"layer, where tokens are no longer compressed. A decoder of at least {levels + 1} layers is supported."
+            )
+
+    def late_features(self, kwargs: dict[str, Any]) -> dict[int, Tensor]:
+        kwargs.pop("visual_pos_masks", None)  # the places are the placeholders, which the engine knows
+        return dict(enumerate(kwargs.pop("deepstack_visual_embeds", None) or ()))
+
+    def encode_small(
+        self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
+    ) -> tuple[Any, list[tuple[int, int]]]:
+        output, views = super().encode_small(core, modality, encode, arguments, scale)
+        layouts = self.layouts(core, modality, arguments)
+        output.deepstack_features = [stretch_frames(level, layouts, views) for level in output.deepstack_features]
+        return output, views
+
+    def tiny(self, **options: Any) -> tuple[nn.Module, Any]:
+        import transformers as T
+
+        from vtok.adapters._tiny import qwen
+
+        tok, size, text, ids = qwen(32, **options)
+        processor = T.Qwen3VLProcessor(
+            T.Qwen2VLImageProcessor(size=dict(size), patch_size=16),
+            tok,
+            T.Qwen3VLVideoProcessor(size=dict(size)),
+            chat_template=tok.chat_template,
+        )
+        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+        text["rope_parameters"]["mrope_interleaved"] = True
+        vision = {
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": list(range(min(3, text["num_hidden_layers"] - 1))),
+        }
+        config = T.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+        return T.Qwen3VLForConditionalGeneration(config), processor
