@@ -899,6 +899,15 @@ def test_a_forward_that_somebody_replaced_stays():
         assert len(calls) == 1
         model.generate(**inputs, max_new_tokens=3)
     assert mlp.__dict__["forward"] is wrapped
+    del mlp.forward
+    patch = vtok.patch(model, [vtok.CoreNeurons(min_tokens=1)])
+    ours = mlp.forward
+    mlp.forward = lambda x: ours(x)
+    dense = run(model, text).logits
+    patch.remove()  # what stands in front of ours is not touched, and ours does nothing any more
+    assert torch.equal(run(model, text).logits, dense)
+    del mlp.forward
+    assert seams(model) == [(0, False, 0)] * 4
 
 
 class Biased(nn.Module):

@@ -1,11 +1,11 @@
 """The engine: what happens at each seam of a patched model. `vtok/patching.py` installs it and takes it away.
 
-    outer model       labels noted                                         (the prompt ends before the first of them)
-    core model        what is visual, which pictures
-    encoder method    layouts, what compressors read of the encoder; an encoder-stage compressor acts
-    language model    a pre-LLM compressor acts; sequence, positions and mask are compacted; the output is restored
-    decoder layers    an in-LLM compressor acts
-    their FFNs        activations are shown to compressors; behind the prompt a decode-stage compressor acts
+outer model       labels noted                                         (the prompt ends before the first of them)
+core model        what is visual, which pictures
+encoder method    layouts, what compressors read of the encoder; an encoder-stage compressor acts
+language model    a pre-LLM compressor acts; sequence, positions and mask are compacted; the output is restored
+decoder layers    an in-LLM compressor acts
+their FFNs        activations are shown to compressors; behind the prompt a decode-stage compressor acts
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Engine:
         return call.placeholders[modality] if call.input_ids is None else call.input_ids == self.token_ids[modality]
 
     def after_core(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.call = None
+        self.call = self.passing = None
 
     # ---- encoder -----------------------------------------------------------------------------------------------
     def encode(self, core: nn.Module, modality: str, method: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -192,10 +192,13 @@ class Patch:
             handle.remove()
         for reference, name in self._methods:
             module = reference()
-            if (previous := module.__dict__[name].__func__.previous) is None:
+            function = getattr(vars(module).get(name) if module is not None else None, "__func__", None)
+            if not hasattr(function, "previous"):
+                continue  # somebody stood in after us: theirs to undo, and ours passes calls through
+            if function.previous is None:
                 delattr(module, name)
             else:  # accelerate's, where a device map spreads the model
-                setattr(module, name, previous)
+                setattr(module, name, function.previous)
         if self._release is not None:
             self._release()
         del _PATCHES[core]
@@ -262,8 +265,9 @@ class _Seam:
     copied, since a copied model's hooks would belong to the original."""
 
     def __init__(self, function: Any) -> None:
-        self.function = torch.compiler.disable(function)
+        self.function = function
 
+    @torch.compiler.disable
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
