@@ -102,7 +102,7 @@ class Adapter(ABC):
     def join(self, encoded: Encoded, pictures: Sequence[Sequence[int]]) -> Encoded:
         """Make pictures of views, given for each picture its views, in order: those whose placeholders follow each
         other without a gap in the prompt. Called where `previews` gave something; the result has no previews."""
-        return encoded
+        raise Unsupported(f"Which views of {self.family} are one picture is not known.")
 
     def tower(self, core: nn.Module) -> Tower:
         """How the vision encoder shows what compressors may need of it (`vtok.tower.NEEDS`)."""
