@@ -17,14 +17,17 @@ from vtok.tower import OF_CLS, OF_PATCHES, Tower
 class LlavaAdapter(Adapter):
     family = "llava"
     model_types = ("llava",)
-    provides = frozenset({"attention"}) | OF_PATCHES | OF_CLS
+    provides = frozenset({"attention", "vit", "token_per_patch"}) | OF_PATCHES | OF_CLS
     default = {"method": "aim_merge", "keep": 0.25}
 
     def check(self, model: nn.Module) -> None:
         config = model.config
         tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
         if tower not in ("clip_vision_model", "siglip_vision_model"):
-            raise Unsupported(f"{self.family} with a {tower} tower is not supported: CLIP and SigLIP towers are.")
+            raise Unsupported(
+                f"{self.family} with a {tower} tower is not supported: CLIP and SigLIP towers are. A method that acts "
+                f"in a tower's blocks can be given the tower alone: vtok.patch(model.model.vision_tower, ...)."
+            )
         if (tower == "clip_vision_model") != (strategy == "default"):
             raise Unsupported(
                 f"{self.family} with a {tower} tower and vision_feature_select_strategy={strategy!r}: the features "

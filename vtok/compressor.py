@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import math
 import pkgutil
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,13 +29,16 @@ class Compressor:
     """Base of all compressors. Subclasses are frozen dataclasses whose fields are the method's hyper-parameters.
 
     A subclass sets the class variables below and, by its stage, overrides one method:
-    "encoder": `scale()`; "pre_llm": `select(tokens)`; "llm": `schedule(n_layers)` and `score(attention)`; "decode":
-    `sparse_layers(n_layers)` and `neurons(activations)`.
+    "encoder": `scale()`, or, to act in the blocks of a ViT, `merged_at`, `group` and `merge`; "pre_llm":
+    `select(tokens)`; "llm": `schedule(n_layers)` and `score(attention)`; "decode": `sparse_layers(n_layers)` and
+    `neurons(activations)`.
     """
 
     name: ClassVar[str]  # the word for `vtok.patch(model, name)`
     stage: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "crops", "question", "attention", "ffn" and those of vtok/tower.py
+    needs: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # of "crops", "question", "attention", "ffn" and those of vtok/tower.py
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
     adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
     text_guided: ClassVar[bool] = False
@@ -114,10 +116,6 @@ class Compressor:
     def neurons(self, activations: Activations) -> Tensor:
         """[B, K] long, ascending: those neurons, for one of these layers."""
         raise Unsupported(f"{type(self).__name__} does not act in decoding.")
-
-    def remaining(self, n: int, keep: float | int, images: int) -> int:
-        """How many of a sample's `n` visual tokens, those of `images` pictures, a value of `schedule()` means."""
-        return min(n, keep * images if isinstance(keep, int) else math.floor(n * keep + 1e-9))
 
     def remaining(self, n: int, keep: float | int, images: int) -> int:
         """How many of a sample's `n` visual tokens, those of `images` pictures, a value of `schedule()` means."""

@@ -91,8 +91,13 @@ class Groups:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, L, D] by index [B, L'] -> [B, L', D]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    """x [B, L, D] by index [B, L'] -> [B, L', D]. Whole rows are copied, which `Tensor.gather` does not know."""
+    return x.flatten(0, 1).index_select(0, flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def flat(index: Tensor, length: int) -> Tensor:
+    """index [B, L'], each into `length` rows, as one [B * L'] into the rows of all."""
+    return (index + length * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def full(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.selection import check_keep, keep_count, share
-from vtok.vit import Block
+from vtok.vit import Block, flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +142,8 @@ def merge(x: Tensor, size: Tensor, group: Tensor, n: int) -> Tensor:
     Taken in fp32 at least. Gradient flows to all members."""
     batch, _, width = x.shape
     wide = x.to(torch.promote_types(x.dtype, torch.float32)) * size[..., None]
-    sums = wide.new_zeros(batch, n, width).scatter_add(1, group[..., None].expand_as(wide), wide)
+    sums = wide.new_zeros(batch * n, width).index_add(0, flat(group, n), wide.flatten(0, 1)).view(batch, n, width)
     return (sums / sizes(size, group, n)[..., None]).to(x.dtype)
-
-
-def unmerge(x: Tensor, group: Tensor) -> Tensor:
-    """x [B, n, D] -> [B, N, D]: each of the N tokens gets the row of its `group` [B, N]."""
-    return x.gather(1, group[..., None].expand(-1, -1, x.shape[2]))
 
 
 def sizes(size: Tensor, group: Tensor, n: int) -> Tensor:
