@@ -43,6 +43,7 @@ class VisionZip(Compressor):
     stage = "pre_llm"
     needs = frozenset({"cls_probs", "encoder_keys"})
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467"
+    optional = frozenset({"cls_probs"})
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     merges = True
 
@@ -103,9 +104,7 @@ class VisionZip(Compressor):
             new = (own + sums) / (1 + count)
         else:
             new = own + sums / count.clamp(min=1)
-        filled = targets.gather(2, place)[..., None]  # a view may have fewer targets than another
-        new = torch.where(filled, new.to(x.dtype), merged.gather(2, wide))
-        merged = merged.scatter(2, wide, new)
+        merged = merged.scatter(2, wide, new.to(x.dtype))
         t = views.valid.shape[1]
         into = torch.where(top | targets, torch.arange(t, device=device), -1)
         gone = member.sum(3) > 0
@@ -125,8 +124,8 @@ def assign(keys: Tensor, targets: Tensor, others: Tensor, slots: int) -> tuple[T
     """Give each of `others` to the target with the most similar key, ties to the earlier.
 
     keys: [..., T, C] of unit length. targets, others: [..., T] bool. slots: S, at least the largest number of targets.
-    Returns place [..., S], the targets in order and behind them anything, and member [..., T, S], 1.0 or 0.0. Where
-    there is no target nothing is given away."""
+    Returns place [..., S], the targets in order and behind them other tokens, to which nothing is given, and member
+    [..., T, S], 1.0 or 0.0. Where there is no target nothing is given away."""
     place = targets.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :slots]
     there = targets.gather(-1, place)  # [..., S]
     wide = place[..., None].expand(*place.shape, keys.shape[-1])
