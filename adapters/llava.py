@@ -17,7 +17,7 @@ from vtok.tower import OF_CLS, OF_PATCHES, Tower
 class LlavaAdapter(Adapter):
     family = "llava"
     model_types = ("llava",)
-    provides = frozenset({"attention", "vit", "token_per_patch"}) | OF_PATCHES | OF_CLS
+    provides = frozenset({"attention", "token_blocks", "token_per_patch"}) | OF_PATCHES | OF_CLS
     default = {"method": "aim_merge", "keep": 0.25}
 
     def check(self, model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vtok.adapter import find
+from vtok.compressor import STAGES
 from vtok.demo import options
 from vtok.errors import InvalidValue
 from vtok.patching import available, patch
@@ -36,7 +37,7 @@ KEEP = 0.25
 IDEAL_BAR = 0.85  # of the FLOP ratio, that the time ratio of a pre-LLM method at KEEP must reach
 OVERHEAD_BAR = 0.02  # of a dense prefill, that the patch may cost at keep=1.0
 TEXT = 40  # text tokens, half before the picture and half after it
-ORDER = {"encoder": 0, "pre_llm": 1, "llm": 2}
+ORDER = {stage: i for i, stage in enumerate(STAGES)}
 FAMILIES = ("llava", "llava_next")
 
 # Decoders of Vicuna's proportions: ffn 2.7 d, and its vocabulary, but for "toy".
@@ -174,8 +175,8 @@ def measure(
     """The numbers of one family, as plain values for JSON. Stops after `seconds`, but not before 3 rounds."""
     model, inputs = build(family, decoder, device, dtype)
     known = available()["compressors"]
-    names = [name for name, facts in known.items() if family in facts["families"]]
-    names.sort(key=lambda name: (ORDER.get(known[name]["stage"], 3), name))
+    names = [name for name, facts in known.items() if family in facts["families"] and not facts["trained"]]
+    names.sort(key=lambda name: (ORDER.get(known[name]["stage"], len(ORDER)), name))
     identity = available()["adapters"][family]["default"]["method"]
     variants = {"dense": (None, 1.0), "keep=1.0": (identity, 1.0), **{name: (name, KEEP) for name in names}}
 

@@ -215,9 +215,11 @@ def test_methods_and_version():
     lines = result.output.split("\n")
     assert max(map(len, lines)) <= WIDTH
     assert [line.split(" ")[0] for line in lines if line.split(" ")[0] in known] == list(known)
-    table = CliRunner().invoke(cli.app, ["methods", "--markdown"]).output.strip().split("\n")
-    assert [line.split("`")[1] for line in table[2:]] == list(known)
-    assert len({line.count("|") for line in table}) == 1
+    *tables, hints = CliRunner().invoke(cli.app, ["methods", "--markdown"]).output.strip().split("\n\n")
+    for table in (text.split("\n") for text in tables):
+        assert [line.split("`")[1] for line in table[2:]] == list(known)
+        assert len({line.count("|") for line in table}) == 1
+    assert all(line.startswith("- ") for line in hints.split("\n"))
     assert CliRunner().invoke(cli.app, ["--version"]).output == f"vtok {vtok.__version__}\n"
     assert "train" in CliRunner().invoke(cli.app, ["zoo", "--help"]).output
 

@@ -23,7 +23,7 @@ METHODS = {
     "divprune": lambda: [vtok.DivPrune(keep=0.3)],
     "dart": lambda: [vtok.DART(keep=0.4, layer=2, visual_pivots=1, text_pivots=2)],
     "visionzip": lambda: [vtok.VisionZip(keep=0.4, importance="received")],
-    "tcc": lambda: [vtok.TCC(keep=0.5, sim_threshold=0.5, importance="received", low_layer=0)],
+    "tcc": lambda: [vtok.TCC(keep=0.5, importance="received", low_layer=0, merge="none")],
     "globalcom2": lambda: [vtok.GlobalCom2(keep=0.3)],
     "globalcom2-cos": lambda: [vtok.GlobalCom2(keep=0.3, score_source="neg_cos_mean")],
     "all stages": lambda: [vtok.Downsample(keep=0.5), vtok.Uniform(keep=0.5), vtok.FastV(keep=0.5, layer=2)],
@@ -204,9 +204,7 @@ def test_a_second_picture_on_an_old_cache(family, method):
     with Masked(model, trace_one, embeds_one):
         dense_one = run(model, first, use_cache=True)
     oracle = Masked(model, trace_two, embeds_two)
-    oracle.present = [
-        torch.cat([trace_one.present_at(i), trace_two.present_at(i)], 1) for i in range(4)
-    ]
+    oracle.present = [torch.cat([trace_one.present_at(i), trace_two.present_at(i)], 1) for i in range(4)]
     with oracle:
         dense_two = run(model, second, use_cache=True, past_key_values=dense_one.past_key_values)
         dense_three = run(model, third, past_key_values=dense_two.past_key_values)

@@ -15,9 +15,7 @@ from vtok.selection import Layout, Plane
 pytest.importorskip("matplotlib")
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)
-CROPS = Layout(
-    (Plane(4, 4, kind="thumbnail"), Plane(8, 8, kind="crops", crop_grid=(2, 2), crop_shape=(4, 4))), (0, 1)
-)
+CROPS = Layout((Plane(4, 4, kind="thumbnail"), Plane(8, 8, kind="crops", crop_grid=(2, 2), crop_shape=(4, 4))), (0, 1))
 WHOLE = Layout((Plane(8, 8),))
 
 

@@ -134,9 +134,7 @@ def test_renumbered_positions():
     rows = trace.rows_at(0)
     with torch.no_grad():
         embeds = entered.embeds.gather(1, rows.index[..., None].expand(-1, -1, entered.embeds.shape[2]))
-    short = model.generate(
-        inputs_embeds=embeds, attention_mask=rows.valid.long(), max_new_tokens=5, do_sample=False
-    )
+    short = model.generate(inputs_embeds=embeds, attention_mask=rows.valid.long(), max_new_tokens=5, do_sample=False)
     assert torch.equal(tokens[:, inputs["input_ids"].shape[1] :], short)
     with vtok.patch(model, vtok.Uniform(keep=0.25)):
         gaps = model.generate(**inputs, max_new_tokens=5, do_sample=False)

@@ -97,9 +97,7 @@ def test_the_wheel_takes_the_bundled_models_along():
     for package, suffixes in {"vtok.zoo": {".png"}, "vtok.model_cards": None}.items():
         folder = FOLDERS[package]
         taken = {file for pattern in data[package] for file in folder.glob(pattern)}
-        kept = {
-            f for f in folder.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts
-        }
+        kept = {f for f in folder.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts}
         assert {f for f in kept if suffixes is None or f.suffix in suffixes} <= taken
 
 

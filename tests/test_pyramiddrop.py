@@ -41,8 +41,11 @@ def test_budgets():
     for budget in (0.26, 0.4, 0.9, 1.0):
         assert vtok.PyramidDrop().with_budget(budget, 32).mean_keep(32) == pytest.approx(budget, abs=1e-9)
     assert vtok.PyramidDrop().with_budget(1.0, 32).is_identity
-    with pytest.raises(InvalidValue, match="above 0.250"):
-        vtok.PyramidDrop().with_budget(0.25, 32)
+    shorter = vtok.PyramidDrop().with_budget(0.25, 32)  # four stages: the first alone would be 0.25
+    assert (shorter.stages, shorter.starts(32)[0]) == (5, 6)
+    assert shorter.mean_keep(32) == pytest.approx(0.25, abs=1e-9)
+    with pytest.raises(InvalidValue, match="above 0.031"):
+        vtok.PyramidDrop().with_budget(1 / 32, 32)
     model, processor = tiny("llava_next")
     with vtok.patch(model, "pyramiddrop", budget=0.5) as patch:
         run(model, mixed(processor))

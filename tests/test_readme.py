@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from contract import batch, picture, tiny
+from contract import FAMILIES, batch, picture, tiny
 from typer.testing import CliRunner
 
 import vtok
 from vtok import cli
+from vtok.errors import Unsupported
 
 README = Path(__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="not in the repository")
@@ -16,6 +17,21 @@ pytestmark = pytest.mark.skipif(not README.exists(), reason="not in the reposito
 def test_the_readme_has_the_table_of_methods():
     between = README.read_text().split("<!-- methods", 1)[1].split("-->\n", 1)[1].split("<!-- /methods -->", 1)[0]
     assert between == CliRunner().invoke(cli.app, ["methods", "--markdown"]).output
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_of_methods_and_families_is_true(family):
+    model, _ = tiny(family)
+    for name, about in vtok.available()["compressors"].items():
+        if about["trained"]:
+            continue  # needs weights; their own tests go through the families
+        fit = cli._fit(about, family)
+        if fit == "yes":
+            vtok.patch(model, name).remove()
+        else:
+            with pytest.raises(Unsupported, match="needs") as refusal:
+                vtok.patch(model, name)
+            assert fit == "option" or fit.removeprefix("no ").split(", ")[0] in str(refusal.value)
 
 
 def test_the_readmes_compressor_works():

@@ -532,7 +532,7 @@ def test_open_clip_towers_that_are_refused():
 
 
 # ---- inside LLaVA ------------------------------------------------------------------------------------------------
-FAMILIES = [family for family, adapter in ADAPTERS.items() if "vit" in adapter.provides]
+FAMILIES = [family for family, adapter in ADAPTERS.items() if "token_blocks" in adapter.provides]
 
 
 def run(model, inputs, **extra):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from typer.core import TyperGroup
 
 import vtok
@@ -120,49 +121,66 @@ def demo(
 
 @app.command()
 def methods(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a table for a README.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As tables for a README.")] = False,
 ) -> None:
-    """List the compressors and the model families."""
-    from rich.table import Table
-
+    """List the compressors, the model families, and which goes with which."""
     known = vtok.available()
-    rows = {
-        name: {
+    found, families = known["compressors"], known["adapters"]
+    facts = [
+        {
             "method": name,
-            "stage": facts["stage"],
-            "needs": ", ".join(facts["needs"]) or "-",
-            "count": "by content" if facts["adaptive"] else "fixed",
-            "reads text": "yes" if facts["text_guided"] else "no",
-            "paper": facts["paper"],
-            "families": ", ".join(facts["families"]),
+            "stage": about["stage"],
+            "count": "by content" if about["adaptive"] else "fixed",
+            "reads text": "yes" if about["text_guided"] else "no",
+            "weights": "own" if about["trained"] else "-",
+            "paper": about["paper"],
         }
-        for name, facts in known["compressors"].items()
-    }
+        for name, about in found.items()
+    ]
+    fits = [{"method": name, **{family: _fit(about, family) for family in families}} for name, about in found.items()]
+    hints = [f"{name}: {about['hints'][need]}" for name, about in found.items() for need in about["optional"]]
     if markdown:
-        names = list(next(iter(rows.values())))
-        lines = [
-            names,
-            ["---"] * len(names),
-            *([f"`{r['method']}`", *list(r.values())[1:]] for r in rows.values()),
+        for row in facts:
+            title, _, number = row["paper"].rpartition(", arXiv ")
+            if title:
+                row["paper"] = f"[{title}](https://arxiv.org/abs/{number})"
+            row["method"] = f"`{row['method']}`"
+        fits = [
+            {"method": f"`{n}`"} | {family: _fit(about, family) for family in families} for n, about in found.items()
         ]
-        typer.echo("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        listed = "\n".join(f"- {hint}" for hint in hints)
+        typer.echo(f"{_markdown(facts)}\n\n{_markdown(fits)}\n\n{listed}")
         return
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in ("method", "stage", "needs", "count", "reads text", "paper"):
-        table.add_column(name, no_wrap=name in ("method", "stage"))
-    for row in rows.values():
-        table.add_row(*(row[column.header] for column in table.columns))
-    console = Console()
-    console.print(table)
-    console.print()
-    for family, facts in known["adapters"].items():
-        default = ", ".join(f"{key}={value}" for key, value in facts["default"].items())
-        lacking = [name for name in rows if family not in known["compressors"][name]["families"]]
-        console.print(
-            f"{family}: {', '.join(facts['modalities'])}; by default {default}"
-            + (f"; not {', '.join(lacking)}" if lacking else ""),
-            highlight=False,
-        )
+    for name in facts[0]:
+        table.add_column(name)
+    for row in facts:
+        table.add_row(*(row | {"paper": row["paper"].rpartition(", ")[2]}).values())  # of the paper its number
+    say = functools.partial(Console().print, highlight=False, markup=False)
+    say(table)
+    for family, about in families.items():
+        default = ", ".join(f"{key}={value}" for key, value in about["default"].items())
+        say(f"\n{family}: {', '.join(about['modalities'])}; by default {default}")
+        for fit, words in (("option", "with an option"), ("no", "not")):
+            if names := [name for name in found if _fit(found[name], family).partition(" ")[0] == fit]:
+                say(f"  {words}: {', '.join(names)}")
+    say()
+    for line in hints:
+        say(line)
+
+
+def _fit(about: dict[str, Any], family: str) -> str:
+    """Whether a method goes with a family: "yes", "option" (its hint says which), or "no" and what is missing."""
+    missing = about["lacking"].get(family)
+    if not missing:
+        return "yes"
+    needed = [need for need in missing if need not in about["optional"]]
+    return f"no {', '.join(needed)}" if needed else "option"
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @app.command(name="eval")

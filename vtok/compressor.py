@@ -42,7 +42,8 @@ class Compressor:
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
     adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
     text_guided: ClassVar[bool] = False
-    hints: ClassVar[dict[str, str]] = {}  # need -> what a user can do where a model does not provide it
+    optional: ClassVar[frozenset[str]] = frozenset()  # the needs that a parameter can make go away
+    hints: ClassVar[dict[str, str]] = {}  # need -> what to tell a user whose model does not provide it
     merges: ClassVar[bool] = False  # True if kept tokens get new features, through which gradient must flow
     masks: ClassVar[bool] = False  # True if `bias()` may give something
     scatters: ClassVar[bool] = False  # True if it leaves single patches of a picture, which lie on no grid
@@ -72,15 +73,16 @@ class Compressor:
     @property
     def encoder_layers(self) -> dict[str, tuple[Layer, ...]]:
         """For each of its needs that the vision encoder meets, the layers at which: the last, unless overridden."""
-        return {need: (-1,) for need in sorted(self.needs_now & ENCODER_NEEDS)}
+        return dict.fromkeys(sorted(self.needs_now & ENCODER_NEEDS), (-1,))
 
     def scale(self) -> float:
         """The factor by which picture sides shrink before the encoder, in (0, 1]."""
         raise Unsupported(f"{type(self).__name__} does not act in the encoder.")
 
     def merged_at(self, n_blocks: int, patches: int) -> list[int]:
-        """How many of a view's rows each block groups away; for those that need "vit", as the next three. Raises
-        `InvalidValue` where there are not the right number of blocks."""
+        """How many of a view's rows each block groups away; for those that need "token_blocks", as the next three.
+
+        Raises `InvalidValue` where there are not the right number of blocks."""
         raise Unsupported(f"{type(self).__name__} does not act in the blocks of the encoder.")
 
     def group(self, block: Block) -> tuple[Tensor, int] | None:

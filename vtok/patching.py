@@ -77,7 +77,10 @@ def unpatch(model: nn.Module) -> None:
 
 
 def available() -> dict[str, dict[str, dict[str, Any]]]:
-    """What there is: {"compressors": {name: facts}, "adapters": {family: facts}}."""
+    """What there is: {"compressors": {name: facts}, "adapters": {family: facts}}.
+
+    "families" of a compressor are those that give all it needs, "lacking" says what the others do not; where that is
+    among its "optional" needs, one of its "hints" says which parameter makes up for it."""
     families = adapters.load_all()
     return {
         "compressors": {
@@ -87,7 +90,15 @@ def available() -> dict[str, dict[str, dict[str, Any]]]:
                 "paper": cls.paper,
                 "adaptive": cls.adaptive,
                 "text_guided": cls.text_guided,
+                "trained": cls.trained,
+                "optional": sorted(cls.optional),
+                "hints": dict(cls.hints),
                 "families": [family for family, adapter in families.items() if cls.needs <= adapter.provides],
+                "lacking": {
+                    family: missing
+                    for family, adapter in families.items()
+                    if (missing := sorted(cls.needs - adapter.provides))
+                },
             }
             for name, cls in compressors.load_all().items()
         },
@@ -127,7 +138,7 @@ class Patch:
             tower, layers = adapter.tower(core), adapter.encoder_layers(core)
             probes = {key: tower.probe(layers, *key) for key in engine.reads}
         blocks = []
-        if engine.encoder is not None and "vit" in engine.encoder.needs_now:
+        if engine.encoder is not None and "token_blocks" in engine.encoder.needs_now:
             vit, family = vits.find(core)
             features = adapter.tower(core).features  # hidden states; behind a later block nothing is read
             n = len(family.blocks(vit)) + 1
@@ -244,9 +255,9 @@ def _patch_vit(model: nn.Module, method: Any, budget: float | None, options: dic
     if vit in _PATCHES:
         raise PatchStateError(f"This model is already patched: {_PATCHES[vit]!r}. Call vtok.unpatch(model) first.")
     parts = _parts(method, options, budget, len(family.blocks(vit)))
-    if len(parts) > 1 or "vit" not in parts[0].needs:
+    if len(parts) > 1 or "token_blocks" not in parts[0].needs:
         raise no_vlm
-    if lacking := parts[0].needs_now - {"vit"}:
+    if lacking := parts[0].needs_now - {"token_blocks"}:
         raise Unsupported(f"{parts[0]!r} needs {', '.join(lacking)}, which a vision transformer alone does not have.")
     return VitPatch(vit, family, parts[0])
 

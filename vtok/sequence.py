@@ -126,9 +126,7 @@ class CompressedCache(DynamicCache):
         """Let the layers from `layer_idx` on keep their own record of columns."""
         self.valid.setdefault(layer_idx, self.valid_at(layer_idx))
 
-    def extend(
-        self, layer_idx: int, new: Tensor | None, batch: int, q_len: int, device: torch.device
-    ) -> Tensor | None:
+    def extend(self, layer_idx: int, new: Tensor | None, batch: int, q_len: int, device: torch.device) -> Tensor | None:
         """Record the `q_len` columns that the group starting at `layer_idx` is about to receive.
 
         new: [B, q_len] bool, or None if none is padding. Returns the group's [B, columns + q_len] mask or None."""

@@ -171,9 +171,7 @@ class Stream:
         if start:
             if start in self.columns:
                 if start not in self.rotary:
-                    self.rotary[start] = tuple(
-                        gather(x, self.columns[start]) for x in kwargs["position_embeddings"]
-                    )
+                    self.rotary[start] = tuple(gather(x, self.columns[start]) for x in kwargs["position_embeddings"])
                 kwargs["position_embeddings"] = self.rotary[start]
             if start not in self.masks:
                 self.masks[start] = self._mask(start, hidden)

@@ -47,6 +47,7 @@ class GlobalCom2(Compressor):
     needs = frozenset({"crops", "cls_attention"})
     paper = "Global Compression Commander, arXiv 2501.05179"
 
+    optional = frozenset({"cls_attention"})
     hints = {"cls_attention": "For encoders without CLS there is score_source='neg_cos_mean'."}
 
     tau: float = 10.0
@@ -114,9 +115,7 @@ class GlobalCom2(Compressor):
         keep = torch.cat([in_crops, in_thumb] if behind else [in_thumb, in_crops], 1)
         return Selection(keep, n_kept=k_thumb + k_crops if self.exact_count else None)
 
-    def _scores(
-        self, tokens: VisualTokens, thumbnail: Plane, crops: Plane, behind: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _scores(self, tokens: VisualTokens, thumbnail: Plane, crops: Plane, behind: bool) -> tuple[Tensor, Tensor]:
         """[B, N] finite score of each token within its own view, the thumbnail's first, and [B, N] bool, where it was
         not finite."""
         if self.score_source == "neg_cos_mean":
@@ -199,9 +198,7 @@ def speaks_for(thumbnail: Plane, crops: Plane, budget_map: str, device: torch.de
     return (y[:, None] * cols + x).flatten()
 
 
-def crop_ratios(
-    score: Tensor, membership: Tensor, sizes: Tensor, keep: float, tau: float, even: bool = True
-) -> Tensor:
+def crop_ratios(score: Tensor, membership: Tensor, sizes: Tensor, keep: float, tau: float, even: bool = True) -> Tensor:
     """What each crop keeps of its tokens: keep * (1 + p - 1/C), p = softmax(thumbnail / tau), at most 1.
 
     score: [B, S*S] of the thumbnail's patches. membership: [S*S] the crop that each speaks for. sizes: [C].

@@ -65,14 +65,18 @@ class PyramidDrop(Compressor):
         return sum(self.keep**s * (end - start) for s, (start, end) in enumerate(pairwise(edges))) / n_layers
 
     def with_budget(self, budget: float, n_layers: int) -> PyramidDrop:
-        first = self.starts(n_layers)[0] / n_layers
-        if budget <= first:
+        """Lambda solved for; with more stages where the first one alone would be above the budget."""
+        self.starts(n_layers)  # refuses more stages than layers
+        fitting = (replace(self, stages=s) for s in range(self.stages, n_layers + 1))
+        found = next((x for x in fitting if x.starts(n_layers)[0] < budget * n_layers), None)
+        if found is None:
             raise InvalidValue(
-                f"The first of {self.stages} stages sees all tokens, so the mean is above {first:.3f}; a budget of "
-                f"{budget} cannot be met. Cut the decoder into more stages or raise the budget."
+                f"The first of {n_layers} layers sees all tokens, so the mean is above {1 / n_layers:.3f}; a budget of "
+                f"{budget} cannot be met. Raise it, or drop tokens before the language model."
             )
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if replace(self, keep=middle).mean_keep(n_layers) <= budget else (low, middle)
-        return replace(self, keep=1.0 if budget == 1 else low)
+            fits = replace(found, keep=middle).mean_keep(n_layers) <= budget
+            low, high = (middle, high) if fits else (low, middle)
+        return replace(found, keep=1.0 if budget == 1 else low)

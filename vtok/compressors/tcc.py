@@ -58,6 +58,7 @@ class TCC(Compressor):
     stage = "pre_llm"
     needs = frozenset({"encoder_keys", "cls_probs"})
     paper = "Token-level Correlation-guided Compression (TCC), arXiv 2407.14439"
+    optional = frozenset({"cls_probs"})
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     adaptive = True
     merges = True

@@ -32,11 +32,11 @@ class ToMe(Compressor):
 
     name = "tome"
     stage = "encoder"
-    needs = frozenset({"vit"})
+    needs = frozenset({"token_blocks"})
     paper = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
     merges = True
     hints = {
-        "vit": "It acts in the blocks of CLIP, SigLIP, timm and open_clip towers.",
+        "token_blocks": "It acts in the blocks of CLIP, SigLIP, timm and open_clip towers.",
         "token_per_patch": "With carry=False each patch gets its group's feature, which works here too.",
     }
 

@@ -31,7 +31,7 @@ def projector_for(model: nn.Module, mult: int = 3, pool: str = "resize") -> Toke
     """A fresh projector of the model's sizes, in its dtype and on its device."""
     vlm, _ = adapters.find(model)
     vision = vlm.config.vision_config
-    width = getattr(vision, "hidden_size", None) or vision.embed_dim
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size  # the hidden_size of Qwen2-VL is the decoder's
     out = vlm.get_input_embeddings().weight
     return TokenFlexProjector(width, out.shape[1], mult, pool).to(out)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vtok.search.schedules import Rates, mean
 
-INK, FAINT, ACCENT = "#1c1c1c", "#9a9a9a", "#b3261e"
+INK, FAINT, ACCENT = "#1c1c1c", "#7a7a7a", "#b3261e"
+DASHES = ("-", "--", ":", "-.")
 
 
 def draw(
@@ -35,10 +36,11 @@ def draw(
     figure = Figure(figsize=(10, 4), dpi=150, facecolor="white", layout="constrained")
     figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     left, right = figure.subplots(1, 2)
-    for name, rates in {**(others or {}), f"found, mean {mean(found):.3f}": found}.items():
-        last = rates is found
+    for i, (name, rates) in enumerate({**(others or {}), f"found, mean {mean(found):.3f}": found}.items()):
         edges = range(1, len(rates) + 2)  # a layer's rate holds from its number to the next
-        style = {"color": ACCENT, "linewidth": 2} if last else {"color": FAINT, "linewidth": 1}
+        style = {"color": FAINT, "linewidth": 1, "linestyle": DASHES[i % len(DASHES)]}
+        if rates is found:
+            style = {"color": ACCENT, "linewidth": 2}
         left.stairs(rates, [e - 0.5 for e in edges], baseline=None, label=name, **style)
     left.set(xlabel="decoder layer", ylabel="share of the visual tokens", ylim=(0, 1.05))
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
