@@ -384,6 +384,27 @@ def test_ragged_counts(family):
     assert blank < busy
 
 
+def test_selecting_reads_no_values_back():
+    """On the meta device there is nothing to wait for: the engine alone waits, for the counts."""
+    tokens = seen(LAYOUTS["crops"])
+    encoder = {key: x.to("meta") for key, x in tokens.encoder.items()}
+    for keep in (None, 0.3):
+        selection = TCC(**BASE, keep=keep).select(
+            VisualTokens(tokens.features.to("meta"), tokens.layout, None, encoder)
+        )
+        assert selection.features.device.type == "meta"
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.5])
+def test_budget(budget):
+    model, processor = tiny("llava_next")
+    with torch.no_grad(), vtok.patch(model, "tcc", budget=budget) as patch:
+        model(**batch(processor, ["# What?", "a # b"], [picture(70, 112, 1), picture(112, 112, 2)]))
+    for kept, n in zip(patch.trace.n_kept, patch.trace.n_visual):
+        assert 1 <= kept <= budget * n
+    assert patch.trace.mean_keep <= budget
+
+
 def test_calibration():
     model, processor = tiny("llava_next")
     scenes = [picture(70, 112, 1), picture(112, 112, 2), picture(112, 70, 3)]
