@@ -28,7 +28,6 @@ class InternVLAdapter(Adapter):
     family = "internvl"
     model_types = ("internvl",)
     provides = frozenset({"attention", "crops"}) | OF_PATCHES | OF_CLS
-    default = {"method": "aim_merge", "keep": 0.25}
 
     def check(self, model: nn.Module) -> None:
         config, vision = model.config, model.config.vision_config

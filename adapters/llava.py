@@ -18,7 +18,6 @@ class LlavaAdapter(Adapter):
     family = "llava"
     model_types = ("llava",)
     provides = frozenset({"attention", "token_blocks", "token_per_patch"}) | OF_PATCHES | OF_CLS
-    default = {"method": "aim_merge", "keep": 0.25}
 
     def check(self, model: nn.Module) -> None:
         config = model.config

@@ -14,7 +14,6 @@ class LlavaNextAdapter(LlavaAdapter):
     family = "llava_next"
     model_types = ("llava_next",)
     provides = LlavaAdapter.provides | {"crops"}
-    default = {"method": "globalcom2", "keep": 0.25}
 
     def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape

@@ -28,7 +28,6 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     model_types = ("llava_onevision",)
     provides = LlavaNextAdapter.provides - OF_CLS - {"token_per_patch"}  # frames are pooled, crops resampled
     encoders = {"image": "get_image_features", "video": "get_video_features"}
-    default = {"method": "aim_merge", "keep": 0.25}
 
     def check(self, model: nn.Module) -> None:
         super().check(model)

@@ -18,7 +18,6 @@ class Qwen25VLAdapter(Adapter):
     model_types = ("qwen2_5_vl",)
     provides = frozenset({"attention"}) | OF_PATCHES
     encoders = {"image": "get_image_features", "video": "get_video_features"}
-    default = {"method": "aim_merge", "keep": 0.25}
 
     def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         merge = core.config.vision_config.spatial_merge_size

@@ -57,7 +57,9 @@ class Adapter(ABC):
     provides: ClassVar[frozenset[str]] = frozenset({"attention"})
     encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}  # modality -> method of the core model
     late: ClassVar[bool] = False  # whether visual features also enter behind decoder layers, see `late_features`
-    default: ClassVar[dict[str, Any]]  # {"method": name, **options}, from the measured tables in model_cards/
+    # What `patch` takes where no method is named: the best at a quarter of the tokens in the one table that there is
+    # (model_cards/vtok-tiny-llava-next). A family that has been measured itself overrides it.
+    default: ClassVar[dict[str, Any]] = {"method": "divprune", "keep": 0.25}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
