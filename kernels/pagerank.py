@@ -7,6 +7,7 @@ from torch import Tensor
 
 BLOCK = 256  # query rows whose softmax is made at once
 CACHE = 2**24  # values of softmax (64 MiB) that may be kept between iterations; sets how many heads go together
+ALONE = 2**26  # the same (256 MiB) where a single head of the batch needs more: up to some 11,000 tokens
 
 
 @torch.no_grad()
@@ -29,9 +30,9 @@ def pagerank(
     u starts at 1/n and becomes u M (1 - damping) + damping / n, `iters` times, in each head; heads are then reduced
     by root mean square ("rms") or mean ("mean"). tau > 0. Returns [B, L] fp32, zero for what takes no part.
 
-    Heads do not depend on each other, so as many go together as `CACHE` has room for; where it has none for one head
-    of the batch, M is made again for each iteration, a block of rows [B, 1, block, Q] at a time. Everything is fp32,
-    also under autocast: tau multiplies a rounding error of the logits tenfold.
+    Heads do not depend on each other, so as many go together as `CACHE` has room for; where one head of the batch
+    needs more than `ALONE`, M is made again for each iteration, a block of rows [B, 1, block, Q] at a time. All is
+    fp32, also under autocast: tau multiplies a rounding error of the logits tenfold.
     """
     batch, heads, n_queries, width = query.shape
     groups, length = key.shape[1], key.shape[2]
@@ -46,7 +47,7 @@ def pagerank(
             group = slice(g, g + max(1, fits // each))
             for h in range(0, each, fits):
                 q, k = query[:, group, h : h + fits].float() * (scaling / tau), key[:, group, past:].float()
-                u = _iterate(q, k, part, iters, damping, block, keep=per_head <= CACHE)
+                u = _iterate(q, k, part, iters, damping, block, keep=per_head <= ALONE)
                 scores.append(u.flatten(1, 2))  # [B, some of H, Q]
     u = torch.cat(scores, 1)  # [B, H, Q]
     score = u.square().mean(1).sqrt() if head_reduce == "rms" else u.mean(1)
@@ -61,7 +62,7 @@ def _iterate(q: Tensor, k: Tensor, part: Tensor, iters: int, damping: float, blo
     k = k.masked_fill(~part[:, None, :, None], 0.0).transpose(2, 3)  # [B, G, d, Q]
 
     def rows(start: int) -> Tensor:
-        """[B, G, E, b, end] of M. A row that takes no part sees itself alone, and holds nothing to pass on."""
+        """[B, G, E, b, end] of M. A row that takes no part sees itself too, and holds nothing to pass on."""
         end = min(start + block, length)
         logits = q[:, :, :, start:end].flatten(2, 3) @ k[..., :end]  # [B, G, E * b, end]
         row, column = place[start:end, None], place[:end]

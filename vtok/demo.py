@@ -21,7 +21,7 @@ from vtok import compressor as compressors
 from vtok.draw import Panel
 from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.patching import available, patch
-from vtok.trace import Trace
+from vtok.trace import Picture, Trace
 
 METHODS = ("globalcom2", "aim", "fastv", "pool", "uniform", "random", "downsample")
 DENSE = "dense"
@@ -98,13 +98,17 @@ def options(method: str, keep: float | int) -> dict[str, Any]:
     return {} if cls is not None and "keep" not in {f.name for f in fields(cls) if f.init} else {"keep": keep}
 
 
-def inputs_for(processor: Any, picture: Image.Image, question: str, device: torch.device) -> Any:
-    """The model's inputs for one question about one picture. Raises `Unsupported` without a chat template."""
+def inputs_for(
+    processor: Any, picture: Any, question: str, device: torch.device, modality: str = "image", **how: Any
+) -> Any:
+    """The model's inputs for one question about one picture, or one clip where modality is "video".
+
+    how: more arguments of the processor. Raises `Unsupported` without a chat template."""
     if getattr(processor, "chat_template", None) is None:
         raise Unsupported("This checkpoint's processor has no chat template, so the question cannot be put.")
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    turn = {"role": "user", "content": [{"type": modality}, {"type": "text", "text": question}]}
     prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
-    return processor(images=[picture], text=[prompt], return_tensors="pt").to(device)
+    return processor(**{f"{modality}s": [picture]}, text=[prompt], return_tensors="pt", **how).to(device)
 
 
 def supported(model: nn.Module, wanted: Sequence[str] = METHODS) -> list[str]:
@@ -145,7 +149,7 @@ def compare(
 
     def once(method: str) -> tuple[Tensor, tuple[float, float, float], Trace | None]:
         progress(method)
-        return _run(model, inputs, method, keep, max_new_tokens)
+        return run(model, inputs, method, options(method, keep), max_new_tokens)
 
     names = [DENSE, *methods]
     began = time.perf_counter()
@@ -157,7 +161,6 @@ def compare(
         repeated = [{name: once(name)[1] for name in names} for _ in range(rounds)]
         timed = {name: [each[name] for each in repeated] for name in names}
 
-    prompt = inputs["input_ids"].shape[1]
     reference = first[methods[0]][2]
     answers = []
     for name in names:
@@ -169,7 +172,7 @@ def compare(
         answers.append(
             Answer(
                 method=name,
-                text=_readable(processor.batch_decode(ids[:, prompt:], skip_special_tokens=True)[0]),
+                text=words(processor, inputs, ids),
                 tokens=tokens,
                 kept=tokens if trace is None else round(trace.mean_keep * tokens),
                 flops=flops["encoder"] + flops["prefill"],
@@ -183,15 +186,21 @@ def compare(
     return answers
 
 
+def words(processor: Any, inputs: Any, ids: Tensor) -> str:
+    """What was generated behind one prompt, on one line."""
+    (text,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return _readable(text)
+
+
 def _readable(text: str) -> str:
     """The text on one line, without what a terminal would obey."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _run(
-    model: nn.Module, inputs: Any, method: str, keep: float | int, max_new_tokens: int
+def run(
+    model: nn.Module, inputs: Any, method: str, how: dict[str, Any], max_new_tokens: int
 ) -> tuple[Tensor, tuple[float, float, float], Trace | None]:
-    """Generated ids, (selection, prefill, total) seconds and trace of one run of one method."""
+    """Generated ids, (selection, prefill, total) seconds and trace of one run of one method, patched with `how`."""
     vlm, adapter = adapters.find(model)
     language_model = adapter.core(vlm).language_model
     marks: list[float] = []
@@ -208,7 +217,7 @@ def _run(
     with ExitStack() as stack:
         # The patch's own hooks lie between these two, so that its work is counted.
         stack.callback(language_model.register_forward_pre_hook(mark).remove)
-        handle = None if method == DENSE else stack.enter_context(patch(model, method, **options(method, keep)))
+        handle = None if method == DENSE else stack.enter_context(patch(model, method, **how))
         stack.callback(language_model.register_forward_hook(mark).remove)
         began = now()
         ids = vlm.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
@@ -257,14 +266,18 @@ def panel(answer: Answer, reference: Trace) -> Panel:
     seen = torch.stack([trace.keep_masks_at(layer)[0].float() for layer in range(layers)]).mean(0)  # [N]
     if trace.n_kept_at(layers - 1) != trace.n_kept:
         caption += ", mean over layers"
-    drawn = Panel(answer.method, caption, answer.text, picture.dense, seen, trace.merged_into[0])
+    return placed(Panel(answer.method, caption, answer.text, picture.dense, seen, trace.merged_into[0]), picture)
+
+
+def placed(drawn: Panel, picture: Picture) -> Panel:
+    """A panel over the tokens that `picture` has in the prompt; where the encoder saw a smaller one, over its tokens."""
     if picture.source is None:
         return drawn
-    # The encoder saw a smaller picture: show its tokens, which stand on `source` of the dense ones.
+    # they stand on `source` of the dense ones
     source, merged = picture.source.cpu(), drawn.merged_into
     if merged is not None:
         small = torch.full((picture.dense.n + 1,), -1)  # the last: for the -1 of dropped tokens
         small[source] = torch.arange(len(source))
         merged = small[merged[source]]
     scale = (picture.layout.n / picture.dense.n) ** 0.5
-    return replace(drawn, layout=picture.layout, seen=seen[source], merged_into=merged, scale=scale)
+    return replace(drawn, layout=picture.layout, seen=drawn.seen[source], merged_into=merged, scale=scale)

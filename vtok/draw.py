@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtok.errors import InvalidValue, MissingExtra
-from vtok.selection import Layout
+from vtok.selection import Layout, Plane
 
 INK, FAINT, OTHER = "#1c1c1c", "#6b6b6b", "#b3261e"
 TALL, WIDE, GAP = 2.9, 4.4, 0.34  # inches: at most, of a panel's picture; and between panels
@@ -31,7 +31,8 @@ ON_DARK, ON_BRIGHT = (0.93, "#ffd21f"), (0.22, "#ff7a1a")
 class Panel:
     """What one method did to one picture.
 
-    name, caption, answer: the words of the panel: the method, what it kept, what the model then said.
+    name, caption, answer: the words of the panel: the method, what it kept, what the model then said, if that is
+        to be told here.
     layout: where the N tokens lie.
     seen: [N] the part of the decoder's layers that work on each token, in [0, 1] (a keep mask is fine).
     merged_into: [N] long or None, see `Selection`. Merged tokens are shown in one colour, their mean.
@@ -40,30 +41,34 @@ class Panel:
 
     name: str
     caption: str
-    answer: str
+    answer: str | None
     layout: Layout
     seen: Tensor
     merged_into: Tensor | None = None
     scale: float = 1.0
 
 
-def panels(picture: Image.Image, items: Sequence[Panel], question: str = "", columns: int | None = None) -> Image.Image:
-    """Draw one panel for each item: kept tokens clear in a thin outline, dropped ones faded away.
+def panels(
+    picture: Image.Image, items: Sequence[Panel | None], question: str = "", columns: int | None = None
+) -> Image.Image:
+    """Draw one panel for each item: kept tokens clear in a thin outline, dropped ones faded away. None leaves a gap.
 
     The plane of full detail (the crops, or the only one) is drawn over the picture, and the thumbnail, where
     there is one, small beside it. Answers that are not the first panel's are red. Returns an RGB picture of 200
     pixels an inch.
     """
     figure_class, canvas_class = _matplotlib()
-    if not items:
+    given = [item for item in items if item is not None]
+    if not given:
         raise InvalidValue("There is nothing to draw: give at least one panel.")
-    inset = any(len(_planes(item.layout)) > 1 for item in items)
+    inset = any(len(planes(item.layout)) > 1 for item in given)
     aspect = picture.height / picture.width
     full = 1 + (INSET if inset else 0)
     width = min(WIDE / full, TALL / aspect)
     tall = width * aspect
     panel = max(width * full, 1.6)  # room for the words
-    answers = [textwrap.wrap(f"“{item.answer}”", int(panel / 0.088), max_lines=3) for item in items]
+    said = ["" if item is None or item.answer is None else f"“{item.answer}”" for item in items]
+    answers = [textwrap.wrap(text, int(panel / 0.088), max_lines=3) for text in said]
     foot = 0.1 + LINE * max(map(len, answers))
     cell = (panel + GAP, HEAD + tall + foot + 0.12)
     columns = columns or _columns(len(items), cell[0] / cell[1])
@@ -72,17 +77,19 @@ def panels(picture: Image.Image, items: Sequence[Panel], question: str = "", col
     top = 0.25 + 0.25 * len(title)
     sheet = _Sheet(figure_class, (columns * cell[0] + GAP, rows * cell[1] + top))
     sheet.words(GAP, top - 0.07 - 0.25 * len(title), "\n".join(title), 13, INK, weight="bold")
-    look = ON_BRIGHT if _brightness(picture) > 0.5 else ON_DARK
+    colours = look(picture)
     for i, item in enumerate(items):
+        if item is None:
+            continue
         left, y = GAP + (i % columns) * cell[0], top + (i // columns) * cell[1]
-        colour = INK if item.answer == items[0].answer else OTHER
+        colour = INK if item.answer == given[0].answer else OTHER
         sheet.words(left, y, item.name, 11, INK, weight="bold")
         sheet.words(left, y + 0.2, item.caption, 8.5, FAINT)
         sheet.words(left, y + HEAD + tall + 0.08, "\n".join(answers[i]), 10, colour)
         places = [(left, y + HEAD, width, tall)]
         places.append((left + width * 1.03, y + HEAD, width * (INSET - 0.03), tall * (INSET - 0.03)))
-        for place, index in zip(places, _planes(item.layout)):
-            _plane(sheet.axes(*place), place, picture, item, index, *look)
+        for place, index in zip(places, planes(item.layout)):
+            _plane(sheet.axes(*place), place, picture, item, index, *colours)
     canvas = canvas_class(sheet.figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box
@@ -138,14 +145,48 @@ def _columns(n: int, ratio: float) -> int:
     return min(range(1, n + 1), key=lambda c: abs(math.log(c / -(-n // c) * ratio / 1.5)) + 0.25 * (-n % c))
 
 
-def _planes(layout: Layout) -> list[int]:
+def planes(layout: Layout) -> list[int]:
     """Indices of the planes to draw: the crops, the only one or a clip's first, then the thumbnail."""
     order = sorted(range(len(layout.planes)), key=lambda i: layout.planes[i].kind == "thumbnail")
     return order[:1] + [i for i in order[1:] if layout.planes[i].kind == "thumbnail"]
 
 
-def _brightness(picture: Image.Image) -> float:
-    return float(np.asarray(picture.convert("L").resize((32, 32))).mean()) / 255
+def look(picture: Image.Image) -> tuple[float, str]:
+    """The grey into which dropped tokens fade, in [0, 1], and the colour of outlines."""
+    brightness = float(np.asarray(picture.convert("L").resize((32, 32))).mean()) / 255
+    return ON_BRIGHT if brightness > 0.5 else ON_DARK
+
+
+def cells(item: Panel, index: int) -> tuple[Any, Any]:
+    """seen, owner: [rows, cols] of one plane, as they are shown.
+
+    A merged token is seen as long as the one that stands for it, which `owner` names; owner is None where nothing was
+    merged, and -1 for dropped tokens."""
+    plane, start = item.layout.planes[index], item.layout.starts[index]
+    tokens, shape = slice(start, start + plane.size), (plane.rows, plane.cols)
+    if item.merged_into is None:
+        return item.seen[tokens].float().reshape(shape).numpy(), None
+    owner = item.merged_into[tokens].reshape(shape).numpy()
+    return np.where(owner >= 0, item.seen.float().numpy()[owner], 0.0), owner
+
+
+def colours(picture: Image.Image, item: Panel, index: int, pixels: tuple[int, int]) -> Any:
+    """[Y, X, 3] in [0, 1]: the picture as one plane of tokens sees it, none being dropped, in `pixels` = (X, Y)."""
+    plane = item.layout.planes[index]
+    box = [part * length for part, length in zip(plane.box, picture.size * 2)]
+    image = picture.convert("RGB").resize(pixels, Image.Resampling.LANCZOS, box=box)
+    if item.scale < 1:
+        small = [max(1, round(side * item.scale)) for side in picture.size]
+        image = image.resize(small, Image.Resampling.BOX).resize(pixels, Image.Resampling.BICUBIC)
+    seen = np.asarray(image).astype(np.float32) / 255  # [Y, X, 3]
+    owner = cells(item, index)[1]
+    return seen if owner is None else _mean_colour(seen, owner[_cell_of(plane, pixels)])
+
+
+def _cell_of(plane: Plane, pixels: tuple[int, int]) -> tuple[Any, Any]:
+    """row [Y, 1] and column [X] of the cell in which each pixel lies."""
+    row = np.arange(pixels[1]) * plane.rows // pixels[1]
+    return row[:, None], np.arange(pixels[0]) * plane.cols // pixels[0]
 
 
 def _plane(
@@ -154,32 +195,16 @@ def _plane(
     """Draw the picture as one plane of tokens shows it; `place` is (left, top, width, height) in inches."""
     from matplotlib.collections import LineCollection
 
-    plane, start = item.layout.planes[index], item.layout.starts[index]
-    tokens = slice(start, start + plane.size)
-    seen = item.seen[tokens].float().reshape(plane.rows, plane.cols).numpy()  # [rows, cols]
+    plane, (seen, owner) = item.layout.planes[index], cells(item, index)
     pixels = (max(1, round(place[2] * DPI)), max(1, round(place[3] * DPI)))
-    box = [part * length for part, length in zip(plane.box, picture.size * 2)]
-    image = picture.convert("RGB").resize(pixels, Image.Resampling.LANCZOS, box=box)
-    if item.scale < 1:
-        small = [max(1, round(side * item.scale)) for side in picture.size]
-        image = image.resize(small, Image.Resampling.BOX).resize(pixels, Image.Resampling.BICUBIC)
-    colours = np.asarray(image).astype(np.float32) / 255  # [Y, X, 3]
-    row = (np.arange(pixels[1]) * plane.rows // pixels[1])[:, None]  # [Y, 1] the cell of each pixel
-    col = np.arange(pixels[0]) * plane.cols // pixels[0]  # [X]
-    owner = None
-    if item.merged_into is not None:
-        owner = item.merged_into[tokens].reshape(plane.rows, plane.cols).numpy()
-        seen = np.where(owner >= 0, item.seen.float().numpy()[owner], 0.0)
-        colours = _mean_colour(colours, owner[row, col])
-    strength = (DROPPED + (1 - DROPPED) * seen)[row, col][..., None]  # [Y, X, 1]
-    faded = 0.35 * (colours.mean(-1, keepdims=True) - 0.5) + veil
-    shown = strength * colours + (1 - strength) * np.clip(faded, 0, 1)
+    whole = colours(picture, item, index, pixels)  # [Y, X, 3]
+    strength = (DROPPED + (1 - DROPPED) * seen)[_cell_of(plane, pixels)][..., None]  # [Y, X, 1]
+    faded = 0.35 * (whole.mean(-1, keepdims=True) - 0.5) + veil
+    shown = strength * whole + (1 - strength) * np.clip(faded, 0, 1)
     axes.imshow(shown, extent=(0, plane.cols, plane.rows, 0), aspect="auto", interpolation="nearest")
     axes.set_axis_off()
     thickness = float(np.clip(place[2] / plane.cols * 72 / 14, 0.25, 0.9))  # points, by the width of a cell
-    untouched = owner is None and seen.min() == 1 and item.scale == 1
-    edges = [] if untouched else _outlines(seen, owner)
-    axes.add_collection(LineCollection(edges, colors=edge, linewidths=thickness))
+    axes.add_collection(LineCollection(outlines(item, index), colors=edge, linewidths=thickness))
 
 
 def _mean_colour(colours: Any, owner: Any) -> Any:
@@ -192,9 +217,12 @@ def _mean_colour(colours: Any, owner: Any) -> Any:
     return np.stack(sums, -1)[group]
 
 
-def _outlines(seen: Any, owner: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """The edges, in cells, around the tokens that are seen longest, and between those of different owners."""
-
+def outlines(item: Panel, index: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The edges, in cells, around the tokens of a plane that are seen longest, and between those of different owners.
+    None where the plane is untouched."""
+    seen, owner = cells(item, index)
+    if owner is None and seen.min() == 1 and item.scale == 1:
+        return []
     rows, cols = seen.shape
     kept = (seen > 0) & (seen == seen.max())
     who = np.arange(rows * cols).reshape(rows, cols) if owner is None else owner

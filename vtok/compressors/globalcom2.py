@@ -37,9 +37,10 @@ class GlobalCom2(Compressor):
         if all crops had equally many (ours); "official": equal parts of the thumbnail, wrong where padding
         cuts the outer crops. The same where nothing is padded and the grid divides the thumbnail.
     renumber: kept tokens get consecutive positions, as in the official code, instead of their own.
-    Differs from the paper: kept tokens stay in raster order, the thumbnail's too. Three faults of the
-    official code cannot occur, as the sequence holds no padding and keeps all separators: tokens that slide
-    into padding, newlines for rows of padding, and scores that come from another picture of the batch.
+    Differs from the paper: kept tokens stay in raster order, the thumbnail's too; crops keep an exact total, and their
+    shares allow for padding (`exact_count`, `budget_map`). Three faults of the official code cannot occur, as the
+    sequence holds no padding and keeps all separators: tokens that slide into padding, newlines for rows of
+    padding, and scores that come from another picture of the batch.
     """
 
     name = "globalcom2"
@@ -205,7 +206,7 @@ def crop_ratios(score: Tensor, membership: Tensor, sizes: Tensor, keep: float, t
     even: a crop's thumbnail score is the mean of its patches times S*S/C: their sum, where all crops have
         equally many. Logits mean something up to a constant only, and sums (False, official) over unequal
         numbers of patches compare that constant. Crops of padding alone then take no part.
-    [B, C]. Sums to C * keep before the clip.
+    [B, C]. Sums to C * keep before the clip, where no crop is padding alone.
     """
     score = _wide(score)
     total = group_sums(score, membership, len(sizes))  # [B, C]

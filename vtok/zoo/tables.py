@@ -43,6 +43,7 @@ def _methods(folder: Path) -> str:
     if sweep["refused"]:
         reasons = [f"- `{i['method']}` at {100 * i['budget']:g} %: {i['reason']}" for i in sweep["refused"]]
         parts.append("Not run:\n\n" + "\n".join(reasons))
+    told = _told(folder / "bench.json")
     count, baselines = sweep["about"]["scenes"], ", ".join(f"`{b}`" for b in BASELINES)
     tables = "\n\n".join(parts)
     return f"""## Compressed
@@ -52,7 +53,7 @@ tokens is at most that (*mean keep* is what it was). {dense["n"]:,} questions on
 dense model has {percent(dense["accuracy"])} % on them. *To dense* and *to best baseline* (of {baselines}, at this
 budget) are paired differences in points with 95 % intervals (bootstrap over scenes). FLOPs: of encoder and
 prefill, as a fraction of the dense ones, by formula. Methods inside the decoder pay for the first layers, which see
-all tokens, and rank by layers so early that they have hardly read the question: eight layers tell against them.{_told(folder / "bench.json")}
+all tokens, and rank by layers so early that they have hardly read the question: eight layers tell against them.{told}
 
 {tables}
 
@@ -75,9 +76,9 @@ def _told(file: Path) -> str:
     if not file.is_file():
         return ""
     about = json.loads(file.read_text())["machine"]
-    return f""" *Select at N*: milliseconds of the selection alone, for one
-picture of N visual tokens at keep=0.25, in a decoder of 768 dimensions and 8 layers on {about["threads"]} threads of
-{about["machine"]} (`{about["command"]}`)."""
+    return f"""
+*Select at N*: milliseconds of the selection alone, of one picture with N visual tokens at keep=0.25 ({about["clock"]},
+{about["threads"]} threads of {about["machine"]}, `{about["command"]}`)."""
 
 
 def _at_budget(rows: list[dict], times: dict[int, dict[str, float]]) -> str:
