@@ -699,7 +699,7 @@ def test_what_llava_is_refused():
             with pytest.raises(Unsupported, match="tome needs token_per_patch.*carry=False"):
                 vtok.patch(tiny(family)[0], "tome", carry=True)
     qwen, _ = tiny("qwen2_5_vl")
-    with pytest.raises(Unsupported, match="tome needs vit.*It acts in the blocks of CLIP"):
+    with pytest.raises(Unsupported, match="tome needs token_blocks.*It acts in the blocks of CLIP"):
         vtok.patch(qwen, "tome")
     model, _ = tiny("llava")
     with pytest.raises(InvalidValue, match="carry=True"):
