@@ -262,6 +262,7 @@ def bars(result: dict[str, Any]) -> list[tuple[bool, str]]:
             name
             for name, row in rows.items()
             if row["stage"] in ("encoder", "pre_llm")
+            and row["kv_bytes_formula"] < dense["kv_bytes"]
             and dense["peak_bytes"] - row["peak_bytes"] < dense["kv_bytes"] - row["kv_bytes_formula"]
         ]
         found.append((not short, f"{where}: peak memory falls by at least the cache's savings" + _list(short)))
