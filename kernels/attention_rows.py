@@ -5,14 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtok.kernels.dispatch import dispatch
 
-def attention_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, valid: Tensor) -> Tensor:
+
+def attention_rows(
+    query: Tensor, key: Tensor, rows: Tensor, scaling: float, valid: Tensor, backend: str = "auto"
+) -> Tensor:
     """Attention probabilities of chosen queries, causal and padding-aware, in fp32.
 
     query [B, H, Q, d] and key [B, Hkv, L, d] after RoPE; the queries are the last Q of the L keys.
     rows: [B, R] indices among the L keys, each >= L - Q. valid: [B, L] bool.
     Returns [B, H, R, L]; a row sees the valid keys at or before itself. Autocast does not reach in.
+    backend: "auto", "torch" or "triton", see `dispatch`; torch alone has a gradient.
     """
+    return dispatch(softmax_rows, backend, query, key, rows, scaling, valid)
+
+
+def softmax_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, valid: Tensor) -> Tensor:
+    """`attention_rows` in plain torch."""
     batch, heads, n_queries, width = query.shape
     groups, length = key.shape[1], key.shape[2]
     index = (rows - (length - n_queries))[:, None, :, None].expand(-1, heads, -1, width)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from vtok.errors import InvalidValue
+from vtok.kernels.dispatch import dispatch
 
 CACHE = 2**26  # similarities (256 MiB) that may exist at once; sets how many pictures go together
 BLOCK = 1024  # rows of the similarity matrix that are made at once where all would be too many
 
 
 @torch.no_grad()
-def farthest_points(features: Tensor, k: int) -> Tensor:
+def farthest_points(features: Tensor, k: int, backend: str = "auto") -> Tensor:
     """Pick `k` of N points such that each pick is as far as can be from those before it (DivPrune, arXiv 2503.02175).
 
     features: [B, N, D], any float dtype; compared by cosine in fp32, also under autocast. 0 <= k <= N.
@@ -18,19 +24,22 @@ def farthest_points(features: Tensor, k: int) -> Tensor:
     nearest picked point is farthest. Ties go to the lower index. The cosine with a vector of zeros, or with
     one that holds a NaN, is 0.
     Returns [B, k] long, in the order of picking. Never waits for the device.
+    backend: "auto", "torch" or "triton", see `dispatch`. Triton picks where one picture's similarities fit in `CACHE`.
 
     One product of the features with themselves says everything. Where one picture's similarities would not fit in
     `CACHE`, they are made a block of rows at a time for the first pick, and for each further pick its row again.
     """
     n = features.shape[1]
+    if backend == "triton" and n * n > CACHE:
+        raise InvalidValue(f"backend='triton' picks among at most {math.isqrt(CACHE)} points, got {n}: use 'auto'.")
     unit = features.detach().float()
     unit = (unit / unit.norm(dim=-1, keepdim=True).clamp(min=1e-12)).nan_to_num(0.0)
     with torch.autocast(features.device.type, enabled=False):
-        parts = [_pick(part, k) for part in unit.split(max(1, CACHE // (n * n)))] if k and len(unit) else []
+        parts = [_pick(part, k, backend) for part in unit.split(max(1, CACHE // (n * n)))] if k and len(unit) else []
     return torch.cat(parts) if parts else torch.empty(len(unit), k, dtype=torch.long, device=unit.device)
 
 
-def _pick(unit: Tensor, k: int) -> Tensor:
+def _pick(unit: Tensor, k: int, backend: str) -> Tensor:
     b, n, _ = unit.shape
     block = n if n * n <= CACHE else BLOCK
     picture = torch.arange(b, device=unit.device)
@@ -50,9 +59,19 @@ def _pick(unit: Tensor, k: int) -> Tensor:
     # where two points are each other's nearest they tie, and rounding of the one product or the other may not decide
     partner = row(first).argmax(1)
     first = torch.where(row(partner).argmax(1) == first, torch.minimum(first, partner), first)
-    picks = [first]
-    near = unit.new_full((b, n), -torch.inf)  # similarity to the nearest picked point, +inf once picked
+    return dispatch(greedy_picks, backend, rows, first, k) if block == n else _greedy(row, first, k)
+
+
+def greedy_picks(similarity: Tensor, first: Tensor, k: int) -> Tensor:
+    """[B, k] `first` and the picks after it, from all similarities [B, N, N], which are -inf on the diagonal."""
+    picture = torch.arange(len(first), device=first.device)
+    return _greedy(lambda point: similarity[picture, point], first, k)
+
+
+def _greedy(row: Callable[[Tensor], Tensor], first: Tensor, k: int) -> Tensor:
+    picks, near = [first], None  # near: [B, N] similarity to the nearest picked point, +inf once picked
     for _ in range(k - 1):
-        near = torch.maximum(near, row(picks[-1])).scatter_(1, picks[-1][:, None], torch.inf)
+        here = row(picks[-1])
+        near = (here if near is None else torch.maximum(near, here)).scatter_(1, picks[-1][:, None], torch.inf)
         picks.append(near.argmin(1))
     return torch.stack(picks, 1)

@@ -12,8 +12,8 @@ from contract import FAMILIES, Masked, batch, mixed, picture, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok
-from vtok.compressors.schedule import received
 from vtok.errors import InvalidValue
+from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.search import schedules
 from vtok.selection import Attention
 
@@ -184,7 +184,7 @@ def test_scores_by_loops(queries, monkeypatch):
     attention = Attention(query, key, 0.4, valid, valid, torch.tensor([8, 7, 8]), instruction)
     score = vtok.Schedule().score(attention)
     torch.testing.assert_close(score, slow_scores(attention, 4, 2))
-    monkeypatch.setattr("vtok.compressors.schedule.BLOCK", 2)
+    monkeypatch.setattr("vtok.kernels.attention_column_sums.BLOCK", 2)
     torch.testing.assert_close(vtok.Schedule().score(attention), score)
     last = vtok.Schedule(queries="last").score(attention)
     alone = dataclasses.replace(attention, instruction=attention.anchor[:, None])
@@ -195,7 +195,9 @@ def test_scores_by_loops(queries, monkeypatch):
 def test_a_row_without_queries_scores_nothing():
     """Also where it has no valid key at all, whose softmax is not a number."""
     valid = torch.tensor([[True] * 4, [False] * 4])
-    score = received(torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8), torch.tensor([[3], [-1]]), 1.0, valid)
+    score = attention_column_sums(
+        torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8), torch.tensor([[3], [-1]]), 1.0, valid
+    )
     assert score[0].sum() == pytest.approx(1.0) and torch.equal(score[1], torch.zeros(4))
 
 
@@ -203,7 +205,7 @@ def test_scoring_reads_no_values_back():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         query, key = (mode.from_tensor(torch.randn(2, heads, 6, 8)) for heads in (4, 2))
         rows, valid = mode.from_tensor(torch.zeros(2, 3, dtype=torch.long)), mode.from_tensor(torch.ones(2, 6) > 0)
-        assert received(query, key, rows, 1.0, valid).shape == (2, 6)
+        assert attention_column_sums(query, key, rows, 1.0, valid).shape == (2, 6)
 
 
 # ---- what the engine hands over ---------------------------------------------------------------------------------

@@ -8,19 +8,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
-from vtok.kernels.attention_rows import attention_rows
+from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.search import schedules
 from vtok.selection import Attention, check_keep
 
 QUERIES = ("instruction", "last")
 ROUNDINGS = ("up", "down")
 MEAN = 0.34  # of the schedule that G-Search found for LLaVA-1.5-7B (Table 1)
-BLOCK = 64  # queries whose rows are in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,22 +115,9 @@ class Schedule(Compressor):
 
     def score(self, attention: Attention) -> Tensor:
         queries = attention.anchor[:, None] if self.queries == "last" else attention.instruction
-        return received(attention.query, attention.key, queries, attention.scaling, attention.valid)
+        return attention_column_sums(attention.query, attention.key, queries, attention.scaling, attention.valid)
 
     def with_budget(self, budget: float, n_layers: int) -> Schedule:
         solved = replace(self, keep=float(budget), rounding="down")
         solved.rates_at(n_layers)  # refuses a mean that cannot be met
         return solved
-
-
-def received(query: Tensor, key: Tensor, queries: Tensor, scaling: float, valid: Tensor) -> Tensor:
-    """[B, L] the attention that each key gets from some queries: head mean, summed over the queries, in fp32.
-
-    query [B, H, Q, d], key [B, Hkv, L, d]: see `Attention`. queries: [B, R] indices among the L keys, -1 for none.
-    """
-    total = torch.zeros(valid.shape, dtype=torch.float32, device=key.device)
-    for part in queries.split(BLOCK, 1):
-        rows = part.clamp(min=key.shape[2] - query.shape[2])
-        weights = attention_rows(query, key, rows, scaling, valid).mean(1)  # [B, r, L]
-        total += torch.where(part[..., None] >= 0, weights, 0.0).sum(1)
-    return total

@@ -1,0 +1,179 @@
+"""Triton kernels: which version of a kernel runs, and the kernels themselves in `triton_cases.py`."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtok.errors import InvalidValue, MissingExtra, Unsupported
+from vtok.kernels import dispatch
+from vtok.kernels.attention_column_sums import attention_column_sums
+from vtok.kernels.attention_rows import attention_rows
+from vtok.kernels.bipartite_match import bipartite_match
+from vtok.kernels.farthest_points import farthest_points
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def child(arguments, **environment):
+    """Whether a Python process with this environment ends well, and what it says. Triton reads its switch on import."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VTOK_KERNELS", "PYTEST_ADDOPTS")}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=clean | environment, capture_output=True, text=True, cwd="/"
+    )
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("where", ["interpreter", "card"])
+def test_against_the_twins(where):
+    if where == "card" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if where == "interpreter" else {}
+    options = ["--import-mode=importlib", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    passed, text = child(["-m", "pytest", *options, str(HERE / "triton_cases.py")], **environment)
+    assert passed, text[-5000:]
+
+
+def calls(device="cpu"):
+    """Each kernel on small inputs, with its backend left open."""
+    torch.manual_seed(0)
+    x, query, key = (torch.randn(shape, device=device) for shape in ((2, 9, 4), (2, 4, 5, 8), (2, 2, 5, 8)))
+    rows, valid = torch.tensor([[4], [2]], device=device), torch.ones(2, 5, dtype=torch.bool, device=device)
+    return {
+        "bipartite_match": lambda **backend: bipartite_match(x, 3, **backend),
+        "farthest_points": lambda **backend: farthest_points(x, 3, **backend),
+        "attention_rows": lambda **backend: attention_rows(query, key, rows, 0.5, valid, **backend),
+        "attention_column_sums": lambda **backend: attention_column_sums(query, key, rows, 0.5, valid, **backend),
+    }
+
+
+@pytest.mark.parametrize("kernel", calls())
+def test_backends_on_a_cpu(kernel, monkeypatch):
+    call = calls()[kernel]
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    for a, b in zip(call(), call(backend="torch")):
+        assert torch.equal(a, b)
+    with pytest.raises(InvalidValue, match="backend must be one of"):
+        call(backend="cuda")
+    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    with pytest.raises(Unsupported, match="these are on cpu.*TRITON_INTERPRET=1"):
+        call(backend="triton")
+    monkeypatch.setattr(dispatch, "_installed", lambda: False)
+    with pytest.raises(MissingExtra, match=r"pip install 'vtok\[triton\]'"):
+        call(backend="triton")
+    monkeypatch.setenv("VTOK_KERNELS", "torch")
+    with pytest.raises(InvalidValue, match="VTOK_KERNELS=torch"):
+        call(backend="triton")
+    monkeypatch.setenv("VTOK_KERNELS", "tritn")
+    with pytest.raises(InvalidValue, match="'auto' or 'torch', got 'tritn'"):
+        call(backend="triton")
+
+
+def test_more_points_than_triton_takes():
+    with pytest.raises(InvalidValue, match="at most 8192 points, got 8193"):
+        farthest_points(torch.zeros(1, 8193, 1), 1, backend="triton")
+
+
+def twin(x):
+    return x + 1
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Tensors count as on a GPU, of a good card, where Triton doubles what the twin adds 1 to."""
+    monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: True)
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Card")
+    monkeypatch.setattr(dispatch, "_broken", set())
+    monkeypatch.setattr(twin, "__module__", "vtok_pretended")
+    module = types.ModuleType("vtok_pretended_triton")
+    module.twin = lambda x: x * 2
+    monkeypatch.setitem(sys.modules, "vtok_pretended_triton", module)
+    monkeypatch.delenv("VTOK_KERNELS", raising=False)
+    dispatch._log.cache_clear()
+    return module
+
+
+FIVE = torch.tensor(5.0)
+
+
+def test_auto_is_triton_on_a_card(card, monkeypatch, caplog):
+    assert [float(dispatch.dispatch(twin, b, FIVE)) for b in dispatch.BACKENDS] == [10, 6, 10]
+    monkeypatch.setenv("VTOK_KERNELS", "torch")
+    assert dispatch.dispatch(twin, "auto", FIVE) == 6
+    monkeypatch.delenv("VTOK_KERNELS")
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: True)
+    assert [float(dispatch.dispatch(twin, b, FIVE)) for b in dispatch.BACKENDS] == [6, 6, 10]
+    assert not caplog.records
+
+
+def test_gradients_take_the_twin(card):
+    x = torch.tensor(5.0, requires_grad=True)
+    assert dispatch.dispatch(twin, "auto", x) == 6
+    with pytest.raises(Unsupported, match="no gradient"):
+        dispatch.dispatch(twin, "triton", x)
+    with torch.no_grad():
+        assert dispatch.dispatch(twin, "triton", x) == 10
+
+
+def uninstalled(card, monkeypatch):
+    monkeypatch.setattr(dispatch, "_installed", lambda: False)
+
+
+def old(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+
+
+def broken(card, monkeypatch):
+    def fails(x):
+        assert "vtok_pretended_triton" not in dispatch._broken, "tried again"
+        raise RuntimeError("no gcc")
+
+    card.twin = fails
+
+
+@pytest.mark.parametrize(("harm", "reason"), [(uninstalled, "not installed"), (old, "is older"), (broken, "no gcc")])
+def test_auto_falls_back_and_says_why_once(card, caplog, harm, reason):
+    with pytest.MonkeyPatch.context() as patch:
+        harm(card, patch)
+        with pytest.raises((Unsupported, MissingExtra), match=reason):
+            dispatch.dispatch(twin, "triton", FIVE)
+        dispatch._broken.clear()
+        with caplog.at_level(logging.WARNING, "vtok"):
+            assert [float(dispatch.dispatch(twin, "auto", FIVE)) for _ in range(3)] == [6, 6, 6]
+    assert len(caplog.records) == 1 and reason in caplog.text
+
+
+def test_memory_that_runs_out_is_no_reason_to_fall_back(card):
+    def full(x):
+        raise torch.OutOfMemoryError
+
+    card.twin = full
+    with pytest.raises(torch.OutOfMemoryError):
+        dispatch.dispatch(twin, "auto", FIVE)
+    assert not dispatch._broken
+
+
+def test_using_kernels_on_a_cpu_imports_no_triton():
+    code = """
+import sys, torch
+from vtok.kernels.attention_column_sums import attention_column_sums
+from vtok.kernels.bipartite_match import bipartite_match
+from vtok.kernels.farthest_points import farthest_points
+x = torch.randn(1, 6, 4)
+bipartite_match(x, 2), farthest_points(x, 2)
+attention_column_sums(x[:, None], x[:, None], torch.tensor([[5]]), 1.0, torch.ones(1, 6, dtype=torch.bool))
+assert not [m for m in sys.modules if m.split(".")[0] == "triton"]
+"""
+    passed, text = child(["-c", code], TRITON_INTERPRET="1")
+    assert passed, text
