@@ -1,4 +1,4 @@
-"""The command line: `vtok demo`, `vtok methods`, `vtok eval`, `vtok search`, `vtok zoo`, `vtok bench`."""
+"""The command line, `vtok COMMAND`: demo, show, methods, eval, report, search, zoo, bench."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def demo(
         if methods is None:
             chosen = work.supported(network)
         else:
-            chosen = [name.strip() for name in methods.split(",") if name.strip()]
+            chosen = _names(methods)
         report = lambda method: status.update(f"running {method}")
         answers = work.compare(network, processor, picture, asked, chosen, fraction, tokens, report)
 
@@ -117,6 +117,66 @@ def demo(
     reference = answers[1].trace
     drawn = drawing.panels(picture, [work.panel(a, reference) for a in answers], asked)
     say(f"Kept tokens: {drawing.save(drawn, out or Path('vtok-demo.png'))}", soft_wrap=True)
+
+
+@app.command()
+def show(
+    image: Annotated[Path | None, typer.Option(help="A picture; the bundled one if left out.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Instead: a video file, or a folder of frames.")] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
+    model: Annotated[str, typer.Option(help="A bundled name, a local folder or a hub repository.")] = MODEL,
+    methods: Annotated[
+        str | None, typer.Option(help="Names separated by commas; one of each kind if left out.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Each method's keep: a fraction or a count; 0.25 if left out.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Instead: the mean share of visual tokens a decoder layer sees.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("vtok-show"),
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip, at most.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option()] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
+) -> None:
+    """Draw what is kept of one picture or clip, layer by layer: a PNG, a page with a slider, and for a clip a GIF."""
+    if keep is not None and budget is not None:
+        raise InvalidValue("Give --keep or --budget, not both.")
+    if image is not None and clip is not None:
+        raise InvalidValue("Give --image or --clip, not both.")
+    fraction = _keep(keep or "0.25")
+    console = Console()
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    _drawing(required=True)
+    with console.status("loading PyTorch"):
+        from transformers.utils import logging
+
+        from vtok import demo, zoo
+        from vtok import show as work
+        from vtok.selection import check_keep
+    logging.disable_progress_bar()
+    check_keep(fraction)
+    if threads:
+        demo.torch.set_num_threads(threads)
+    source = clip or image or zoo.DEMO_IMAGE
+    seen = demo.open_picture(source) if clip is None else work.open_clip(clip, frames)
+    ours = image is None and clip is None
+    what = "picture" if clip is None else "clip"
+    asked = question or (zoo.DEMO_QUESTION if ours else f"What is in this {what}?")
+    with console.status(f"loading {model}") as status:
+        network, processor = demo.load(model, device, dtype)
+        chosen = demo.supported(network, work.METHODS) if methods is None else _names(methods)
+        report = lambda method: status.update(f"running {method}")
+        shown = work.follow(network, processor, seen, asked, chosen, fraction, budget, tokens, report)
+        status.update("drawing")
+        amount = f"keep {fraction}" if budget is None else f"budget {budget}"
+        files = work.write(seen, shown, asked, f"{model}, {amount}, {source.name}", out)
+    for item in shown:
+        say(f"{item.method}: {item.stages}: “{item.answer}”")
+    for file in files:
+        say(f"wrote {file}")
 
 
 @app.command()
@@ -212,7 +272,7 @@ def evaluate(
     if threads:
         torch.set_num_threads(threads)
     network, processor = zoo.load(model)
-    chosen = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    chosen = None if methods is None else _names(methods)
     count = scenes or sweep.evaluate.TEST_SCENES
     summary = sweep.run(network, processor, model, chosen, shares, count, out)
     console = Console()
@@ -222,26 +282,8 @@ def evaluate(
     console.print(f"wrote {out / 'sweep.json'}", soft_wrap=True)
 
 
-@app.command()
-def bench(
-    check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Timed runs of each variant, at most.")] = 9,
-    seconds: Annotated[float, typer.Option(help="Stop after so long, but not before 3 runs.")] = 150.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
-    decoder: Annotated[str, typer.Option(help="Size of the random decoder: toy, small or 7b.")] = "small",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
-    cpu_time: Annotated[
-        bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
-    ] = False,
-) -> None:
-    """Measure prefill against the FLOP ratio, the cost of the patch itself, memory and selection time."""
-    from vtok.eval import bench as work
-
-    met = work.run(out, repetitions, seconds, threads, decoder, device, dtype, cpu_time)
-    if check and not met:
-        raise typer.Exit(1)
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _keep(text: str) -> float | int:

@@ -270,7 +270,7 @@ def panel(answer: Answer, reference: Trace) -> Panel:
 
 
 def placed(drawn: Panel, picture: Picture) -> Panel:
-    """A panel over the tokens that `picture` has in the prompt; where the encoder saw a smaller one, over its tokens."""
+    """A panel over the tokens of `picture` in the prompt, moved to those of the smaller one that the encoder saw."""
     if picture.source is None:
         return drawn
     # they stand on `source` of the dense ones

@@ -37,6 +37,7 @@ class Panel:
     seen: [N] the part of the decoder's layers that work on each token, in [0, 1] (a keep mask is fine).
     merged_into: [N] long or None, see `Selection`. Merged tokens are shown in one colour, their mean.
     scale: in (0, 1], by how much the sides of the picture shrank before the encoder saw it.
+    frame: which of a clip's planes is drawn.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Panel:
     seen: Tensor
     merged_into: Tensor | None = None
     scale: float = 1.0
+    frame: int = 0
 
 
 def panels(
@@ -61,7 +63,7 @@ def panels(
     given = [item for item in items if item is not None]
     if not given:
         raise InvalidValue("There is nothing to draw: give at least one panel.")
-    inset = any(len(planes(item.layout)) > 1 for item in given)
+    inset = any(len(planes(item)) > 1 for item in given)
     aspect = picture.height / picture.width
     full = 1 + (INSET if inset else 0)
     width = min(WIDE / full, TALL / aspect)
@@ -77,7 +79,7 @@ def panels(
     top = 0.25 + 0.25 * len(title)
     sheet = _Sheet(figure_class, (columns * cell[0] + GAP, rows * cell[1] + top))
     sheet.words(GAP, top - 0.07 - 0.25 * len(title), "\n".join(title), 13, INK, weight="bold")
-    colours = look(picture)
+    style = look(picture)
     for i, item in enumerate(items):
         if item is None:
             continue
@@ -88,8 +90,8 @@ def panels(
         sheet.words(left, y + HEAD + tall + 0.08, "\n".join(answers[i]), 10, colour)
         places = [(left, y + HEAD, width, tall)]
         places.append((left + width * 1.03, y + HEAD, width * (INSET - 0.03), tall * (INSET - 0.03)))
-        for place, index in zip(places, planes(item.layout)):
-            _plane(sheet.axes(*place), place, picture, item, index, *colours)
+        for place, index in zip(places, planes(item)):
+            _plane(sheet.axes(*place), place, picture, item, index, *style)
     canvas = canvas_class(sheet.figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter the font lacks is drawn as a box
@@ -145,10 +147,11 @@ def _columns(n: int, ratio: float) -> int:
     return min(range(1, n + 1), key=lambda c: abs(math.log(c / -(-n // c) * ratio / 1.5)) + 0.25 * (-n % c))
 
 
-def planes(layout: Layout) -> list[int]:
-    """Indices of the planes to draw: the crops, the only one or a clip's first, then the thumbnail."""
-    order = sorted(range(len(layout.planes)), key=lambda i: layout.planes[i].kind == "thumbnail")
-    return order[:1] + [i for i in order[1:] if layout.planes[i].kind == "thumbnail"]
+def planes(item: Panel) -> list[int]:
+    """Indices of the planes to draw: the crops, the only one or one of a clip's, then the thumbnail."""
+    parts = item.layout.planes
+    order = sorted(range(len(parts)), key=lambda i: parts[i].kind == "thumbnail")
+    return [order[item.frame], *(i for i in order[1:] if parts[i].kind == "thumbnail")]
 
 
 def look(picture: Image.Image) -> tuple[float, str]:
@@ -195,7 +198,7 @@ def _plane(
     """Draw the picture as one plane of tokens shows it; `place` is (left, top, width, height) in inches."""
     from matplotlib.collections import LineCollection
 
-    plane, (seen, owner) = item.layout.planes[index], cells(item, index)
+    plane, seen = item.layout.planes[index], cells(item, index)[0]
     pixels = (max(1, round(place[2] * DPI)), max(1, round(place[3] * DPI)))
     whole = colours(picture, item, index, pixels)  # [Y, X, 3]
     strength = (DROPPED + (1 - DROPPED) * seen)[_cell_of(plane, pixels)][..., None]  # [Y, X, 1]
