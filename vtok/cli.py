@@ -282,6 +282,28 @@ def evaluate(
     console.print(f"wrote {out / 'sweep.json'}", soft_wrap=True)
 
 
+@app.command()
+def bench(
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed runs of each variant, at most.")] = 9,
+    seconds: Annotated[float, typer.Option(help="Stop after so long, but not before 3 runs.")] = 150.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
+    decoder: Annotated[str, typer.Option(help="Size of the random decoder: toy, small or 7b.")] = "small",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
+    ] = False,
+) -> None:
+    """Measure prefill against the FLOP ratio, the cost of the patch itself, memory and selection time."""
+    from vtok.eval import bench as work
+
+    met = work.run(out, repetitions, seconds, threads, decoder, device, dtype, cpu_time)
+    if check and not met:
+        raise typer.Exit(1)
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
