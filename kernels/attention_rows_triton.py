@@ -39,6 +39,7 @@ def arguments(query: Tensor, key: Tensor, rows: Tensor, scaling: float, valid: T
         "BLOCK_M": 64 if each * n_rows > 32 and width <= 128 else 16,
         "BLOCK_N": BLOCK_N,
         "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "num_stages": 3 if takes_half(query, key) else 2,  # fp32 keys of 256 values three times over are too much
     }
     return common, sizes
 

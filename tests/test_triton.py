@@ -164,6 +164,15 @@ def test_memory_that_runs_out_is_no_reason_to_fall_back(card):
     assert not dispatch._broken
 
 
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_compiled_code_takes_the_twin_without_a_break(card, monkeypatch, on_cuda):
+    monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: on_cuda)
+    for call in calls().values():
+        compiled = torch.compile(call, fullgraph=True, backend="eager")()
+        for a, b in zip(compiled, call(backend="torch")):
+            assert torch.equal(a, b)
+
+
 def test_using_kernels_on_a_cpu_imports_no_triton():
     code = """
 import sys, torch

@@ -62,11 +62,15 @@ def test_equal_matches_go_to_the_lower_index():
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf, 1e-30, 3e38])
 def test_matches_with_broken_tokens(value):
-    """A cosine of 0 with them, whatever they hold; protected ones are not even compared."""
+    """A cosine of 0 with them, whatever they hold, below all of one sample and above all of the other; protected ones
+    are not even compared."""
     metric = draw(2, 41, 8, seed=2).abs()
-    metric[0, 4], metric[0, 7, 3], metric[1, 0], metric[1, 1] = value, value, torch.nan, torch.nan
+    metric[1, 1::2] *= -1
+    metric[:, 4], metric[:, 7, 3], metric[:, 0], metric[:, 1] = value, value, torch.nan, torch.nan
     torch_, triton = both(bipartite_match, metric, 19, 2)
     assert torch.equal(torch_[0], triton[0]) and torch.equal(torch_[1], triton[1])
+    if value not in (0.0, 1e-30):  # one such value makes no broken token
+        assert triton[0][1].tolist() == list(range(2, 40, 2)) and triton[1][1].tolist() == [7, 3] + [7] * 17
 
 
 # ---- attention --------------------------------------------------------------------------------------------------
