@@ -311,7 +311,9 @@ def animation(clip: Clip, shown: Sequence[Shown], question: str = "") -> list[Im
             index, layout = i // _per_plane(clip, planes), item.mean.layout
             part = item.mean.seen[layout.starts[index] :][: layout.planes[index].size]
             size = shown[0].mean.layout.planes[index].size
-            caption = f"{float(part.sum()):.4g} of {size} tokens here, mean over layers"
+            caption = f"{float(part.sum()):.4g} of {size} tokens here"
+            if item.steps[-1].n != item.at(0).n:
+                caption += ", mean over layers"
             items.append(replace(item.mean, caption=caption, answer=item.answer, frame=index))
         drawn = draw.panels(picture, items, f"{question} ({i + 1}/{len(clip.frames)})".strip())
         height = round(drawn.height * GIF_WIDTH / drawn.width)
@@ -454,7 +456,7 @@ def _view(picture: Image.Image, item: Shown, index: int, width: str, images: dic
         drawn.append(
             f'<div class="view {_marks(step)} p{back}" {_range(step)} style="width: {width}; {shape}">'
             f'<svg viewBox="0 0 {plane.cols} {plane.rows}" preserveAspectRatio="none" role="img" '
-            f'aria-label="{item.method}: {step.n} of {item.tokens} tokens">'
+            f'aria-label="{html.escape(item.method)}: {step.n} of {item.tokens} tokens">'
             f'<path class="dropped" d="{_dropped(step.panel, index)}"/>'
             f'<path class="edges" d="{_edges(step.panel, index)}"/></svg></div>'
         )
