@@ -85,7 +85,7 @@ def test_default_methods_are_those_the_model_supports(folder):
     model, _ = load_all()["llava_next"].tiny()
     names = demo.supported(model)
     assert names == [name for name in demo.METHODS if name in names]
-    assert {"uniform", "random", "fastv", "downsample"} <= set(names)
+    assert {"divprune", "random", "fastv", "downsample"} <= set(names)
     with vtok.patch(model, names[0]):  # `supported` left nothing behind
         pass
 

@@ -23,7 +23,7 @@ from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.patching import available, patch
 from vtok.trace import Picture, Trace
 
-METHODS = ("globalcom2", "aim", "fastv", "pool", "uniform", "random", "downsample")
+METHODS = ("divprune", "globalcom2", "fastv", "aim", "pool", "random", "downsample")
 DENSE = "dense"
 TIMED_SECONDS = 10.0  # about how long the timed rounds may take together
 MAX_ROUNDS = 7
