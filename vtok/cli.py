@@ -190,8 +190,9 @@ def methods(
         {
             "method": name,
             "stage": about["stage"],
+            "needs": ", ".join(about["needs"]) or "-",
             "count": "by content" if about["adaptive"] else "fixed",
-            "reads text": "yes" if about["text_guided"] else "no",
+            "text": "read" if about["text_guided"] else "-",
             "weights": "own" if about["trained"] else "-",
             "paper": about["paper"],
         }
@@ -213,9 +214,9 @@ def methods(
         return
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name in facts[0]:
-        table.add_column(name)
+        table.add_column("arXiv" if name == "paper" else name, overflow="fold", no_wrap=name in ("method", "paper"))
     for row in facts:
-        table.add_row(*(row | {"paper": row["paper"].rpartition(", ")[2]}).values())  # of the paper its number
+        table.add_row(*(row | {"paper": row["paper"].rpartition("arXiv ")[2]}).values())  # of the paper its number
     say = functools.partial(Console().print, highlight=False, markup=False)
     say(table)
     for family, about in families.items():
@@ -280,6 +281,28 @@ def evaluate(
     for item in summary["refused"]:
         console.print(f"not run: {item['method']} at {item['budget']:g}: {item['reason']}", style="dim", markup=False)
     console.print(f"wrote {out / 'sweep.json'}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of results that `vtok eval --out` has filled.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write; its drawings go beside it as PNGs.")] = Path(
+        "report.html"
+    ),
+    gallery: Annotated[int, typer.Option(min=0, help="Pictures with kept tokens, at most; 0 runs no model.")] = 4,
+) -> None:
+    """Turn results of `vtok eval` into one self-contained HTML page."""
+    _drawing(required=True)
+    console = Console(stderr=True)
+    with console.status("writing the report"):
+        from transformers.utils import logging
+
+        from vtok.eval import report as work
+
+        logging.disable_progress_bar()
+        files = work.write(folder, out, gallery)
+    for file in files:
+        typer.echo(f"wrote {file}")
 
 
 @app.command()
