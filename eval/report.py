@@ -657,8 +657,8 @@ def _detail(results: Results) -> str:
         "<p>Many questions about a picture can be answered from a smaller one. After VTC-Bench, here are only "
         f"questions that the dense model gets right, divided by what <i>{FILTER}</i>, a smaller picture with the same "
         "budget, makes of them: <i>needs detail</i> where that is wrong, <i>easy</i> where it is right. The dense "
-        f"model has 100 % on both, {FILTER} 0 and 100 %, by construction; so this ranks methods, and does not tell how good "
-        "they are on all questions.</p><div class=pair>"
+        f"model has 100 % on both, {FILTER} 0 and 100 %, by construction; so this ranks methods, and does not tell how "
+        "good they are on all questions.</p><div class=pair>"
     ]
     for budget in results.budgets:
         found = filtered(results, budget)
