@@ -315,14 +315,20 @@ def bench(
     decoder: Annotated[str, typer.Option(help="Size of the random decoder: toy, small or 7b.")] = "small",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
+    kernels: Annotated[bool, typer.Option("--kernels", help="Each kernel alone over sizes instead.")] = False,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
     ] = False,
 ) -> None:
     """Measure prefill against the FLOP ratio, the cost of the patch itself, memory and selection time."""
-    from vtok.eval import bench as work
+    if kernels:
+        from vtok.eval import bench_kernels as alone
 
-    met = work.run(out, repetitions, seconds, threads, decoder, device, dtype, cpu_time)
+        met = alone.run(out, repetitions, threads, device, dtype)
+    else:
+        from vtok.eval import bench as work
+
+        met = work.run(out, repetitions, seconds, threads, decoder, device, dtype, cpu_time)
     if check and not met:
         raise typer.Exit(1)
 
