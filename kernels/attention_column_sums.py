@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vtok.kernels.attention_rows import softmax_rows
-from vtok.kernels.dispatch import dispatch
+from vtok.kernels.dispatch import dispatch, operation
 
 BLOCK = 64  # queries whose rows are in memory at a time in torch; in Triton none are
 
@@ -23,6 +23,7 @@ def attention_column_sums(
     return dispatch(softmax_column_sums, backend, query, key, rows, scaling, valid)
 
 
+@operation(lambda query, key, rows, scaling, valid: key.new_empty(valid.shape, dtype=torch.float32))
 def softmax_column_sums(query: Tensor, key: Tensor, rows: Tensor, scaling: float, valid: Tensor) -> Tensor:
     """`attention_column_sums` in plain torch."""
     total = torch.zeros(valid.shape, dtype=torch.float32, device=key.device)

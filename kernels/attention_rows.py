@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtok.kernels.dispatch import dispatch
+from vtok.kernels.dispatch import dispatch, operation
 
 
 def attention_rows(
@@ -21,6 +21,11 @@ def attention_rows(
     return dispatch(softmax_rows, backend, query, key, rows, scaling, valid)
 
 
+def _shapes(query: Tensor, key: Tensor, rows: Tensor, scaling: float, valid: Tensor) -> Tensor:
+    return key.new_empty(*query.shape[:2], rows.shape[1], key.shape[2], dtype=torch.float32)
+
+
+@operation(_shapes)
 def softmax_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, valid: Tensor) -> Tensor:
     """`attention_rows` in plain torch."""
     batch, heads, n_queries, width = query.shape

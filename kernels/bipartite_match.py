@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtok.kernels.dispatch import dispatch
+from vtok.kernels.dispatch import dispatch, operation
 
 BLOCK = 2048  # rows of the similarity matrix that exist at once in torch; in Triton none do
 
@@ -28,6 +28,12 @@ def bipartite_match(metric: Tensor, r: int, protected: int = 0, backend: str = "
     return 2 * (source + skip_even), partner.gather(1, source)
 
 
+def _shapes(metric: Tensor, skip_even: int, skip_odd: int) -> tuple[Tensor, Tensor]:
+    value = metric.new_empty(metric.shape[0], (metric.shape[1] + 1) // 2 - skip_even, dtype=torch.float32)
+    return value, torch.empty_like(value, dtype=torch.long)
+
+
+@operation(_shapes)
 def best_partners(metric: Tensor, skip_even: int, skip_odd: int) -> tuple[Tensor, Tensor]:
     """Of each even token [B, a] the highest cosine with an odd one, and that one's index among the t tokens.
 

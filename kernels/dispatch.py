@@ -1,4 +1,8 @@
-"""Which version of an operation runs: the torch one, or the Triton one in the file beside it."""
+"""Which version of an operation runs: the torch one, or the Triton one in the file beside it.
+
+Each torch twin is also an operation of torch.library, `torch.ops.vtok.<its name>`, of which the compiler sees nothing
+but the shapes: so compiled code, too, calls the Triton kernel on a card. Elsewhere it fuses the twin, which it sees.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,40 @@ SWITCH = "VTOK_KERNELS"  # environment variable; "torch" turns every Triton kern
 _broken: set[str] = set()  # Triton modules that this machine could not run, not to be tried again
 
 
+def operation(shapes: Callable) -> Callable[[Callable], Callable]:
+    """Decorator of a twin: register it with torch.library as `vtok::<its name>`.
+
+    shapes: called with the twin's arguments, gives empty tensors like its results, for tracing. The twin's annotations
+    are the operation's schema; no result may share memory with an argument.
+    """
+
+    def register(twin: Callable) -> Callable:
+        @functools.wraps(twin)
+        def run(*args):
+            return dispatch(twin, "auto", *args)
+
+        twin.operation = torch.library.custom_op(f"vtok::{twin.__name__}", run, mutates_args=())
+        twin.operation.register_fake(shapes)
+        return twin
+
+    return register
+
+
 def dispatch(twin: Callable[..., Tensor], backend: str, *args):
     """`twin(*args)`, or what the function of the same name in `<module of twin>_triton` gives for these arguments.
 
     backend: "torch" is `twin`. "triton" is its Triton version, or the error that says why it cannot be had. "auto" is
     Triton for CUDA tensors if nothing speaks against it, and else `twin`. What a user would want to know of is logged
     once: no Triton, an old card, a kernel that does not compile. Not logged is what is meant to be so: other devices,
-    `VTOK_KERNELS=torch`, gradients through inputs, and `torch.compile`, which sees through the twin and fuses it.
+    `VTOK_KERNELS=torch`, gradients through inputs.
     """
     if backend not in BACKENDS:
         raise InvalidValue(f"backend must be one of {BACKENDS}, got {backend!r}")
     tensors = [a for a in args if isinstance(a, Tensor)]
     if backend == "torch" or (backend == "auto" and not _automatic(tensors)):
         return twin(*args)
+    if backend == "auto" and torch.compiler.is_compiling():
+        return twin.operation(*args)
     name = f"{twin.__module__}_triton"
     problem = obstacle(tensors)
     if problem is None and (backend == "triton" or name not in _broken):
@@ -53,9 +78,9 @@ def dispatch(twin: Callable[..., Tensor], backend: str, *args):
 
 def _automatic(tensors: list[Tensor]) -> bool:
     """Whether "auto" thinks of Triton at all."""
-    if not _on_cuda(tensors) or torch.compiler.is_compiling() or _switched_off():
+    if not _on_cuda(tensors) or _switched_off() or _differentiated(tensors):
         return False
-    return not _interpreted() and not _differentiated(tensors)  # the interpreter is for tests, and slow
+    return not _interpreted()  # the interpreter is for tests, and slow
 
 
 def obstacle(tensors: list[Tensor]) -> VtokError | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue
-from vtok.kernels.dispatch import dispatch
+from vtok.kernels.dispatch import dispatch, operation
 
 CACHE = 2**26  # similarities (256 MiB) that may exist at once; sets how many pictures go together
 BLOCK = 1024  # rows of the similarity matrix that are made at once where all would be too many
@@ -62,6 +62,7 @@ def _pick(unit: Tensor, k: int, backend: str) -> Tensor:
     return dispatch(greedy_picks, backend, rows, first, k) if block == n else _greedy(row, first, k)
 
 
+@operation(lambda similarity, first, k: first.new_empty(len(first), k))
 def greedy_picks(similarity: Tensor, first: Tensor, k: int) -> Tensor:
     """[B, k] `first` and the picks after it, from all similarities [B, N, N], which are -inf on the diagonal."""
     picture = torch.arange(len(first), device=first.device)

@@ -1,5 +1,6 @@
 """Triton kernels: which version of a kernel runs, and the kernels themselves in `triton_cases.py`."""
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -165,12 +166,36 @@ def test_memory_that_runs_out_is_no_reason_to_fall_back(card):
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
-def test_compiled_code_takes_the_twin_without_a_break(card, monkeypatch, on_cuda):
-    monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: on_cuda)
-    for call in calls().values():
-        compiled = torch.compile(call, fullgraph=True, backend="eager")()
-        for a, b in zip(compiled, call(backend="torch")):
-            assert torch.equal(a, b)
+@pytest.mark.parametrize("kernel", calls())
+def test_compiled_code_has_no_break(kernel, card, monkeypatch, on_cuda):
+    """On a CPU the compiler sees through the twin, on a card it sees one operation of torch.library."""
+    call, graphs = calls()[kernel], []
+    expected = call(backend="torch")
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: on_cuda and torch.compiler.is_compiling())
+    for a, b in zip(torch.compile(call, fullgraph=True, backend=keep)(), expected):
+        assert torch.equal(a, b)
+    opaque = [node for graph in graphs for node in graph.graph.nodes if "vtok" in str(node.target)]
+    assert len(opaque) == on_cuda
+
+
+@pytest.mark.parametrize("kernel", calls())
+def test_operations_of_torch_library(kernel, monkeypatch):
+    """Schema, shapes without values, and tracing of each twin's operation, on the arguments that its kernel makes."""
+    seen = []
+    monkeypatch.setattr(
+        importlib.import_module(f"vtok.kernels.{kernel}"),
+        "dispatch",
+        lambda twin, backend, *args: seen.append((twin, args)) or twin(*args),
+    )
+    calls()[kernel]()
+    for twin, args in seen:
+        torch.library.opcheck(twin.operation, args)
+    assert seen
 
 
 def test_using_kernels_on_a_cpu_imports_no_triton():

@@ -125,6 +125,7 @@ class Patch:
         self._core = weakref.ref(core)
         self._handles: list[Any] = []
         self._methods: list[tuple[weakref.ref[nn.Module], str]] = []
+        self._compiled = False
         flash = "flash" in (language_model.config._attn_implementation or "")
         llm = any(part.stage in ("llm", "decode") and not part.is_identity for part in parts)
         watches_layers = llm or ((flash or adapter.late) and not all(part.is_identity for part in parts))
@@ -156,9 +157,9 @@ class Patch:
         hook(language_model.register_forward_hook, engine.after_language_model)
         if watches_layers:
             for i, layer in enumerate(adapter.layers(language_model)):
-                hook(layer.register_forward_pre_hook, functools.partial(engine.before_layer, i))
+                hook(layer.register_forward_pre_hook, functools.partial(engine.before_layer, i), traced=True)
                 if i in engine.ffn_layers:
-                    hook(layer.self_attn.register_forward_pre_hook, engine.before_attention)
+                    hook(layer.self_attn.register_forward_pre_hook, engine.before_attention, traced=True)
                     self._stand_in(layer.mlp, "forward", _feed_forward(engine, i, layer.mlp))
         for key, (module, read) in probes.items():
             hook(module.register_forward_hook, functools.partial(engine.in_encoder, key, read))
@@ -172,8 +173,11 @@ class Patch:
             self._release.atexit = False
         _PATCHES[core] = self
 
-    def _hook(self, register: Any, function: Any, *, with_kwargs: bool = True, **options: Any) -> None:
-        self._handles.append(register(_Seam(function), with_kwargs=with_kwargs, **options))
+    def _hook(
+        self, register: Any, function: Any, *, traced: bool = False, with_kwargs: bool = True, **options: Any
+    ) -> None:
+        seam = (_Seam if traced else _Closed)(function)
+        self._handles.append(register(seam, with_kwargs=with_kwargs, **options))
 
     def _stand_in(self, module: nn.Module, name: str, function: Any) -> None:
         """Let `function` be a method of this very module, until `remove`. It holds what was so before in `previous`."""
@@ -187,6 +191,34 @@ class Patch:
         if self._engine.trace is None:
             raise PatchStateError("Nothing to report yet: run the patched model on a picture first.")
         return self._engine.trace
+
+    def compile(self, **options: Any) -> None:
+        """Compile the language model with what the patch does in its layers, as one graph, until `remove()`.
+
+        options: of `torch.compile`; `fullgraph` is True unless given. What the patch does around the language model
+        (selection before it, compaction, restoring) stays outside of the graph. With a fixed count its shapes follow
+        from the picture's size alone, so that another picture of this size compiles nothing anew.
+        Times of selection within the language model are not measured then. Raises `Unsupported` for compressors in
+        the language model whose count depends on the content, and for those of the "decode" stage.
+        """
+        core = self._core()
+        if not self.active:
+            raise PatchStateError("This patch was removed: there is nothing of it to compile.")
+        if self._compiled or any(module._compiled_call_impl is not None for module in core.modules()):
+            raise PatchStateError("This model is compiled already. Remove the patch, and begin again.")
+        for part in self.compressors:
+            if not part.is_identity and (part.stage == "decode" or (part.stage == "llm" and part.adaptive)):
+                raise Unsupported(
+                    f"{part.name} makes shapes of what it finds in the picture, which cannot be compiled."
+                )
+        compiled = torch.compile(core.language_model.forward, **{"fullgraph": True, **options})
+
+        @functools.wraps(type(core.language_model).forward)
+        def forward(language_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return compiled(*args, **kwargs)
+
+        self._stand_in(core.language_model, "forward", forward)
+        self._compiled = True
 
     @property
     def active(self) -> bool:
@@ -246,6 +278,10 @@ class VitPatch(Patch):
             raise PatchStateError("Nothing to report: run the patched model on a picture first.")
         return self._blocks.trace()
 
+    def compile(self, **options: Any) -> None:
+        """Raises `Unsupported`: there is no language model to compile apart."""
+        raise Unsupported("A vision transformer alone is compiled whole: torch.compile(model), after vtok.patch.")
+
 
 def _patch_vit(model: nn.Module, method: Any, budget: float | None, options: dict, no_vlm: Unsupported) -> VitPatch:
     found = None if method is None else vits.find(model)
@@ -272,18 +308,24 @@ def _blocks(compressor: Compressor, vit: nn.Module, family: vits.Vit, depth: int
 
 
 class _Seam:
-    """A hook. The compiler does not trace it, since what it decides differs from forward to forward; and it cannot be
-    copied, since a copied model's hooks would belong to the original."""
+    """A hook. It cannot be copied, since a copied model's hooks would belong to the original."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    @torch.compiler.disable
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
     def __deepcopy__(self, memo: dict) -> _Seam:
         raise PatchStateError("A patched model cannot be copied: unpatch it, copy it, then patch both.")
+
+
+class _Closed(_Seam):
+    """A hook that the compiler does not trace, since what it decides differs from forward to forward."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 def _encoder_method(engine: Engine, core_class: type, name: str, modality: str) -> Any:

@@ -18,7 +18,8 @@ from vtok.sequence import OTHER_PATCH, CompressedCache, Rows, causal_mask, gathe
 
 
 class Stopwatch:
-    """Seconds spent in `with` blocks, on the device's clock, read without waiting until asked."""
+    """Seconds spent in `with` blocks, on the device's clock, read without waiting until asked. Compiled code, in which
+    a clock cannot be read, adds none."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -32,10 +33,12 @@ class Stopwatch:
         return event
 
     def __enter__(self) -> None:
-        self.start = self._now()
+        if not torch.compiler.is_compiling():
+            self.start = self._now()
 
     def __exit__(self, *exc: Any) -> None:
-        self.laps.append((self.start, self._now()))
+        if not torch.compiler.is_compiling():
+            self.laps.append((self.start, self._now()))
 
     def seconds(self) -> float:
         if not self.cuda:
@@ -92,7 +95,6 @@ class Stream:
         starts = self.rows if self.rows else self.cache.valid
         return max(start for start in starts if start <= layer)
 
-    @torch.compiler.disable
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """Score the keys of a layer of the schedule; called from inside its attention, once."""
         if layer not in self.schedule or layer in self.idle or layer in self.scores:
@@ -113,7 +115,6 @@ class Stream:
             score = self.compressor.score(Attention(query.detach(), key.detach(), *told))
             self.scores[layer] = score[:, past:].float()
 
-    @torch.compiler.disable
     def feed_forward(self, layer: int, mlp: nn.Module, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
         """The output of a layer's FFN for x [B, L, D]; `dense` is its own forward. The activations of the prompt are
         shown to compressors; what comes behind it goes through the core alone."""

@@ -1,0 +1,150 @@
+"""`Patch.compile` and `torch.compile`: equal results, no graph break of ours, nothing recompiled for new pictures."""
+
+import pytest
+import torch
+from contract import FAMILIES, batch, picture, tiny
+from test_undo import snapshot
+from torch._dynamo.utils import counters
+
+import vtok
+from vtok.errors import PatchStateError, Unsupported
+
+PROMPT = "a # What colour?"
+KNOWN = vtok.available()["compressors"]
+NOT_COMPILED = {"core_tokens", "core_neurons", "corematching"}
+METHODS = [
+    name
+    for name, facts in KNOWN.items()
+    if "llava_next" in facts["families"] and not facts["trained"] and name not in NOT_COMPILED
+]
+OPTIONS = {"aim_prune": {"start": 1, "end": 3}, "aim": {"start": 1, "end": 3}, "schedule": {}}
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def patched(model, name):
+    facts, options = KNOWN[name], OPTIONS.get(name)
+    return vtok.patch(model, name, **({"keep": 0.5} if options is None else options)), facts
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llava_next", method) for method in METHODS]
+    + [(family, method) for family in FAMILIES for method in ("uniform", "fastv") if family != "llava_next"],
+)
+def test_one_graph_for_all_pictures_of_a_size(family, method):
+    model, processor = tiny(family)
+    pictures = [batch(processor, [PROMPT], [picture(112, 112, seed)]) for seed in range(3)]
+    patch, _ = patched(model, method)
+    eager, traces = [], []
+    for inputs in pictures:
+        eager.append(run(model, inputs))
+        traces.append(patch.trace)
+    patch.compile(backend="eager")
+    assert torch.equal(run(model, pictures[0]), run(model, pictures[0]))
+    graphs = counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for inputs, expected, trace in zip(pictures, eager, traces):
+            torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=1e-5)
+            for layer in (0, 3):
+                assert all(map(torch.equal, patch.trace.positions_at(layer), trace.positions_at(layer)))
+    assert graphs == counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    patch.remove()
+
+
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_generate(family, method):
+    """Prefill and decoding, and then another picture of the same size with nothing compiled anew."""
+    model, processor = tiny(family)
+    first, second = (batch(processor, [PROMPT], [picture(112, 112, seed)]) for seed in (0, 1))
+    wide = batch(processor, [PROMPT, "# b"], [picture(56, 140), picture(112, 56)])
+    generate = lambda inputs: model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    with vtok.patch(model, method, keep=0.5) as patch:
+        expected = [generate(inputs) for inputs in (first, second, wide)]
+        patch.compile(backend="eager")
+        assert torch.equal(generate(first), expected[0])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(generate(second), expected[1])
+        assert torch.equal(generate(wide), expected[2])
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("method", ["pool", "fastv"])
+def test_gradients(method):
+    model, processor = tiny("llava")
+    inputs = batch(processor, [PROMPT], [picture(112, 112)])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    losses, gradients = [], []
+    with vtok.patch(model, method, keep=0.5) as patch:
+        for compiled in (False, True):
+            if compiled:
+                patch.compile(backend="aot_eager")
+            model.zero_grad()
+            loss = model(**inputs, labels=labels).loss
+            loss.backward()
+            losses.append(loss.detach())
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_inductor():
+    """The compiler that users get."""
+    model, processor = tiny("llava")
+    pictures = [batch(processor, [PROMPT], [picture(112, 112, seed)]) for seed in range(2)]
+    with vtok.patch(model, "fastv", keep=0.5) as patch:
+        expected = [run(model, inputs) for inputs in pictures]
+        patch.compile()
+        run(model, pictures[0])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for inputs, logits in zip(pictures, expected):
+                torch.testing.assert_close(run(model, inputs), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_whole_model():
+    """`torch.compile(model)`: transformers' own forwards break, ours only around the language model, never in it."""
+    found = {}
+    for method in ("uniform", "fastv"):
+        model, processor = tiny("llava")
+        first, second = (batch(processor, [PROMPT], [picture(112, 112, seed)]) for seed in (0, 1))
+        with vtok.patch(model, method, keep=0.5):
+            expected = run(model, second)
+            torch._dynamo.reset()
+            counters.clear()
+            compiled = torch.compile(model, backend="eager")
+            run(compiled, first)
+            found[method] = sum(counters["graph_break"].values())
+            with torch.compiler.set_stance("fail_on_recompile"):
+                torch.testing.assert_close(run(compiled, second), expected, atol=1e-5, rtol=1e-5)
+    assert found["fastv"] == found["uniform"]
+
+
+def test_undo_and_refusals():
+    model, processor = tiny("llava")
+    inputs = batch(processor, [PROMPT], [picture(112, 112)])
+    dense, before = run(model, inputs), snapshot(model)
+    patch = vtok.patch(model, "uniform", keep=0.5)
+    patch.compile(backend="eager")
+    run(model, inputs)
+    with pytest.raises(PatchStateError, match="compiled already"):
+        patch.compile()
+    patch.remove()
+    assert snapshot(model) == before
+    assert torch.equal(run(model, inputs), dense)
+    with pytest.raises(PatchStateError, match="was removed"):
+        patch.compile()
+    for method in sorted(NOT_COMPILED):
+        with vtok.patch(model, method) as patch, pytest.raises(Unsupported, match="cannot be compiled"):
+            patch.compile()
