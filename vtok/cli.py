@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import vtok
 from vtok.errors import InvalidValue, VtokError
+from vtok.eval.tasks_cli import app as tasks_app
 from vtok.search.cli import app as search_app
 from vtok.zoo.cli import app as zoo_app
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(search_app, name="search")
+app.add_typer(tasks_app, name="tasks")
 
 
 def _version(wanted: bool) -> None:
