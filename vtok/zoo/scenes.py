@@ -97,8 +97,8 @@ def generate(split: str, seed: int, index: int) -> Scene:
     layout = index % len(LAYOUTS)
     width, height = LAYOUTS[layout]
     photo = int(rng.integers(len(sources.PHOTOS[split])))
-    image = _background(rng, sources.photos(split)[photo], width, height)
-    spots = _Spots(rng, width, height)
+    image = background(rng, sources.photos(split)[photo], width, height)
+    spots = Spots(rng, width, height)
     things: list[Thing] = []
     if rng.random() < 0.65:
         _plot(rng, split, image, spots, things)
@@ -113,7 +113,7 @@ def generate(split: str, seed: int, index: int) -> Scene:
 # ------------------------------------------------------------------------------------------------- drawing
 
 
-class _Spots:
+class Spots:
     """Free places on the canvas, found by trial."""
 
     def __init__(self, rng, width, height):
@@ -140,7 +140,7 @@ class _Spots:
         return None
 
 
-def _background(rng, photo, width, height):
+def background(rng, photo, width, height):
     scale = rng.uniform(1, min(4, photo.width / width, photo.height / height))
     w, h = width * scale, height * scale
     x, y = rng.uniform(0, photo.width - w), rng.uniform(0, photo.height - h)
@@ -149,7 +149,7 @@ def _background(rng, photo, width, height):
     return ImageEnhance.Brightness(image).enhance(rng.uniform(0.7, 1.1))
 
 
-def _outline(shape, turn):
+def outline(shape, turn):
     """Corners of a shape in the unit square, float [N, 2]; `turn` in radians."""
     if shape == "square":
         angles, radii = np.arange(4) * math.pi / 2 + math.pi / 4, 0.62
@@ -188,7 +188,7 @@ def _shapes(rng, image, spots, things):
         if kind == "circle":
             pen.ellipse((1, 1, size * zoom - 2, size * zoom - 2), fill=fill, outline=edge, width=zoom)
         else:
-            points = _outline(kind, rng.uniform(-0.15, 0.15)) * (size * zoom - 3) + 1
+            points = outline(kind, rng.uniform(-0.15, 0.15)) * (size * zoom - 3) + 1
             pen.polygon([tuple(p) for p in points.tolist()], fill=fill, outline=edge, width=zoom)
         image.paste(tile.resize((size, size), Image.Resampling.BOX), spot)
         things.append(Thing("shape", kind, colour, (*spot, spot[0] + size, spot[1] + size)))
