@@ -38,7 +38,7 @@ from vtok import zoo
 from vtok.demo import open_picture
 from vtok.errors import InvalidValue, UnknownName, Unsupported, VtokError
 from vtok.eval import lmms_plan
-from vtok.eval.bench import peak_memory
+from vtok.eval.machine import peak_memory
 from vtok.eval.video import Sampling, open_clip
 from vtok.patching import Patch
 from vtok.show import Clip
@@ -186,9 +186,10 @@ class _Vtok(lmms):
             raise SystemExit(f"vtok: {' '.join(str(reason).split())}") from error
 
     def compress(self, compressor: str | None = None, **options: Any) -> Patch | None:
-        """Another compressor on the same model, for the runs from now on; arguments as in the constructor, "none" for
-        the dense model. A mistake leaves the model as it was."""
+        """Another compressor on the same model, for the runs from now on, which are counted anew; arguments as in the
+        constructor, "none" for the dense model. A mistake leaves the model as it was."""
         plan = lmms_plan.plan(compressor, **options)
+        self._totals, self._peak = Counter(), None
         before, self.patch = self.patch, None
         if before is not None:
             before.remove()

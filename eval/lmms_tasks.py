@@ -3,9 +3,9 @@
     vtok tasks export DIR
     lmms-eval --model vtok --model_args pretrained=PATH --include_path DIR --tasks vtok_offline
 
-Each task is one of generation, `vtok_NAME`, scored by exact match over all questions (`acc`) and by category
-(`acc_CATEGORY`). A task with yes-or-no questions has a form for log-likelihoods of these too, `vtok_NAME_yes_no`, which
-takes a simple model. The groups are `vtok_offline` and `vtok_yes_no`.
+Each task is one of generation, `vtok_NAME`, scored by exact match over all questions (`acc`) and over those of each
+category (a metric of its name). A task with yes-or-no questions has a form for log-likelihoods of these too,
+`vtok_NAME_yes_no`, which takes a simple model. The groups are `vtok_offline` and `vtok_yes_no`.
 """
 
 from __future__ import annotations
@@ -63,16 +63,21 @@ def functions(task: Task, see: Callable[[dict], list[Image.Image]]) -> dict[str,
         seen = [v if isinstance(v, dict) else {"type": "image", "url": v} for v in doc_to_visual(doc)]
         return [{"role": "user", "content": [*seen, {"type": "text", "text": doc["question"]}]}]
 
-    def process_results(doc: dict, results: list[Any]) -> dict[str, float]:
+    def process_results(doc: dict, results: list[Any]) -> dict[str, float | None]:
         hit = float(task.score(doc["answer"], results[0]))
-        return {"acc": hit, metric(doc["category"]): hit}
+        # a value for every metric: lmms-eval takes the length of any of them for the task's size
+        by_category = {_metric(c): hit if c == doc["category"] else None for c in task.categories}
+        return {"acc": hit, **by_category}
 
-    return {f.__name__: f for f in (doc_to_visual, doc_to_messages, process_results)}
+    def mean_of_asked(values: list[float | None]) -> float:
+        asked = [value for value in values if value is not None]
+        return sum(asked) / len(asked) if asked else float("nan")
+
+    return {f.__name__: f for f in (doc_to_visual, doc_to_messages, process_results, mean_of_asked)}
 
 
-def metric(category: str) -> str:
-    """The name of a category's accuracy."""
-    return f"acc_{category.replace(' ', '_')}"
+def _metric(category: str) -> str:
+    return category.replace(" ", "_")
 
 
 def exported(name: str, folder: Path) -> dict[str, Callable]:
@@ -90,7 +95,11 @@ def exported(name: str, folder: Path) -> dict[str, Callable]:
 
 def config(task: Task, made: dict[str, Any]) -> dict[str, Any]:
     """The form for generation, with the `functions` or what stands for them in a file."""
-    means = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in _metrics(task)]
+    made = dict(made)
+    better = {"higher_is_better": True}
+    means = [{"metric": "acc", "aggregation": "mean", **better}]
+    share = made.pop("mean_of_asked")
+    means += [{"metric": _metric(category), "aggregation": share, **better} for category in task.categories]
     return {
         "task": f"vtok_{task.name}",
         "test_split": "test",
@@ -119,10 +128,6 @@ def yes_no_config(task: Task, made: dict[str, Any]) -> dict[str, Any]:
         "metadata": {"version": task.version},
         "doc_to_visual": made["doc_to_visual"],
     }
-
-
-def _metrics(task: Task) -> list[str]:
-    return ["acc", *map(metric, task.categories)]
 
 
 def _items(task: Task, count: int | None) -> list[Item]:
@@ -190,11 +195,11 @@ def export(
     The paths in them are absolute, since lmms-eval reads them from where it is started: export again after a move.
     """
     folder = Path(folder).resolve()
-    made = {name: _Function(f"utils.{name}") for name in ("doc_to_visual", "doc_to_messages", "process_results")}
     groups: dict[str, list[str]] = {GROUP: [], YES_NO: []}
     for name in tasks() if names is None else names:
         task = get(name)
         progress(name)
+        made = {name: _Function(f"utils.{name}") for name in functions(task, lambda doc: [])}
         place = folder / f"vtok_{name}"
         (place / "pictures").mkdir(parents=True, exist_ok=True)
         items = _items(task, count)
