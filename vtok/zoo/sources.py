@@ -45,7 +45,7 @@ POINTS = 24  # samples of one plotted curve
 FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf")
 
 
-def _wheel_file(name: str) -> Path:
+def wheel_file(name: str) -> Path:
     """Path of a data file inside an installed package, without importing the package."""
     package, rest = name.split("/", 1)
     spec = find_spec(package)
@@ -64,7 +64,7 @@ def photos(split: str) -> tuple[Image.Image, ...]:
     """RGB photos of a split, the long side cut to 640 pixels."""
     images = []
     for name in PHOTOS[split]:
-        with Image.open(_wheel_file(name)) as image:
+        with Image.open(wheel_file(name)) as image:
             image = image.convert("RGB")
             image.thumbnail((640, 640))
             images.append(image)
@@ -74,7 +74,7 @@ def photos(split: str) -> tuple[Image.Image, ...]:
 @cache
 def digits(split: str) -> dict[int, np.ndarray]:
     """Handwritten digits of a split: label -> uint8 ink [N, 8, 8], 0 = paper, 255 = full ink."""
-    rows = np.loadtxt(_wheel_file("sklearn/datasets/data/digits.csv.gz"), delimiter=",")
+    rows = np.loadtxt(wheel_file("sklearn/datasets/data/digits.csv.gz"), delimiter=",")
     mine = np.array([split_of(i) == split for i in range(len(rows))])
     ink, label = (rows[mine, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8), rows[mine, 64].astype(int)
     return {d: ink[label == d] for d in range(10)}
@@ -86,7 +86,7 @@ def series(split: str) -> tuple[np.ndarray, ...]:
     rows = []
     for name in SERIES:
         for part in ("TRAIN", "TEST"):
-            text = _wheel_file(f"aeon/datasets/data/{name}/{name}_{part}.ts").read_text()
+            text = wheel_file(f"aeon/datasets/data/{name}/{name}_{part}.ts").read_text()
             body = text.lower().split("@data", 1)[1].split()
             rows += [np.array(line.split(":")[0].split(","), dtype=float) for line in body]
     owner: dict[bytes, str] = {}  # UCR repeats some series: copies belong together, to train if one of them does
@@ -132,4 +132,4 @@ def curves(split: str) -> dict[str, np.ndarray]:
 
 @cache
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_wheel_file(f"matplotlib/mpl-data/fonts/ttf/{name}")), size)
+    return ImageFont.truetype(str(wheel_file(f"matplotlib/mpl-data/fonts/ttf/{name}")), size)
