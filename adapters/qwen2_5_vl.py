@@ -18,6 +18,7 @@ class Qwen25VLAdapter(Adapter):
     model_types = ("qwen2_5_vl",)
     provides = frozenset({"attention"}) | OF_PATCHES
     encoders = {"image": "get_image_features", "video": "get_video_features"}
+    projector = "visual.merger"
 
     def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         merge = core.config.vision_config.spatial_merge_size

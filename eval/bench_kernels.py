@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vtok.eval.bench import machine
+from vtok.eval.machine import describe
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import bipartite_match
@@ -100,7 +100,7 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     console = Console()
-    about = machine(device, dtype)
+    about = describe(device, dtype)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False, markup=False)
     with console.status("measuring"):
         rows = measure(sizes, device, getattr(torch, dtype), repetitions)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue, UnknownName, VtokError
-from vtok.eval.bench import machine
+from vtok.eval.machine import describe
 from vtok.patching import patch
 from vtok.zoo import evaluate, scenes
 
@@ -150,7 +150,7 @@ def run(
         for cell in wanted:
             bar.update(whole, description=f"{cell.method} at {cell.budget:g}")
             run_cell(model, processor, cell, count, out / cell.file, lambda: bar.advance(whole))
-    summary = {"about": about | {"scenes": count, "machine": machine(model.device.type, about["dtype"])}}
+    summary = {"about": about | {"scenes": count, "machine": describe(model.device.type, about["dtype"])}}
     summary["cells"] = summarise({cell: read(out / cell.file) for cell in wanted}, count)
     summary["refused"] = [{"method": c.method, "budget": c.budget, "reason": why} for c, why in refused.items()]
     (out / "sweep.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -91,6 +91,12 @@ def test_prefill_and_decode_against_flop_counter(llama):
     assert counter.get_total_flops() == formula
 
 
+def test_a_causal_prefill_costs_what_its_tokens_cost_one_by_one():
+    steps = [decode_flops(QWEN2_7B, [cached] * QWEN2_7B.layers) for cached in range(50)]
+    heads = 49 * QWEN2_7B.hidden * QWEN2_7B.vocab  # a prefill needs that of its last token alone
+    assert prefill_flops(QWEN2_7B, [50] * QWEN2_7B.layers, causal=True) == sum(steps) - heads
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_bytes_of_a_real_cache(llama, dtype):

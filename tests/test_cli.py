@@ -243,18 +243,44 @@ def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
     from vtok.eval import bench
 
     file = tmp_path / "bench.json"
-    monkeypatch.setattr(bench, "IDEAL_BAR", 0.0)
-    monkeypatch.setattr(bench, "OVERHEAD_BAR", 1e9)
-    words = ["bench", "--decoder", "toy", "--repetitions", "1", "--out", str(file)]
-    result = CliRunner().invoke(cli.app, words, env={"COLUMNS": str(WIDTH)})
+    monkeypatch.setattr(bench, "LARGE", 100)
+    for bar in ("SELECTION_BAR", "OVERHEAD_BAR", "DECODE_BAR"):
+        monkeypatch.setattr(bench, bar, 1e9)
+    monkeypatch.setattr(bench, "IDEAL_BARS", {"pre_llm": 0.0})
+    monkeypatch.setattr(bench.machine, "peak_memory", lambda device, work: (None, work()))
+    words = ["bench", "--workload", "toy", "--methods", "uniform,fastv,schedule", "--keep", "0.25,0.1", "--decode", "2"]
+    words += ["--repetitions", "1", "--out", str(file)]
+    result = CliRunner().invoke(cli.app, [*words, "--check"], env={"COLUMNS": str(WIDTH)})
     assert result.exit_code == 0, result.output
-    assert max(len(line) for line in result.output.split("\n") if str(file) not in line) <= WIDTH
+    assert max(len(line.rstrip()) for line in result.output.split("\n") if str(tmp_path) not in line) <= WIDTH
+    assert "not run: schedule 0.1. A mean keep of 0.1 cannot be met" in result.output
     stored = json.loads(file.read_text())
     assert [r["visual_tokens"] for r in stored["results"]] == [36, 5 * 36]
     assert stored["machine"]["command"] and stored["machine"]["commit"]
     for measured in stored["results"]:
+        assert (tmp_path / f"bench-{measured['visual_tokens']}.png").stat().st_size > 10_000
+        names = ["dense", "keep=1.0", "uniform 0.25", "uniform 0.1", "fastv 0.25", "fastv 0.1", "schedule 0.25"]
+        assert list(measured["variants"]) == names
         for row in measured["variants"].values():
             assert row["kv_bytes"] == row["kv_bytes_formula"] > 0
-        assert measured["variants"]["uniform"]["ideal_speedup"] > 1
+            phases = ("encoder", "projector", "prefill", "decode", "first_decode")
+            assert all(row[f"{phase}_seconds"]["min"] > 0 for phase in phases)
+        assert measured["variants"]["uniform 0.25"]["ideal_speedup"] > 1
     monkeypatch.setattr(bench, "OVERHEAD_BAR", -1e9)
     assert CliRunner().invoke(cli.app, [*words, "--check"]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--workload", "big"], "No workload 'big'; there are: small, smollm2, "),
+        (["--workload", "toy", "--tokens", "37"], "toy has no picture of 37 tokens; it has: 36, 180."),
+        (["--workload", "toy", "--tokens", "many"], "--tokens is comma-separated numbers, not 'many'."),
+        (["--workload", "toy", "--keep", "1"], "To keep 1 is nothing to measure"),
+        (["--workload", "toy", "--methods", "fastv,slow"], "slow cannot be measured on llava; there are: "),
+    ],
+)
+def test_what_the_benchmark_refuses(words, says):
+    result = CliRunner().invoke(cli.app, ["bench", *words])
+    lines = [line for line in result.output.strip().split("\n") if line.startswith("vtok: ")]
+    one_line_error(result.exit_code, "\n".join(lines), says)

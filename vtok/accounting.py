@@ -151,14 +151,16 @@ class VisionShape:
         raise Unsupported(f"FLOPs of the vision tower {kind!r} cannot be counted.")
 
 
-def layer_flops(shape: TextShape, n: int) -> int:
-    """Operations of one decoder layer in a prefill of `n` tokens, all n^2 scores counted."""
-    return _layer(shape, n, n * n)
+def layer_flops(shape: TextShape, n: int, causal: bool = False) -> int:
+    """Operations of one decoder layer in a prefill of `n` tokens: all n^2 scores counted, as published tables do, or
+    where `causal` those alone that a token sees, which is what causal kernels compute."""
+    return _layer(shape, n, n * (n + 1) // 2 if causal else n * n)
 
 
-def prefill_flops(shape: TextShape, counts: Sequence[int]) -> int:
-    """Operations of one sample's prefill. `counts`: tokens that enter each of the decoder's layers."""
-    return sum(layer_flops(shape, n) for n in _checked(shape, counts)) + shape.hidden * shape.vocab
+def prefill_flops(shape: TextShape, counts: Sequence[int], causal: bool = False) -> int:
+    """Operations of one sample's prefill. `counts`: tokens that enter each of the decoder's layers. `causal`: see
+    `layer_flops`."""
+    return sum(layer_flops(shape, n, causal) for n in _checked(shape, counts)) + shape.hidden * shape.vocab
 
 
 def decode_flops(shape: TextShape, cached_counts: Sequence[int], neurons: Mapping[int, int] | None = None) -> int:

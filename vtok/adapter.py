@@ -56,6 +56,7 @@ class Adapter(ABC):
     # model (vtok/ffn.py)
     provides: ClassVar[frozenset[str]] = frozenset({"attention"})
     encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}  # modality -> method of the core model
+    projector: ClassVar[str] = "multi_modal_projector"  # path in the core model of what maps features to embeddings
     late: ClassVar[bool] = False  # whether visual features also enter behind decoder layers, see `late_features`
     # What `patch` takes where no method is named: the best at a quarter of the tokens in the one table that there is
     # (model_cards/vtok-tiny-llava-next). A family that has been measured itself overrides it.

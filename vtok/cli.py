@@ -310,11 +310,18 @@ def report(
 @app.command()
 def bench(
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, with a plot of each picture beside it.")] = None,
+    workload: Annotated[
+        str, typer.Option(help="small, smollm2, llava-next-7b, qwen2.5-vl-3b, or a bundled model.")
+    ] = "small",
+    tokens: Annotated[str, typer.Option(help="Visual tokens, comma-separated; all pictures if left out.")] = "",
+    keep: Annotated[str, typer.Option(help="Fractions to keep, comma-separated.")] = "0.5,0.25,0.1",
+    methods: Annotated[str, typer.Option(help="Comma-separated; all if left out.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 1,
+    decode: Annotated[int, typer.Option(min=0, help="Tokens to decode after each prefill.")] = 8,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed runs of each variant, at most.")] = 9,
-    seconds: Annotated[float, typer.Option(help="Stop after so long, but not before 3 runs.")] = 150.0,
+    seconds: Annotated[float, typer.Option(help="Stop after so long a picture, but not before 3 runs.")] = 300.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
-    decoder: Annotated[str, typer.Option(help="Size of the random decoder: toy, small or 7b.")] = "small",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
     kernels: Annotated[bool, typer.Option("--kernels", help="Each kernel alone over sizes instead.")] = False,
@@ -322,7 +329,7 @@ def bench(
         bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
     ] = False,
 ) -> None:
-    """Measure prefill against the FLOP ratio, the cost of the patch itself, memory and selection time."""
+    """Measure every phase against the FLOP ratio, the cost of the patch itself, memory and decoding."""
     if kernels:
         from vtok.eval import bench_kernels as alone
 
@@ -330,9 +337,32 @@ def bench(
     else:
         from vtok.eval import bench as work
 
-        met = work.run(out, repetitions, seconds, threads, decoder, device, dtype, cpu_time)
+        if out is not None:
+            _drawing(required=True)
+        met = work.run(
+            workload,
+            _numbers(tokens, int, "--tokens") or None,
+            out,
+            _numbers(keep, float, "--keep"),
+            _names(methods) or None,
+            batch,
+            decode,
+            repetitions,
+            seconds,
+            threads,
+            device,
+            dtype,
+            cpu_time,
+        )
     if check and not met:
         raise typer.Exit(1)
+
+
+def _numbers(text: str, kind: type, option: str) -> list[Any]:
+    try:
+        return [kind(name) for name in _names(text)]
+    except ValueError:
+        raise InvalidValue(f"{option} is comma-separated numbers, not {text!r}.") from None
 
 
 def _names(text: str) -> list[str]:

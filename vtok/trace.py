@@ -188,9 +188,9 @@ class Trace:
                 per_layer[sample] += [n] * layers
         return {"dense": dense, "compressed": per_layer}
 
-    def flops(self) -> dict[str, dict[str, int]]:
+    def flops(self, causal: bool = False) -> dict[str, dict[str, int]]:
         """{"dense", "compressed"} -> {"encoder", "prefill", "decode"}: operations of the whole batch by formula
-        (`vtok.accounting`); "decode" is one step after the prefill."""
+        (`vtok.accounting`, where `causal` is explained); "decode" is one step after the prefill."""
         text, vision = self.shapes.text, self.shapes.vision
         small = [p.layout if self._encoder_stage is not None else p.dense for p in self.pictures]
         layouts = {"dense": self.layouts, "compressed": small}
@@ -202,7 +202,7 @@ class Trace:
                     (view for x in layouts[kind] for view in _views(x, vision.merge)),
                     self._merged_at if kind == "compressed" else None,
                 ),
-                "prefill": sum(prefill_flops(text, counts) for counts in samples),
+                "prefill": sum(prefill_flops(text, counts, causal) for counts in samples),
                 "decode": sum(decode_flops(text, counts, neurons[kind]) for counts in samples),
             }
             for kind, samples in self.counts().items()

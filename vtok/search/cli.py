@@ -62,7 +62,7 @@ def _open(
 
     from vtok import adapter
     from vtok.demo import load
-    from vtok.eval.bench import machine
+    from vtok.eval.machine import describe
     from vtok.eval.sweep import fingerprint
     from vtok.search import questions as work
     from vtok.search.evaluations import Evaluations
@@ -82,7 +82,7 @@ def _open(
         work.metric_of(metric, network, processor, work.validation(questions)),
         out / "trace.json",
         identity | {"metric": metric} | settings,
-        machine(network.device.type, dtype),
+        describe(network.device.type, dtype),
     )
     if known := len(evaluations.known):
         say(f"going on after {known} evaluations in {out / 'trace.json'}")

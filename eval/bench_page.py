@@ -1,0 +1,128 @@
+"""`vtok bench --page DIR`: what `vtok bench --out DIR/NAME.json` measured, as one page beside the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vtok.errors import InvalidValue
+from vtok.eval.bench import DENSE, IDENTITY, bars
+from vtok.zoo.tables import table
+
+HEAD = """# Speed
+
+Written by `vtok bench --page docs/speed` from the files in that folder; nothing here is typed by hand.
+
+*Speed-up* is dense over compressed time of the language model's prefill, medians, with selection and everything else
+that the patch does inside. *Ideal* is the ratio of the operations that causal attention needs (n (n + 1) / 2 scores of a
+prompt of n tokens; published tables count all n^2, which no dense run pays for). *Reached* is the one over the other; it
+passes 100 % where attention is slower per operation than matrix products are. *Selection* is within the prefill.
+*Token* is one decoded token, everything in `generate` included. *Peak* is how far memory rises in a prefill.
+"""
+NO_GPU = """
+## On a GPU
+
+Not measured: no GPU has been at hand, so there is no table. The commands are `vtok bench --workload llava-next-7b
+--device cuda --dtype bfloat16 --batch 1 --out docs/speed/llava-next-7b.json` (and `--batch 8`, and `--workload
+qwen2.5-vl-3b`), and `vtok bench --kernels --device cuda --dtype bfloat16 --out docs/speed/kernels-cuda.json`. The Triton
+kernels have been run in Triton's interpreter only, for their results and not for their speed.
+"""
+
+
+def write(folder: Path) -> Path:
+    """The page, DIR.md. Raises `InvalidValue` where the folder holds no results."""
+    runs = {file: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    if not runs:
+        raise InvalidValue(f"{folder} holds no results of vtok bench --out.")
+    parts = [HEAD]
+    for file, run in runs.items():
+        parts.append(_kernels(run) if "kernels" in run else _workload(file, run))
+    if not any(run["machine"]["device"].startswith("cuda") for run in runs.values()):
+        parts.append(NO_GPU)
+    page = folder.with_suffix(".md")
+    page.write_text("".join(parts))
+    return page
+
+
+def _about(run: dict[str, Any]) -> str:
+    about = run["machine"]
+    versions = f"{about['dtype']}, torch {about['torch']}, transformers {about['transformers']}"
+    return (
+        f"{about['machine']}, {about['threads']} threads, {versions}, commit {about['commit']}: `{about['command']}`."
+    )
+
+
+def _workload(file: Path, run: dict[str, Any]) -> str:
+    title = run["machine"]["workload"]
+    text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n"
+    for result in run["results"]:
+        picture = f"{file.parent.name}/{file.stem}-{result['visual_tokens']}.png"
+        dense = result["variants"][DENSE]
+        phases = [f"{name} {_ms(dense[f'{name}_seconds'])} ms" for name in ("encoder", "projector", "prefill")]
+        text += (
+            f"\n### {result['visual_tokens']:,} visual and {result['text_tokens']} other tokens\n\n"
+            f"Batch {result['batch']}, {result['rounds']} rounds, dense {', '.join(phases)}. At keep=1.0 hooks and trace "
+            f"take {result['overhead']:.2%} of a dense prefill.\n\n![Prefill time against kept tokens]({picture})\n\n"
+            f"{_table(result)}\n\n"
+        )
+        text += "".join(f"- {'Met' if met else '**Missed**'}: {sentence}.\n" for met, sentence in bars(result))
+        text += "".join(f"- Not run: {name}. {reason}\n" for name, reason in result["refused"].items())
+    return text
+
+
+def _table(result: dict[str, Any]) -> str:
+    head = [
+        "variant",
+        "mean keep",
+        "prefill ms",
+        "least to most",
+        "speed-up",
+        "ideal",
+        "reached %",
+        "selection ms",
+        "token ms",
+        "cache MB",
+        "peak MB",
+    ]
+    lines = [
+        [
+            f"`{name}`",
+            f"{row['mean_keep']:.3f}",
+            _ms(row["prefill_seconds"], 0),
+            f"{1e3 * row['prefill_seconds']['min']:.0f} to {1e3 * row['prefill_seconds']['max']:.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['ideal_speedup']:.2f}",
+            "" if name in (DENSE, IDENTITY) else f"{100 * row['reached']:.0f}",
+            _ms(row["selection_seconds"]),
+            "" if row["decode_seconds"] is None else _ms(row["decode_seconds"]),
+            f"{row['kv_bytes'] / 1e6:.1f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+        ]
+        for name, row in result["variants"].items()
+    ]
+    return table(head, lines)
+
+
+def _kernels(run: dict[str, Any]) -> str:
+    device = run["machine"]["device"]
+    text = f"\n## Kernels alone, {device}\n\n{_about(run)}\n"
+    text += "\nMilliseconds, medians. *Exponent*: slope of log time over log N, 1 for linear cost.\n\n"
+    sizes = [f"N = {n:,}" for n in run["sizes"]]
+    roofs = any(row.get("roofline") for row in run["kernels"])
+    head = ["kernel", "backend", *sizes, "exponent", *(["% of the nearer limit"] if roofs else [])]
+    lines = [
+        [
+            f"`{row['kernel']}`",
+            row["backend"],
+            *(f"{1e3 * t['median']:.2f}" for t in row["seconds"]),
+            f"{row['exponent']:.2f}",
+            *([f"{100 * row['roofline']:.0f}" if row["roofline"] else ""] if roofs else []),
+        ]
+        for row in run["kernels"]
+    ]
+    return text + table(head, lines) + "\n"
+
+
+def _ms(times: dict[str, Any], digits: int = 1) -> str:
+    return f"{1e3 * times['median']:.{digits}f}"

