@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtok.kernels.dispatch import dispatch, operation
+
+# of the torch twin; Triton keeps no row
 BLOCK = 256  # query rows whose softmax is made at once
 CACHE = 2**24  # values of softmax (64 MiB) that may be kept between iterations; sets how many heads go together
 ALONE = 2**26  # the same (256 MiB) where a single head of the batch needs more: up to some 11,000 tokens
@@ -21,7 +24,7 @@ def pagerank(
     iters: int = 5,
     damping: float = 0.0,
     head_reduce: str = "rms",
-    block: int = BLOCK,
+    backend: str = "auto",
 ) -> Tensor:
     """Importance of each token by power iteration on M = softmax(logits / tau) (AIM, arXiv 2412.03248, Eq. 3).
 
@@ -29,32 +32,43 @@ def pagerank(
     part, and of them the valid ones up to `anchor`: n a sample. valid [B, L] bool, anchor [B] among the L keys.
     u starts at 1/n and becomes u M (1 - damping) + damping / n, `iters` times, in each head; heads are then reduced
     by root mean square ("rms") or mean ("mean"). tau > 0. Returns [B, L] fp32, zero for what takes no part.
+    backend: "auto", "torch" or "triton", see `dispatch`.
 
-    Heads do not depend on each other, so as many go together as `CACHE` has room for; where one head of the batch
-    needs more than `ALONE`, M is made again for each iteration, a block of rows [B, 1, block, Q] at a time. All is
-    fp32, also under autocast: tau multiplies a rounding error of the logits tenfold.
+    All is fp32, also under autocast: tau multiplies a rounding error of the logits tenfold.
     """
-    batch, heads, n_queries, width = query.shape
-    groups, length = key.shape[1], key.shape[2]
-    each, past = heads // groups, length - n_queries  # heads of one group share their keys
-    part = valid[:, past:] & (torch.arange(past, length, device=key.device) <= anchor[:, None])  # [B, Q]
-    query = query.view(batch, groups, each, n_queries, width)
-    per_head = batch * n_queries * n_queries // 2
-    fits = max(1, CACHE // max(1, per_head))  # heads
-    scores = []
-    with torch.autocast(key.device.type, enabled=False):
-        for g in range(0, groups, max(1, fits // each)):
-            group = slice(g, g + max(1, fits // each))
-            for h in range(0, each, fits):
-                q, k = query[:, group, h : h + fits].float() * (scaling / tau), key[:, group, past:].float()
-                u = _iterate(q, k, part, iters, damping, block, keep=per_head <= ALONE)
-                scores.append(u.flatten(1, 2))  # [B, some of H, Q]
-    u = torch.cat(scores, 1)  # [B, H, Q]
+    past = key.shape[2] - query.shape[2]
+    part = valid[:, past:] & (torch.arange(past, key.shape[2], device=key.device) <= anchor[:, None])  # [B, Q]
+    held = query.detach(), key.detach()[:, :, past:], part
+    u = dispatch(power_iteration, backend, *held, scaling / tau, iters, float(damping))
     score = u.square().mean(1).sqrt() if head_reduce == "rms" else u.mean(1)
     return torch.nn.functional.pad(score, (past, 0))
 
 
-def _iterate(q: Tensor, k: Tensor, part: Tensor, iters: int, damping: float, block: int, keep: bool) -> Tensor:
+@operation(lambda query, key, part, scaling, iters, damping: query.new_empty(query.shape[:3], dtype=torch.float32))
+def power_iteration(query: Tensor, key: Tensor, part: Tensor, scaling: float, iters: int, damping: float) -> Tensor:
+    """[B, H, Q] u of each head, see `pagerank`: query [B, H, Q, d], key [B, Hkv, Q, d], of which part [B, Q] take part.
+
+    Heads do not depend on each other, so as many go together as `CACHE` has room for; where one head of the batch
+    needs more than `ALONE`, M is made again for each iteration, a block of rows [B, 1, BLOCK, Q] at a time.
+    """
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    each = heads // groups  # heads of one group share their keys
+    query = query.view(batch, groups, each, length, width)
+    per_head = batch * length * length // 2
+    fits = max(1, CACHE // max(1, per_head))  # heads
+    parts = []
+    with torch.autocast(key.device.type, enabled=False):
+        for g in range(0, groups, max(1, fits // each)):
+            group = slice(g, g + max(1, fits // each))
+            for h in range(0, each, fits):
+                q, k = query[:, group, h : h + fits].float() * scaling, key[:, group].float()
+                u = _iterate(q, k, part, iters, damping, keep=per_head <= ALONE)
+                parts.append(u.flatten(1, 2))  # [B, some of H, Q]
+    return torch.cat(parts, 1)
+
+
+def _iterate(q: Tensor, k: Tensor, part: Tensor, iters: int, damping: float, keep: bool) -> Tensor:
     """u of each head, [B, G, E, Q], from q [B, G, E, Q, d] and k [B, G, Q, d] with part [B, Q]."""
     batch, groups, each, length, _ = q.shape
     place = torch.arange(length, device=q.device)
@@ -63,14 +77,14 @@ def _iterate(q: Tensor, k: Tensor, part: Tensor, iters: int, damping: float, blo
 
     def rows(start: int) -> Tensor:
         """[B, G, E, b, end] of M. A row that takes no part sees itself too, and holds nothing to pass on."""
-        end = min(start + block, length)
+        end = min(start + BLOCK, length)
         logits = q[:, :, :, start:end].flatten(2, 3) @ k[..., :end]  # [B, G, E * b, end]
         row, column = place[start:end, None], place[:end]
         seen = ((column <= row) & part[:, None, :end]) | (column == row)  # [B, b, end]
         logits = logits.view(batch, groups, each, end - start, end)
         return logits.masked_fill_(~seen[:, None, None], -torch.inf).softmax(-1)
 
-    starts = range(0, length, block)
+    starts = range(0, length, BLOCK)
     kept = [rows(start) for start in starts] if keep else None
     share = (part / part.sum(1, keepdim=True).clamp(min=1))[:, None, None]  # [B, 1, 1, Q], 1/n
     u = share.expand(-1, groups, each, -1)

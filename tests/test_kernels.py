@@ -123,29 +123,31 @@ def test_pagerank_of_any_block_and_memory(monkeypatch, fits, block):
         with monkeypatch.context() as patched:
             for name in ("CACHE", "ALONE"):
                 patched.setattr(f"vtok.kernels.pagerank.{name}", fits * (2 * 37 * 37 // 2))
-            got = pagerank(query, key, 0.35, valid, anchor, head_reduce=reduce, block=block)
+            patched.setattr("vtok.kernels.pagerank.BLOCK", block)
+            got = pagerank(query, key, 0.35, valid, anchor, head_reduce=reduce)
         torch.testing.assert_close(got, whole, atol=1e-6, rtol=1e-4)
 
 
 def test_pagerank_makes_neither_the_matrix_nor_repeated_keys(monkeypatch):
     query, key = heads(b=1, h=8, groups=1, n=96, d=32)
     valid, anchor = torch.ones(1, 96, dtype=torch.bool), torch.tensor([95])
+    monkeypatch.setattr("vtok.kernels.pagerank.BLOCK", 8)
     for name in ("CACHE", "ALONE"):
         monkeypatch.setattr(f"vtok.kernels.pagerank.{name}", 0)
     with Made() as made:
-        pagerank(query, key, 0.35, valid, anchor, block=8)
+        pagerank(query, key, 0.35, valid, anchor)
     assert max(made.sizes) == 96 * 32  # the queries or keys of one head
     for name in ("CACHE", "ALONE"):
         monkeypatch.setattr(f"vtok.kernels.pagerank.{name}", 8 * 96 * 96 // 2)
     with Made() as made:
-        pagerank(query, key, 0.35, valid, anchor, block=8)
+        pagerank(query, key, 0.35, valid, anchor)
     assert max(made.sizes) == 8 * 96 * 32  # the queries of all heads, times the scale and masked
     assert made.sizes.count(8 * 96 * 32) == 2
     query, key = query[..., :2].contiguous(), key[..., :2].contiguous()
-    for name in ("CACHE", "ALONE"):
-        monkeypatch.setattr(f"vtok.kernels.pagerank.{name}", 0)
+    for name, value in (("CACHE", 0), ("ALONE", 0), ("BLOCK", 1)):
+        monkeypatch.setattr(f"vtok.kernels.pagerank.{name}", value)
     with Made() as made:
-        pagerank(query, key, 0.35, valid, anchor, block=1)
+        pagerank(query, key, 0.35, valid, anchor)
     assert made.peak < 96 * 96 // 2  # one head's triangle
     with Made() as made:
         attention_rows(query, key, anchor[:, None], 0.35, valid)

@@ -18,6 +18,9 @@ from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.farthest_points import farthest_points
+from vtok.kernels.pagerank import pagerank
+from vtok.kernels.redundancy_counts import redundancy_counts
+from vtok.kernels.sparse_ffn import gathered_ffn
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -53,6 +56,9 @@ def calls(device="cpu"):
         "farthest_points": lambda **backend: farthest_points(x, 3, **backend),
         "attention_rows": lambda **backend: attention_rows(query, key, rows, 0.5, valid, **backend),
         "attention_column_sums": lambda **backend: attention_column_sums(query, key, rows, 0.5, valid, **backend),
+        "pagerank": lambda **backend: pagerank(query, key, 0.5, valid, rows[:, 0], **backend),
+        "redundancy_counts": lambda **backend: redundancy_counts(x[:, :5], valid, 0.2, **backend),
+        "sparse_ffn": lambda **backend: gathered_ffn(x[:, :5], *[x] * 3, "silu", **backend),
     }
 
 

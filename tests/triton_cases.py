@@ -11,6 +11,9 @@ from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import best_partners, bipartite_match
 from vtok.kernels.bipartite_match_triton import best_partners as triton_partners
 from vtok.kernels.farthest_points import farthest_points
+from vtok.kernels.pagerank import pagerank
+from vtok.kernels.redundancy_counts import redundancy_counts
+from vtok.kernels.sparse_ffn import ACTIVATIONS, gather_neurons, gathered_ffn, sparse_ffn
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FULL, HALF, BRAIN = DTYPES = torch.float32, torch.float16, torch.bfloat16
@@ -180,3 +183,132 @@ def test_equal_picks_go_to_the_lower_index():
     torch_, triton = both(farthest_points, x, 40)
     assert torch.equal(torch_, triton)
     assert triton[1].tolist() == list(range(40))
+
+
+# ---- redundancy_counts ------------------------------------------------------------------------------------------
+def clear(keys, threshold):
+    """`threshold`, moved to the middle of the widest gap between cosines near it, where rounding decides nothing."""
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    cosines = (unit @ unit.mT).flatten().sort().values
+    near = cosines[(cosines - threshold).abs() < 0.05]
+    gap = near.diff().argmax()
+    return float(near[gap] + near[gap + 1]) / 2
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "dtype"), [(1, 5, FULL), (7, 33, HALF), (70, 37, BRAIN), (64, 16, HALF), (131, 40, FULL)]
+)
+def test_counts(n, width, dtype):
+    keys = draw(2, n, width, seed=n, dtype=dtype) + draw(2, 1, width, seed=n + 1, dtype=dtype)
+    valid = draw(2, n, seed=n + 2) < 0.8
+    at = clear(keys, 0.5) if n > 1 else 0.5
+    keys[~valid] = torch.nan
+    torch_, triton = both(redundancy_counts, inside(keys), inside(valid), at)
+    assert torch.equal(torch_, triton) and triton.dtype == torch.long
+    assert n < 10 or (triton.unique().numel() > 3 and (triton[~valid] == 0).all())
+
+
+def test_counts_at_the_threshold():
+    """Corners of a cube: cosines are exact, and many are equal to the threshold; more than a block of them."""
+    keys = torch.randint(0, 2, (2, 150, 4), generator=torch.Generator().manual_seed(0)).to(DEVICE) * 2.0 - 1
+    keys[1] *= torch.arange(1, 151, device=DEVICE)[:, None] % 4 + 1
+    valid = torch.ones(1, 150, dtype=torch.bool, device=DEVICE).expand(2, -1)
+    for threshold in (-1.0, -0.5, 0.0, 0.5, 1.0):
+        torch_, triton = both(redundancy_counts, keys, valid, threshold)
+        assert torch.equal(torch_, triton)
+    assert not triton.any()
+    equal = draw(1, 1, 37).expand(-1, 80, -1) * 3
+    assert not redundancy_counts(equal, valid[:1, :80], 1.0, "triton").any()
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf, 3e38])
+def test_counts_of_broken_keys(value):
+    """A cosine of 0 with them: above a negative threshold, not above 0."""
+    keys = draw(1, 41, 8, seed=2).abs()
+    keys[:, 4], keys[:, 7, 3] = value, value
+    valid = torch.ones(1, 41, dtype=torch.bool, device=DEVICE)
+    for threshold in (-0.5, 0.0):
+        torch_, triton = both(redundancy_counts, keys, valid, threshold)
+        assert torch.equal(torch_, triton)
+        assert triton[0, 4] == (40 if threshold < 0 else 0)
+
+
+# ---- pagerank ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        (SHAPES[0], FULL, {}),
+        (SHAPES[1], HALF, {"damping": 0.2}),
+        (SHAPES[1], FULL, {"head_reduce": "mean", "tau": 1.0, "iters": 2}),
+        ((1, 2, 1, 140, 150, 8), BRAIN, {"iters": 3}),
+        (SHAPES[3], FULL, {}),
+    ],
+)
+def test_ranks(shape, dtype, options):
+    query, key, valid = attention(shape, dtype, seed=11)
+    anchor = torch.full((shape[0],), shape[4] - 1, device=DEVICE)
+    anchor[-1] -= shape[4] // 4
+    torch_, triton = (pagerank(query, key, 0.35, valid, anchor, **options, backend=b) for b in ("torch", "triton"))
+    torch.testing.assert_close(triton, torch_, atol=1e-5, rtol=1e-4)
+    out = ~valid | (torch.arange(shape[4], device=DEVICE) > anchor[:, None])
+    out[:, : shape[4] - shape[3]] = True
+    assert (triton[out] == 0).all() and (triton[~out] > 0).any()
+
+
+def test_ranks_of_nothing_and_of_any_size():
+    query, key, valid = attention(SHAPES[1], FULL, seed=12)
+    anchor = torch.tensor([82, 82], device=DEVICE)
+    valid[1] = False
+    for scaling in (0.35, 300.0, 0.0):
+        torch_, triton = both(pagerank, query, key, scaling, valid, anchor)
+        torch.testing.assert_close(triton, torch_, atol=1e-4, rtol=1e-3)
+        assert not triton[1].any()
+    empty = pagerank(query[:0], key[:0], 0.35, valid[:0], anchor[:0], backend="triton")
+    assert empty.shape == (0, 83)
+
+
+# ---- sparse_ffn -------------------------------------------------------------------------------------------------
+def network(b, t, d, f, k, dtype):
+    """x, weights and neurons, all in poisoned memory; the neurons that are not chosen are poisoned too."""
+    x, gate, up, down = (draw(*s, seed=i) / 2 for i, s in enumerate([(b, t, d), (f, d), (f, d), (d, f)]))
+    index = draw(b, f, seed=k).argsort(1)[:, :k]
+    other = torch.ones(f, dtype=torch.bool, device=DEVICE).index_fill(0, index.flatten(), False)
+    gate[other], up[other], down[:, other] = torch.nan, torch.nan, torch.nan
+    return *(inside(v.to(dtype)) for v in (x, gate, up, down)), index
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation", "dtype"),
+    [
+        ((1, 1, 5, 7, 3), "silu", FULL),
+        ((2, 3, 33, 70, 19), "gelu", FULL),
+        ((3, 1, 16, 400, 140), "gelu_tanh", FULL),
+        ((1, 17, 130, 40, 40), "relu", FULL),
+        ((2, 5, 70, 200, 131), "silu", HALF),
+        ((1, 16, 130, 64, 33), "gelu_tanh", BRAIN),
+    ],
+)
+def test_sparse_networks(shape, activation, dtype):
+    x, *weights, index = network(*shape, dtype)
+    exact = gathered_ffn(x.double(), *gather_neurons(*(w.double() for w in weights), index), activation, "torch")
+    torch_, triton = both(sparse_ffn, x, *weights, index, activation)
+    assert triton.dtype == dtype and exact.isfinite().all()
+    if dtype is FULL:
+        torch.testing.assert_close(triton, exact.float(), atol=1e-5, rtol=1e-4)
+    assert (triton - exact).norm() <= 1.05 * (torch_ - exact).norm() + 1e-5
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_any_size(name):
+    """One neuron that hands x on to the activation, and is multiplied by 1."""
+    x = torch.tensor([-1e4, -90, -20, -3, -0.5, -0.0, 0, 1e-3, 1, 6, 90, 1e4, torch.nan], device=DEVICE)
+    x = torch.stack([x, torch.ones_like(x)], 1)[None]  # [1, 13, 2]
+    rows = torch.eye(2, device=DEVICE)
+    y = gathered_ffn(x, rows[None, :1], rows[None, 1:], rows[None, :1], name, "triton")
+    torch.testing.assert_close(y[..., 0], ACTIVATIONS[name](x[..., 0]), atol=1e-6, rtol=1e-5, equal_nan=True)
+
+
+def test_networks_of_no_neurons_and_no_tokens():
+    x, *weights, index = network(2, 3, 8, 9, 4, FULL)
+    assert torch.equal(sparse_ffn(x, *weights, index[:, :0], "silu", "triton"), torch.zeros_like(x))
+    assert sparse_ffn(x[:, :0], *weights, index, "silu", "triton").shape == (2, 0, 8)

@@ -8,22 +8,36 @@ gradient checkpointing goes the same way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from vtok.errors import Unsupported
 from vtok.kernels.sparse_ffn import gather_neurons, gathered_ffn
 
 KEYWORD = "vtok_ffn"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# transformers' names of activations that are one function of torch, and the kernels' names of these
+NAMES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
 def activations(mlp: nn.Module, x: Tensor) -> Tensor:
     """[B, L, F] what enters `down_proj`, from x [B, L, D]."""
     return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+
+
+@functools.cache
+def _named() -> dict[type, str]:
+    return {type(ACT2FN[theirs]): ours for theirs, ours in NAMES.items()}
+
+
+def activation(mlp: nn.Module) -> str | Callable[[Tensor], Tensor]:
+    """The name of an FFN's activation where the kernels have one for it, else the activation itself."""
+    return _named().get(type(mlp.act_fn), mlp.act_fn)
 
 
 def silence(values: Tensor, index: Tensor, where: Tensor) -> Tensor:
@@ -79,7 +93,7 @@ class Copies:
             with torch.no_grad():
                 self.weights[layer] = gather_neurons(*(part.weight for part in parts), index)
         b, _, d = x.shape
-        y = gathered_ffn(x.reshape(b // self.repeats, -1, d), *self.weights[layer], mlp.act_fn)
+        y = gathered_ffn(x.reshape(b // self.repeats, -1, d), *self.weights[layer], activation(mlp))
         return y.view(x.shape)
 
     @property

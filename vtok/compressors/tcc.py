@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
+from vtok.kernels.redundancy_counts import redundancy_counts
 from vtok.selection import Layout, Plane, Selection, VisualTokens, check_keep, keep_count
 from vtok.tower import Layer, check_layer
 from vtok.views import Views, ranks, unit
@@ -199,21 +200,12 @@ def whole_views(layout: Layout, views: Views) -> Tensor:
 
 
 def near_duplicates(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """[..., P] long: how many other valid patches have a key whose cosine with each patch's is above `threshold`.
+    """[..., P] long: how many other valid patches have a key whose cosine with each valid patch's is above `threshold`.
 
-    keys: [..., P, C]. valid: [P] bool, or of more of their dimensions. Rows of the matrix are taken in blocks."""
-    keys = unit(keys)
-    n = keys.shape[-2]
-    step = max(1, BLOCK // max(1, keys[..., 0].numel()))
-    counts = []
-    for start in range(0, n, step):
-        rows = keys[..., start : start + step, :]
-        # rounding must not lift the cosine of equal keys above the largest threshold
-        close = ((rows @ keys.transpose(-2, -1)).clamp(max=1.0) > threshold) & valid[..., None, :]
-        itself = torch.arange(start, start + rows.shape[-2], device=keys.device)[:, None]
-        close = close & (itself != torch.arange(n, device=keys.device))
-        counts.append(close.sum(-1))
-    return torch.cat(counts, -1)
+    keys: [..., P, C]. valid: [P] bool, or of more of their dimensions; the count of others is 0."""
+    shape = keys.shape[:-1]
+    rows = keys.reshape(-1, *keys.shape[-2:]), valid.expand(shape).reshape(-1, shape[-1])
+    return redundancy_counts(*rows, threshold).view(shape)
 
 
 def outliers(a: Tensor, valid: Tensor, factor: float, eps: float) -> Tensor:
