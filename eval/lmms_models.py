@@ -120,7 +120,7 @@ class _Vtok(lmms):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         compressor: str | None = None,
         keep: float | int | None = None,
         budget: float | None = None,
@@ -139,6 +139,8 @@ class _Vtok(lmms):
         **options: Any,
     ) -> None:
         super().__init__()
+        if pretrained is None:
+            raise InvalidValue("Which model? pretrained=PATH among the --model_args says it.")
         plan = lmms_plan.plan(compressor, keep, budget, config, **options)
         self.batch_size = _batch_size(batch_size)
         self.sampling = Sampling(nframes, fps, max_frames)
@@ -176,14 +178,13 @@ class _Vtok(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> _Vtok:
-        """Called for `--model vtok`: a mistake in the arguments ends the program with one line."""
+        """Called for `--model vtok`. A mistake in the arguments ends the program with one line."""
         try:
             return super().create_from_arg_string(arg_string, additional_config)
-        except (VtokError, TypeError) as error:
-            if isinstance(error, TypeError) and "pretrained" not in str(error):
-                raise
-            reason = error if isinstance(error, VtokError) else "--model_args must name a model: pretrained=PATH"
-            raise SystemExit(f"vtok: {' '.join(str(reason).split())}") from error
+        except VtokError as error:
+            raise SystemExit(f"vtok: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            raise RunFailed(f"The model could not be made: {type(error).__name__}: {error}") from error
 
     def compress(self, compressor: str | None = None, **options: Any) -> Patch | None:
         """Another compressor on the same model, for the runs from now on, which are counted anew; arguments as in the

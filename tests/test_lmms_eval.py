@@ -23,12 +23,15 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.tasks import TaskManager
 from PIL import Image
+from typer.testing import CliRunner
 
 import vtok
+from vtok.cli import app
 from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.eval import lmms_models, lmms_plan, lmms_tasks, video
 from vtok.eval.lmms_entry import manifests
 from vtok.eval.lmms_models import RunFailed, VtokChat, VtokSimple
+from vtok.eval.task import Item, Question, Task
 
 BUNDLED = "vtok-tiny-llava-next"
 CLIP = [contract.picture(56, 56, seed) for seed in range(5)]
@@ -163,7 +166,7 @@ def test_files(tmp_path):
 def test_a_mistake_on_the_command_line_is_one_line():
     with pytest.raises(SystemExit, match="vtok: There is no argument keepp"):
         VtokChat.create_from_arg_string(f"pretrained={BUNDLED},compressor=fastv,keepp=0.5")
-    with pytest.raises(SystemExit, match="pretrained=PATH"):
+    with pytest.raises(SystemExit, match="Which model"):
         VtokChat.create_from_arg_string("compressor=fastv")
     with pytest.raises(SystemExit, match="batch_size"):
         VtokChat.create_from_arg_string(f"pretrained={BUNDLED}", {"batch_size": "auto"})
@@ -171,6 +174,20 @@ def test_a_mistake_on_the_command_line_is_one_line():
         VtokChat.create_from_arg_string("pretrained=nowhere")
     with pytest.raises(SystemExit, match="no limits of pixels"):
         VtokChat.create_from_arg_string(f"pretrained={BUNDLED},max_pixels=1000")
+    with pytest.raises(RunFailed, match="could not be made: RuntimeError"):
+        VtokChat.create_from_arg_string(f"pretrained={BUNDLED}", {"device": "abacus"})
+
+
+def test_settings_of_the_prompt(saved):
+    counted = {}
+    for name, how in (("plain", {}), ("small", {"max_pixels": 4 * 28**2}), ("told", {"system_prompt": "Be brief."})):
+        model = VtokSimple(saved("qwen2_5_vl"), "none", **how)
+        ask(model, DOCS[:1])
+        counted[name] = dict(model._totals)
+    assert counted["small"]["n_visual"] <= 4 < counted["plain"]["n_visual"] == counted["told"]["n_visual"]
+    assert counted["told"]["input_tokens"] > counted["plain"]["input_tokens"]
+    default = VtokSimple(saved("llava"))
+    assert default.patch.compressors == (vtok.DivPrune(keep=0.25),)  # as vtok.patch(model)
 
 
 def test_the_entry_point_names_both_classes():
@@ -187,7 +204,8 @@ def test_a_batch_answers_as_one_at_a_time(saved, family):
     """Pictures, several, none, and a clip among each other; chat and simple alike; and the counts are the same too."""
     options = {"divprune.keep": 0.6, "fastv.keep": 0.5, "layer": 1}
     model = VtokSimple(saved(family), "divprune+fastv", nframes=4, **options)
-    alone = ask(model, DOCS)
+    alone = [ask(model, [doc])[0] for doc in DOCS]
+    assert len(set(alone)) == len(DOCS)
     counted, model._totals = model._totals, type(model._totals)()
     model.batch_size = 3
     assert ask(model, DOCS) == alone
@@ -196,9 +214,9 @@ def test_a_batch_answers_as_one_at_a_time(saved, family):
     assert counted["with_pictures"] == 4 and counted["n_kept"] < counted["n_visual"]
     assert 0.2 < counted["present"] / counted["traced"] < 0.5
 
-    chat = VtokChat(saved(family), "divprune+fastv", nframes=4, batch_size=5, **options)
+    model.__class__ = VtokChat
     plain = [0, 1, 2, 4]  # marks in the text are for simple tasks
-    assert ask(chat, [DOCS[i] for i in plain]) == [alone[i] for i in plain]
+    assert ask(model, [DOCS[i] for i in plain]) == [alone[i] for i in plain]
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
@@ -369,6 +387,26 @@ def test_log_likelihood_tasks(manager):
     assert run["throughput"]["avg_mean_keep"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_task_of_clips(saved, manager, monkeypatch):
+    """Frames and their rate reach the model as a clip, through messages and through visuals."""
+    ask_when = Question("when", "When?", "now")
+    item = lambda split, seed, index: Item(index, "video", tuple(CLIP), (ask_when,), fps=4.0)
+    made = Task("film", "A film", 1, "video", {"when": 0.5}, 2, item, "none")
+    monkeypatch.setattr(lmms_tasks, "get", lambda name: made)
+    model = VtokChat(saved("qwen2_5_vl"), "none", nframes=4, batch_size=2)
+    seen = []
+    see = video.open_clip
+    monkeypatch.setattr(lmms_models, "open_clip", lambda *given: seen.append(see(*given)) or seen[-1])
+    (task,) = lmms_tasks.build(["film"])
+    how = {"bootstrap_iters": 0, "task_manager": manager, "batch_size": 1}
+    run = evaluator.simple_evaluate(model=model, tasks=[task], **how)
+    assert [(len(clip.frames), clip.fps) for clip in seen] == [(4, 3.2)] * 2
+    assert run["samples"]["vtok_film"][0]["doc"]["question"] == f"When?\n{made.instruction}"
+    assert model._conversation(lmms_models._question(task.doc_to_visual(task.test_docs()[0]), "?")).clips == (seen[0],)
+    with pytest.raises(InvalidValue, match="yes or no"):
+        lmms_tasks.build(["film"], yes_no=True)
+
+
 def test_a_crash_is_a_crash(bundled, manager, monkeypatch):
     assert not issubclass(RunFailed, Exception)  # those lmms-eval prints, and goes on
     bundled.compress("none")
@@ -474,8 +512,9 @@ def test_the_fingerprint_sees_weights_and_files(saved, tmp_path):
 # ---- the command line ------------------------------------------------------------------------------------------------
 def test_export_and_the_command_line(tmp_path):
     """`vtok tasks export`, then lmms-eval in a process of its own, which finds vtok by its entry point."""
-    written = lmms_tasks.export(tmp_path / "tasks", ["scenes"], 4, instruct=False)
-    assert written == ["vtok_scenes", "vtok_scenes_yes_no"]
+    words = ["tasks", "export", str(tmp_path / "tasks"), "scenes", "--count", "4", "--plain"]
+    written = CliRunner().invoke(app, words)
+    assert written.exit_code == 0 and "vtok_scenes, vtok_scenes_yes_no" in written.output
     given = {
         "--model": "vtok",
         "--model_args": f"pretrained={BUNDLED},compressor=globalcom2,keep=0.25",
