@@ -53,6 +53,8 @@ def dispatch(twin: Callable[..., Tensor], backend: str, *args):
     if backend not in BACKENDS:
         raise InvalidValue(f"backend must be one of {BACKENDS}, got {backend!r}")
     tensors = [a for a in args if isinstance(a, Tensor)]
+    if all(t.is_meta for t in tensors):
+        return twin.operation(*args)  # shapes without values
     if backend == "torch" or (backend == "auto" and not _automatic(tensors)):
         return twin(*args)
     if backend == "auto" and torch.compiler.is_compiling():
