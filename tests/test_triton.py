@@ -204,6 +204,15 @@ def test_operations_of_torch_library(kernel, monkeypatch):
     assert seen
 
 
+@pytest.mark.parametrize("kernel", [k for k in calls() if k != "farthest_points"])  # multiplies before it dispatches
+def test_shapes_on_the_meta_device(kernel):
+    expected = calls()[kernel]()
+    with torch.autocast("cpu", torch.bfloat16):  # which meta does not know
+        made = calls("meta")[kernel]()
+    for a, b in zip(made, expected):
+        assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+
+
 def test_using_kernels_on_a_cpu_imports_no_triton():
     code = """
 import sys, torch
