@@ -23,11 +23,12 @@ SWITCH = "VTOK_KERNELS"  # environment variable; "torch" turns every Triton kern
 _broken: set[str] = set()  # Triton modules that this machine could not run, not to be tried again
 
 
-def operation(shapes: Callable) -> Callable[[Callable], Callable]:
+def operation(shapes: Callable, differentiable: bool = False) -> Callable[[Callable], Callable]:
     """Decorator of a twin: register it with torch.library as `vtok::<its name>`.
 
     shapes: called with the twin's arguments, gives empty tensors like its results, for tracing. The twin's annotations
     are the operation's schema; no result may share memory with an argument.
+    differentiable: whether its Triton version, too, has a gradient. Compiled code takes the twin where one is wanted.
     """
 
     def register(twin: Callable) -> Callable:
@@ -35,6 +36,7 @@ def operation(shapes: Callable) -> Callable[[Callable], Callable]:
         def run(*args):
             return dispatch(twin, "auto", *args)
 
+        twin.differentiable = differentiable
         twin.operation = torch.library.custom_op(f"vtok::{twin.__name__}", run, mutates_args=())
         twin.operation.register_fake(shapes)
         return twin
@@ -48,19 +50,19 @@ def dispatch(twin: Callable[..., Tensor], backend: str, *args):
     backend: "torch" is `twin`. "triton" is its Triton version, or the error that says why it cannot be had. "auto" is
     Triton for CUDA tensors if nothing speaks against it, and else `twin`. What a user would want to know of is logged
     once: no Triton, an old card, a kernel that does not compile. Not logged is what is meant to be so: other devices,
-    `VTOK_KERNELS=torch`, gradients through inputs.
+    `VTOK_KERNELS=torch`, gradients that Triton does not give.
     """
     if backend not in BACKENDS:
         raise InvalidValue(f"backend must be one of {BACKENDS}, got {backend!r}")
     tensors = [a for a in args if isinstance(a, Tensor)]
     if all(t.is_meta for t in tensors):
         return twin.operation(*args)  # shapes without values
-    if backend == "torch" or (backend == "auto" and not _automatic(tensors)):
+    if backend == "torch" or (backend == "auto" and not _automatic(twin, tensors)):
         return twin(*args)
     if backend == "auto" and torch.compiler.is_compiling():
         return twin.operation(*args)
     name = f"{twin.__module__}_triton"
-    problem = obstacle(tensors)
+    problem = obstacle(twin, tensors)
     if problem is None and (backend == "triton" or name not in _broken):
         try:
             with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device, torch where its input is
@@ -78,21 +80,21 @@ def dispatch(twin: Callable[..., Tensor], backend: str, *args):
     return twin(*args)
 
 
-def _automatic(tensors: list[Tensor]) -> bool:
+def _automatic(twin: Callable, tensors: list[Tensor]) -> bool:
     """Whether "auto" thinks of Triton at all."""
-    if not _on_cuda(tensors) or _switched_off() or _differentiated(tensors):
+    if not _on_cuda(tensors) or _switched_off() or _lacks_gradient(twin, tensors):
         return False
     return not _interpreted()  # the interpreter is for tests, and slow
 
 
-def obstacle(tensors: list[Tensor]) -> VtokError | None:
-    """Why no Triton kernel can run on these tensors; None if nothing is known to be in the way."""
+def obstacle(twin: Callable, tensors: list[Tensor]) -> VtokError | None:
+    """Why no Triton kernel can do the twin's work on these tensors; None if nothing is known to be in the way."""
     if _switched_off():
         return InvalidValue(f"backend='triton' is switched off by {SWITCH}=torch; unset it, or use backend='auto'.")
     if not _installed():
         return MissingExtra("Triton is not installed: pip install 'vtok[triton]', or use backend='torch'.")
-    if _differentiated(tensors):
-        return Unsupported("The Triton kernels have no gradient: use backend='torch', or torch.no_grad().")
+    if _lacks_gradient(twin, tensors):
+        return Unsupported("This Triton kernel has no gradient: use backend='torch', or torch.no_grad().")
     if _interpreted():
         return None
     if not _on_cuda(tensors):
@@ -107,8 +109,10 @@ def obstacle(tensors: list[Tensor]) -> VtokError | None:
     return None
 
 
-def _differentiated(tensors: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _lacks_gradient(twin: Callable, tensors: list[Tensor]) -> bool:
+    """Whether a gradient is wanted that Triton does not give. As one operation of compiled code it gives none."""
+    gives = getattr(twin, "differentiable", False) and not torch.compiler.is_compiling()
+    return not gives and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _switched_off() -> bool:

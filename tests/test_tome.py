@@ -13,8 +13,9 @@ from torch import nn
 
 import vtok
 from vtok import vit as vits
-from vtok.compressors.tome import match, merge, sizes
+from vtok.compressors.tome import match, merge
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
+from vtok.kernels.merge import sizes
 from vtok.selection import Layout, Plane
 
 # ---- the mathematics, alone ------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from vtok import ffn
 from vtok.adapter import Adapter, Encoded, bind, shrink
 from vtok.compressor import Compressor
 from vtok.errors import PatchStateError, Unsupported
+from vtok.kernels.compact_sequence import compact_sequence
 from vtok.probe import KEYWORD
 from vtok.selection import Question, Selection, VisualTokens, mean_of_members
-from vtok.sequence import OTHER_PATCH, CompressedCache, Rows, gather, gather_positions
+from vtok.sequence import OTHER_PATCH, CompressedCache, Rows, gather
 from vtok.stream import Stopwatch, Stream
 from vtok.tower import Layer
 from vtok.trace import Picture, Shapes, Trace
@@ -190,7 +191,7 @@ class Engine:
         stream = self.call.stream if self.call is not None else None
         if stream is None or not stream.rows:
             return None
-        length = stream.visual.shape[1]
+        length = stream.length
         output.last_hidden_state = stream.rows[max(stream.rows)].restore(output.last_hidden_state, length)
         if output.hidden_states is not None:  # the i-th is what layer i-1 gave; the last is normalised
             states = [
@@ -243,11 +244,10 @@ class Engine:
         kwargs["attention_mask"] = None if valid is None else valid.long()
         kwargs["position_ids"] = self._shifted(kwargs.get("position_ids"), cache, batch, length, hidden.device)
         cache.seen += length
-        stream = Stream(module.config, cache, batch, core=cache.core)
+        stream = Stream(module.config, cache, batch, length, core=cache.core)
         if new is not None:
             positions = torch.arange(length, device=hidden.device).expand(batch, -1)
             stream.rows = {start: Rows(positions, new, padded=True) for start in cache.valid}
-            stream.visual = torch.zeros_like(new)
         kwargs[KEYWORD] = stream
         return self._hand_down(kwargs)
 
@@ -335,8 +335,9 @@ class Engine:
         lengths, n_visual, n_instruction, n_prompt = (counts[i * batch : (i + 1) * batch] for i in range(4))
         owners = counts[4 * batch :]
 
-        rows = Rows.of(keep, lengths)
-        present = {0: rows}  # grows as decoder layers prune
+        if self.active and (kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)):
+            raise Unsupported("output_attentions is not available while tokens are dropped: its shape would change.")
+        present: dict[int, Rows] = {}  # grows as decoder layers prune
         merged = {
             i: selection.merged_into[g]
             for members, selection in selections
@@ -349,11 +350,10 @@ class Engine:
         if self.blocks is not None:
             self.trace = replace(self.trace, _encoder_stage=None, _merged_at=self.blocks.merged_at)
         if not self.active:
+            present[0] = Rows.of(keep, lengths)
             return kwargs
-        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-            raise Unsupported("output_attentions is not available while tokens are dropped: its shape would change.")
 
-        stream = Stream(module.config, cache, batch, present, visual=droppable, stopwatch=stopwatch)
+        stream = Stream(module.config, cache, batch, length, present, stopwatch=stopwatch)
         stream.anchor, stream.instruction, stream.instruction_counts = anchor, instruction, n_instruction
         stream.late, stream.late_row = late, late_row.view(batch, length)
         call.stream = stream
@@ -364,8 +364,10 @@ class Engine:
             if cache is not None:
                 shift = dropped.sum(1)
                 cache.shift = shift if cache.shift is None else cache.shift + shift
-        kwargs["position_ids"] = gather_positions(positions, rows.index)
-        kwargs["inputs_embeds"] = gather(flat.view(batch, length, width), rows.index)
+        index, there, kwargs["inputs_embeds"], kwargs["position_ids"], may_go = compact_sequence(
+            keep, max(lengths), flat.view(batch, length, width), positions, droppable
+        )
+        present[0] = rows = Rows(index, there, min(lengths) < max(lengths), may_go)
         if self.llm is not None:
             stream.compressor = self.llm
             n_layers = len(self.adapter.layers(module))
@@ -441,11 +443,11 @@ class Engine:
         follow it in this forward."""
         device, cache = prompt_end.device, stream.cache
         order = [owners[:i].count(owner) for i, owner in enumerate(owners)]  # of each picture in its sample
-        picture = torch.full((stream.visual.numel(),), -1, device=device)
+        picture = torch.full((stream.batch * stream.length,), -1, device=device)
         picture[torch.cat([p.tokens for p in pictures])] = torch.cat(
             [torch.full_like(p.tokens, i) for p, i in zip(pictures, order)]
         )
-        stream.picture, stream.pictures = picture.view_as(stream.visual), max(order) + 1
+        stream.picture, stream.pictures = picture.view(stream.batch, stream.length), max(order) + 1
         stream.prompt_end, stream.completed = prompt_end, completed
         if self.decode is None:
             return

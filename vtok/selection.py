@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue, Unsupported
+from vtok.kernels.merge import merge
 
 
 def check_keep(keep: float | int, name: str = "keep") -> float | int:
@@ -260,12 +261,7 @@ def mean_of_members(x: Tensor, merged_into: Tensor) -> Tensor:
     """x [B, N, D] with each token's row replaced by the mean of the rows of all tokens that were merged into it.
 
     merged_into: as in `Selection`. Tokens into which nothing was merged keep their rows. Means are taken in fp32."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    into, member = merged_into.clamp(min=0), (merged_into >= 0).to(wide)  # [B, N]
-    count = torch.zeros_like(member).scatter_add(1, into, member)
-    weighted = x.to(wide) * member[..., None]
-    sums = torch.zeros_like(weighted).scatter_add(1, into[..., None].expand_as(x), weighted)
-    mean = (sums / count.clamp(min=1)[..., None]).to(x.dtype)
+    mean, count = merge(x, merged_into, x.shape[1])
     return torch.where(count[..., None] > 0, mean, x)
 
 

@@ -15,6 +15,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vtok.errors import Unsupported
 from vtok.ffn import Copies, Core
+from vtok.kernels.compact_sequence import kept_last
 
 OTHER_PATCH = "This cache was made under another patch, whose layers hold different tokens. Start a new conversation."
 
@@ -26,30 +27,31 @@ class Rows:
     index: [B, L] long, ascending within a row where valid.
     valid: [B, L] bool; false entries are padding on the left.
     padded: whether any entry of `valid` is false, known on the host.
+    visual: [B, L] bool, the visual tokens that may be dropped; None where nobody told.
     """
 
     index: Tensor
     valid: Tensor
     padded: bool
+    visual: Tensor | None = None
 
     @staticmethod
     def of(keep: Tensor, lengths: list[int]) -> Rows:
         """From keep [B, S] bool and its row sums, which the caller knows on the host."""
-        length = max(lengths)
-        order = keep.to(torch.uint8).argsort(dim=1, stable=True)  # dropped first, kept last, both in order
-        index = order[:, order.shape[1] - length :]  # [B, L]
-        valid = keep.gather(1, index)
-        return Rows(index, valid, padded=min(lengths) < length)
+        index = kept_last(keep, max(lengths))  # [B, L]
+        return Rows(index, keep.gather(1, index), padded=min(lengths) < max(lengths))
 
     def narrow(self, keep: Tensor, lengths: list[int]) -> tuple[Rows, Tensor]:
         """Keep some of these columns: keep [B, L] bool -> the new rows and the [B, L'] columns to gather."""
         inner = Rows.of(keep & self.valid, lengths)
-        return Rows(self.index.gather(1, inner.index), inner.valid, inner.padded), inner.index
+        visual = None if self.visual is None else self.visual.gather(1, inner.index) & inner.valid
+        return Rows(self.index.gather(1, inner.index), inner.valid, inner.padded, visual), inner.index
 
     def to(self, device: torch.device) -> Rows:
         if self.index.device == device:
             return self
-        return Rows(self.index.to(device), self.valid.to(device), self.padded)
+        visual = None if self.visual is None else self.visual.to(device)
+        return Rows(self.index.to(device), self.valid.to(device), self.padded, visual)
 
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """[B, L, D] -> [B, length, D]: each row back at its position, zero elsewhere."""
@@ -63,15 +65,6 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     """x [B or 1, L, D] by index [B, L'] -> [B, L', D]."""
     index = index.to(x.device)
     return x.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-
-
-def gather_positions(position_ids: Tensor, index: Tensor) -> Tensor:
-    """position_ids [B or 1, S] or [3 or 4, B or 1, S] by index [B, L]. Of 4 rows the first (text positions) is dropped:
-    once it has gaps it would be read as packed sequences."""
-    if position_ids.ndim == 2:
-        return position_ids.expand(index.shape[0], -1).gather(1, index)
-    axes = position_ids[-3:].expand(-1, index.shape[0], -1)
-    return axes.gather(2, index.expand(axes.shape[0], -1, -1))
 
 
 class CompressedCache(DynamicCache):

@@ -58,6 +58,7 @@ class Stream:
     config: Any
     cache: CompressedCache | None
     batch: int
+    length: int = 0  # S, of the input before it was compacted
     rows: dict[int, Rows] = field(default_factory=dict)
     columns: dict[int, Tensor] = field(default_factory=dict)
     steps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, L'] columns of its input to gather
@@ -70,7 +71,6 @@ class Stream:
     # layer -> visual tokens of each sample after it, or None where the score says
     schedule: dict[int, list[int] | None] = field(default_factory=dict)
     idle: set[int] = field(default_factory=set)  # layers of the schedule after which no sample drops any
-    visual: Tensor | None = None  # [B, S] bool, visual tokens that may go
     anchor: Tensor | None = None  # [B] position
     instruction: Tensor | None = None  # [B, S] bool, see `Attention`
     instruction_counts: list[int] = field(default_factory=list)  # per sample: its row sums
@@ -101,7 +101,7 @@ class Stream:
             return
         rows = self.rows[self.first(layer)].to(key.device)
         past = key.shape[2] - query.shape[2]
-        valid, visual = rows.valid, self.visual.to(key.device).gather(1, rows.index) & rows.valid
+        valid, visual = rows.valid, rows.visual
         column = ((rows.index == self.anchor.to(key.device)[:, None]) & rows.valid).to(torch.uint8).argmax(1)
         asked = Rows.of(self.instruction.to(key.device).gather(1, rows.index) & rows.valid, self.instruction_counts)
         instruction = torch.where(asked.valid, past + asked.index, -1)
@@ -140,13 +140,12 @@ class Stream:
     def _look(self, layer: int, rows: Rows, values: Tensor) -> None:
         """Show a layer's activations [B, L, F] to the compressors that asked for them, once."""
         device = values.device
-        visual = self.visual.to(device).gather(1, rows.index) & rows.valid
         picture = self.picture.to(device).gather(1, rows.index)
 
         def until(end: Tensor) -> Activations:
             end = end.to(device)[:, None]
             column = ((rows.index == end) & rows.valid).to(torch.uint8).argmax(1)
-            return Activations(values, rows.valid & (rows.index <= end), visual, picture, self.pictures, column)
+            return Activations(values, rows.valid & (rows.index <= end), rows.visual, picture, self.pictures, column)
 
         if layer in self.schedule and layer not in self.scores and "ffn" in self.compressor.needs_now:
             self.scores[layer] = self.compressor.score(until(self.anchor)).float()
@@ -214,7 +213,7 @@ class Stream:
         with self.stopwatch, torch.no_grad():
             budget = self.schedule[layer - 1]
             device = before.index.device
-            visual = self.visual.gather(1, before.index) & before.valid  # [B, L]
+            visual = before.visual  # [B, L]
             score = self.scores[layer - 1].to(device).nan_to_num(-torch.inf).masked_fill(~visual, -torch.inf)
             if budget is None:  # as many as the score says: a wait for the device
                 budget = (score > 0).sum(1).tolist()

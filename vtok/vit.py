@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import Unsupported
+from vtok.kernels.merge import sizes
 from vtok.selection import Layout, Plane
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Groups:
         return Groups(
             group.gather(1, self.row),
             first.scatter_reduce(1, group, self.first, "amin"),
-            self.size.new_zeros(len(group), n).scatter_add(1, group, self.size),
+            sizes(self.size, group, n),
         )
 
     @property

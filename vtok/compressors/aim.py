@@ -12,6 +12,7 @@ from torch import Tensor
 from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
+from vtok.kernels.merge import merge as merge_groups
 from vtok.kernels.pagerank import pagerank
 from vtok.selection import Attention, Selection, VisualTokens, keep_count, share
 
@@ -90,28 +91,22 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
     if count == 0:
         return x.new_zeros(b, t, dtype=torch.bool), x, torch.full((b, t), -1, device=x.device)
     place = torch.arange(t, device=x.device).expand(b, t)  # [B, left] where each living token stands
-    into = place
-    features = x.float()
-    weight = features.new_ones(b, t)
-    wide = lambda index: index[..., None].expand(-1, -1, d)
+    row = place  # [B, t] which of them stands for each token
+    features, size = x.float(), None
     while place.shape[1] > count:
         left = place.shape[1]
         r = min(left // 2, left - count)
         source, target = bipartite_match(features, r)  # [B, r]
-        weighted = features * weight[..., None]
-        sums = weighted.scatter_add(1, wide(target), weighted.gather(1, wide(source)))
-        total = weight.scatter_add(1, target, weight.gather(1, source))
-        features = sums / total[..., None]
-        weight = total if weighting == "size" else weight
-        follow = torch.arange(t, device=x.device).expand(b, t)
-        follow = follow.scatter(1, place.gather(1, source), place.gather(1, target))
-        into = follow.gather(1, into)
-        stay = torch.ones(b, left, dtype=torch.bool, device=x.device).scatter_(1, source, False)
-        index = stay.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : left - r]
-        place, weight = place.gather(1, index), weight.gather(1, index)
-        features = features.gather(1, wide(index))
+        stays = torch.ones(b, left, dtype=torch.bool, device=x.device).scatter_(1, source, False)
+        group = stays.cumsum(1) - 1  # [B, left] the new row of each that stays, and of what it is merged into
+        group = group.scatter(1, source, group.gather(1, target))
+        features, total = merge_groups(features, group, left - r, size)
+        size = total if weighting == "size" else None
+        place = place.gather(1, stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : left - r])
+        row = group.gather(1, row)
     alive = torch.zeros(b, t, dtype=torch.bool, device=x.device).scatter_(1, place, True)
-    return alive, x.scatter(1, wide(place), features.to(x.dtype)), into
+    merged = x.scatter(1, place[..., None].expand(-1, -1, d), features.to(x.dtype))
+    return alive, merged, place.gather(1, row)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ from torch import Tensor
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
+from vtok.kernels.merge import merge as merge_groups
 from vtok.selection import check_keep, keep_count, share
-from vtok.vit import Block, flat
+from vtok.vit import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +138,5 @@ def match(key: Tensor, r: int, protected: int = 0) -> Tensor:
 
 
 def merge(x: Tensor, size: Tensor, group: Tensor, n: int) -> Tensor:
-    """Mean of x [B, N, D] over the members of each `group` [B, N], weighted by `size` [B, N] fp32. [B, n, D].
-
-    Taken in fp32 at least. Gradient flows to all members."""
-    batch, _, width = x.shape
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)) * size[..., None]
-    sums = wide.new_zeros(batch * n, width).index_add(0, flat(group, n), wide.flatten(0, 1)).view(batch, n, width)
-    return (sums / sizes(size, group, n)[..., None]).to(x.dtype)
-
-
-def sizes(size: Tensor, group: Tensor, n: int) -> Tensor:
-    """[B, n] how many patches each group stands for, from the `size` [B, N] of its members."""
-    return size.new_zeros(size.shape[0], n).scatter_add(1, group, size)
+    """Mean of x [B, N, D] over the members of each `group` [B, N], weighted by `size` [B, N] fp32. [B, n, D]."""
+    return merge_groups(x, group, n, size)[0]
