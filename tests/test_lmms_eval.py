@@ -48,7 +48,7 @@ LABEL = {"text": "What does the label say?", "visuals": [str(vtok.zoo.DEMO_IMAGE
 
 
 def requests(docs, kind="generate_until", chat=False, **gen_kwargs):
-    gen_kwargs = {"max_new_tokens": 6, "temperature": 0} | gen_kwargs
+    gen_kwargs = {"max_new_tokens": 5, "temperature": 0} | gen_kwargs
     visual = lambda doc: doc["visuals"]
     made = []
     for i, doc in enumerate(docs):
@@ -229,7 +229,7 @@ def test_the_dense_model_answers_as_transformers(saved, family):
         content = [*[{"type": "image"} for _ in doc["visuals"]], {"type": "text", "text": doc["text"]}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(text=[prompt], images=doc["visuals"], return_tensors="pt")
-        out = reference.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        out = reference.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         expected.append(processor.batch_decode(out, skip_special_tokens=True)[0].strip())
     assert ask(model, docs) == expected
 
@@ -244,7 +244,7 @@ def test_generation_arguments(bundled):
     assert len(ask(bundled, doc, max_new_tokens=1)[0]) < len(whole)
     assert ask(bundled, doc, do_sample=True) == [whole]  # at a temperature of 0
     torch.manual_seed(0)
-    assert len({ask(bundled, doc, temperature=50.0)[0] for _ in range(4)}) > 1
+    assert len({ask(bundled, doc, temperature=50.0)[0] for _ in range(3)}) > 1
     assert ask(bundled, doc, image_aspect_ratio="pad") == [whole]  # left out with a warning
     with pytest.raises(RunFailed, match="num_return_sequences"):
         ask(bundled, doc, num_return_sequences=2)
@@ -277,21 +277,21 @@ def test_rounds(saved):
         seen, text, ended, _, state = to_text(doc, previous_output, round_idx)
         return messages({"text": text, "visuals": seen}), ended, None, state
 
-    docs = [{"text": "What?", "visuals": picture, "rounds": n} for n in (1, 3, 2)]
+    docs = [{"text": "What?", "visuals": picture, "rounds": n} for n in (1, 3)]
     said = {}
     for cls in (VtokChat, VtokSimple):
         model = cls(saved("llava"), "uniform", keep=0.5, batch_size=2)
         model.task_dict = {"task": {"test": docs}}
         made = []
         for i, doc in enumerate(docs):
-            middle = (to_messages, {"max_new_tokens": 6})
+            middle = (to_messages, {"max_new_tokens": 5})
             if cls.is_simple:
-                middle = ({"max_new_tokens": 6}, lambda doc: doc["visuals"], to_text)
+                middle = ({"max_new_tokens": 5}, lambda doc: doc["visuals"], to_text)
             where = {"task": "task", "doc_id": i, "repeats": 1}
             made.append(Instance("generate_until_multi_round", (doc["text"], *middle, i, "task", "test"), 0, where))
         said[cls] = model.generate_until_multi_round(made)
     assert said[VtokChat] == said[VtokSimple]
-    assert [len(rounds) for rounds in said[VtokChat]] == [1, 3, 2]
+    assert [len(rounds) for rounds in said[VtokChat]] == [1, 3]
     again = ask(model, [{"text": f"What? 1 {said[cls][1][0][:3]}", "visuals": picture}])
     assert again == [said[cls][1][1]]
 
