@@ -4,8 +4,8 @@ A workload (`vtok.eval.workloads`) runs dense, patched with keep=1.0, and with e
 phase: encoder, projector, the language model's prefill (from before the first hook of the patch to after the last),
 within it the selection, and then decoding token by token. Variants take turns, in an order that flips.
 
-The ideal is the ratio of the operations that causal attention needs. Published tables count all n^2 scores of a prefill,
-of which the kernels in use compute the lower half: by that count dense would be given more than it pays for.
+The ideal is the ratio of the operations that causal attention needs. Published tables count all n^2 scores of a
+prefill, of which the kernels in use compute the lower half: by that count dense would be given more than it pays for.
 """
 
 from __future__ import annotations

@@ -15,18 +15,18 @@ HEAD = """# Speed
 Written by `vtok bench --page docs/speed` from the files in that folder; nothing here is typed by hand.
 
 *Speed-up* is dense over compressed time of the language model's prefill, medians, with selection and everything else
-that the patch does inside. *Ideal* is the ratio of the operations that causal attention needs (n (n + 1) / 2 scores of a
-prompt of n tokens; published tables count all n^2, which no dense run pays for). *Reached* is the one over the other; it
-passes 100 % where attention is slower per operation than matrix products are. *Selection* is within the prefill.
-*Token* is one decoded token, everything in `generate` included. *Peak* is how far memory rises in a prefill.
+that the patch does inside. *Ideal* is the ratio of the operations that causal attention needs (n (n + 1) / 2 scores
+of a prompt of n tokens; published tables count all n^2, which no dense run pays for). *Reached* is the one over the
+other; it passes 100 % where attention is slower per operation than matrix products are. *Selection* is within the
+prefill. *Token* is one decoded token, everything in `generate` included. *Peak* is how far memory rises in a prefill.
 """
 NO_GPU = """
 ## On a GPU
 
 Not measured: no GPU has been at hand, so there is no table. The commands are `vtok bench --workload llava-next-7b
 --device cuda --dtype bfloat16 --batch 1 --out docs/speed/llava-next-7b.json` (and `--batch 8`, and `--workload
-qwen2.5-vl-3b`), and `vtok bench --kernels --device cuda --dtype bfloat16 --out docs/speed/kernels-cuda.json`. The Triton
-kernels have been run in Triton's interpreter only, for their results and not for their speed.
+qwen2.5-vl-3b`), and `vtok bench --kernels --device cuda --dtype bfloat16 --out docs/speed/kernels-cuda.json`. The
+Triton kernels have been run in Triton's interpreter only, for their results and not for their speed.
 """
 
 
@@ -62,8 +62,8 @@ def _workload(file: Path, run: dict[str, Any]) -> str:
         phases = [f"{name} {_ms(dense[f'{name}_seconds'])} ms" for name in ("encoder", "projector", "prefill")]
         text += (
             f"\n### {result['visual_tokens']:,} visual and {result['text_tokens']} other tokens\n\n"
-            f"Batch {result['batch']}, {result['rounds']} rounds, dense {', '.join(phases)}. At keep=1.0 hooks and trace "
-            f"take {result['overhead']:.2%} of a dense prefill.\n\n![Prefill time against kept tokens]({picture})\n\n"
+            f"Batch {result['batch']}, {result['rounds']} rounds, dense {', '.join(phases)}. At keep=1.0 hooks and "
+            f"trace take {result['overhead']:.2%} of a dense prefill.\n\n![Prefill time against kept tokens]({picture})\n\n"
             f"{_table(result)}\n\n"
         )
         text += "".join(f"- {'Met' if met else '**Missed**'}: {sentence}.\n" for met, sentence in bars(result))

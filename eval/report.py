@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import numpy as np
 from vtok import draw
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
-from vtok.eval import sweep
+from vtok.eval import sweep, task
+from vtok.eval.answers import TOKENS, answer
 from vtok.eval.sweep import BASELINES, DENSE, Cell
-from vtok.zoo import evaluate, scenes
+from vtok.eval.task import Item
 
 FILTER = "downsample"  # whose mistakes are the questions that need visual detail
 SAME_COST = 0.05  # costs that differ by less than this part count as equal on a Pareto front
@@ -52,7 +53,7 @@ THEME = {
 class Results:
     """A complete folder of `vtok eval`.
 
-    about, refused: as in sweep.json. lines: cell -> scene -> line of its file. rows: cell -> its row of
+    about, refused: as in sweep.json. lines: cell -> item -> line of its file. rows: cell -> its row of
     `sweep.summarise`, the dense model's first.
     """
 
@@ -75,9 +76,13 @@ class Results:
         return sorted(rows, key=lambda row: (-row["accuracy"], row["method"]))
 
     def answers(self, cell: Cell) -> list[tuple[int, str, bool]]:
-        """(scene, category, right) of each question, in the same order for every cell."""
-        scene = self.lines[cell]
-        return [(i, c, truth == said) for i in range(self.about["scenes"]) for c, truth, said in scene[i]["answers"]]
+        """(item, category, right) of each question, in the same order for every cell."""
+        lines = [self.lines[cell][i] for i in range(self.about["items"])]
+        return [
+            (i, category, right)
+            for i, line in enumerate(lines)
+            for (category, *_), right in zip(line["answers"], line["right"])
+        ]
 
 
 def load(folder: str | Path) -> Results:
@@ -90,13 +95,14 @@ def load(folder: str | Path) -> Results:
         raise InvalidValue(f"{folder} holds no sweep.json: give a folder that `vtok eval --out` has filled.")
     try:
         summary = json.loads(file.read_text())
-        about, refused, count = summary["about"], summary["refused"], summary["about"]["scenes"]
+        about, refused, count = summary["about"], summary["refused"], summary["about"]["items"]
         cells = [Cell(row["method"], row["budget"]) for row in summary["cells"]]
         about["machine"]["commit"], about["test_set"]["version"], about["model"], about["weights"], about["dtype"]
-        lines = {cell: _lines(folder / cell.file) for cell in cells}
+        about["task"], about["instruction"]
+        lines = {cell: sweep.read(folder / cell.file, missing=False) for cell in cells}
         short = [cell for cell, known in lines.items() if not set(range(count)) <= set(known)]
         if short or len(cells) < 2:
-            lacks = f"{short[0].file} lacks scenes" if short else "only the dense model was run"
+            lacks = f"{short[0].file} lacks items" if short else "only the dense model was run"
             raise InvalidValue(f"The results in {folder} are not complete ({lacks}): call `vtok eval` again.")
         rows = dict(zip(cells, sweep.summarise(lines, count)))
     except FileNotFoundError as error:
@@ -107,12 +113,6 @@ def load(folder: str | Path) -> Results:
             f"it ({type(error).__name__}: {error})."
         ) from error
     return Results(about, refused, lines, rows)
-
-
-def _lines(file: Path) -> dict[int, dict[str, Any]]:
-    """Like `sweep.read`, but leaves the file as it is: a run may still be writing to it."""
-    text = file.read_text()
-    return {line["scene"]: line for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines())}
 
 
 def front(points: Mapping[Any, tuple[float, float]], same: float = SAME_COST) -> list[Any]:
@@ -147,22 +147,22 @@ def headline(results: Results) -> dict[str, Any]:
 
 def tied(results: Results, row: dict[str, Any]) -> list[str]:
     """Methods at the row's budget whose paired difference to it has an interval that holds 0."""
-    own = _by_scene(results, Cell(row["method"], row["budget"]))
+    own = _by_item(results, Cell(row["method"], row["budget"]))
     names = []
     for other in results.at(row["budget"]):
-        gain = own - _by_scene(results, Cell(other["method"], other["budget"]))
+        gain = own - _by_item(results, Cell(other["method"], other["budget"]))
         low, high = sweep.interval(gain[:, 0], own[:, 1])
         if other is not row and low <= 0 <= high:
             names.append(other["method"])
     return names
 
 
-def _by_scene(results: Results, cell: Cell, chosen: Sequence[bool] | None = None) -> np.ndarray:
-    """[scenes, 2] right answers and questions of each scene, of the chosen questions or all."""
-    sums = np.zeros((results.about["scenes"], 2))
-    for i, (scene, _, right) in enumerate(results.answers(cell)):
+def _by_item(results: Results, cell: Cell, chosen: Sequence[bool] | None = None) -> np.ndarray:
+    """[items, 2] right answers and questions of each item, of the chosen questions or all."""
+    sums = np.zeros((results.about["items"], 2))
+    for i, (item, _, right) in enumerate(results.answers(cell)):
         if chosen is None or chosen[i]:
-            sums[scene] += right, 1
+            sums[item] += right, 1
     return sums
 
 
@@ -181,7 +181,7 @@ def filtered(results: Results, budget: float) -> dict[str, Any] | None:
     groups = {"hard": [d and not s for d, s in zip(dense, small)], "easy": [d and s for d, s in zip(dense, small)]}
     found: dict[str, Any] = {name: sum(chosen) for name, chosen in groups.items()}
     found["methods"] = {
-        row["method"]: {name: _share(_by_scene(results, Cell(row["method"], budget), c)) for name, c in groups.items()}
+        row["method"]: {name: _share(_by_item(results, Cell(row["method"], budget), c)) for name, c in groups.items()}
         for row in results.at(budget)
         if row["method"] != FILTER
     }
@@ -189,7 +189,7 @@ def filtered(results: Results, budget: float) -> dict[str, Any] | None:
 
 
 def _share(sums: np.ndarray) -> tuple[float, list[float]] | None:
-    """Accuracy and its interval over the scenes that have such questions; None without any."""
+    """Accuracy and its interval over the items that have such questions; None without any."""
     sums = sums[sums[:, 1] > 0]
     return (sums[:, 0].sum() / sums[:, 1].sum(), sweep.interval(*sums.T)) if len(sums) else None
 
@@ -207,9 +207,11 @@ def left_out(results: Results) -> list[tuple[str, str]]:
         if name not in ran:
             why = "It has weights of its own, which have to be trained first." if cls.trained else "Not asked for."
             out.append((name, why))
-    if results.about["scenes"] < evaluate.TEST_SCENES:
-        rest = evaluate.TEST_SCENES - results.about["scenes"]
-        out.append((f"{rest} of the {evaluate.TEST_SCENES} test pictures", "Not asked for; the first ones were taken."))
+    rest = task.get(results.about["task"]).count - results.about["items"]
+    if rest:
+        out.append(
+            (f"{rest} of the {results.about['items'] + rest} test items", "Not asked for; the first ones were taken.")
+        )
     if _busy(results.about):
         machine = results.about["machine"]
         why = f"The machine was shared (load {machine['load']} on {machine['machine']}), so seconds are rough."
@@ -355,23 +357,24 @@ def _svg(figure: Any, title: str) -> str:
 
 
 def disputed(results: Results, budget: float, methods: Sequence[str], count: int) -> list[tuple[int, int]]:
-    """(scene, question) of up to `count` questions that the dense model gets right and about half of the methods get
-    wrong: of different categories as far as there are, and of different scenes."""
+    """(item, question) of up to `count` questions that the dense model gets right and about half of the methods get
+    wrong: of different categories as far as there are, and of different items."""
     dense = next(cell for cell in results.lines if cell.method == DENSE)
     ranked = []
-    for scene in range(results.about["scenes"]):
-        for n, (category, truth, said) in enumerate(results.lines[dense][scene]["answers"]):
-            got = [results.lines[Cell(name, budget)][scene]["answers"][n][2] == truth for name in methods]
-            if said == truth and 0 < sum(got) < len(got):
-                ranked.append((abs(sum(got) - len(got) / 2), scene, n, category))
+    for item in range(results.about["items"]):
+        line = results.lines[dense][item]
+        for n, ((category, *_), right) in enumerate(zip(line["answers"], line["right"])):
+            got = [results.lines[Cell(name, budget)][item]["right"][n] for name in methods]
+            if right and 0 < sum(got) < len(got):
+                ranked.append((abs(sum(got) - len(got) / 2), item, n, category))
     ranked.sort()
     chosen: list[tuple[int, int]] = []
     used: set[Any] = set()
     for again in (False, True):  # first one a category, then whatever is left
-        for _, scene, n, category in ranked:
-            if len(chosen) < count and scene not in used and (again or category not in used):
-                chosen.append((scene, n))
-                used |= {scene, category}
+        for _, item, n, category in ranked:
+            if len(chosen) < count and item not in used and (again or category not in used):
+                chosen.append((item, n))
+                used |= {item, category}
     return chosen
 
 
@@ -388,7 +391,8 @@ def gallery(results: Results, count: int) -> tuple[str, list[tuple[str, bytes]]]
     if about["model"] not in zoo.names():
         return f"Not drawn: {about['model']} is not bundled with this version of vtok, so it cannot be run again.", []
     model, processor = zoo.load(about["model"], dtype=about["dtype"])
-    if sweep.fingerprint(model) != about["weights"] or about["test_set"] != _test_set():
+    asked = task.get(about["task"])
+    if sweep.fingerprint(model) != about["weights"] or about["test_set"] != sweep.test_set(asked):
         return "Not drawn: the bundled weights or the test set have changed since these results were made.", []
     budget = headline(results)["budget"]
     there = [row["method"] for row in results.at(budget)]
@@ -397,12 +401,12 @@ def gallery(results: Results, count: int) -> tuple[str, list[tuple[str, bytes]]]
     chosen = disputed(results, budget, methods, count)
     if not chosen:
         return "There is no question at which these methods disagree and the dense model is right.", []
-    asked = dict(enumerate(evaluate.held_out(max(scene for scene, _ in chosen) + 1)))
+    items = list(asked.held_out(max(item for item, _ in chosen) + 1))
     pictures = []
     for index, n in chosen:
-        scene, questions = asked[index]
-        drawn = _panels(model, processor, scene.image, questions[n].text, methods, budget)
-        pictures.append((f"{questions[n].text} Right: {questions[n].answer}", _webp(drawn)))
+        question = items[index].questions[n]
+        drawn = _panels(model, processor, replace(items[index], questions=(question,)), methods, budget)
+        pictures.append((f"{question.text} Right: {question.answer}", _webp(drawn)))
     words = (
         f"{_count(len(pictures), 'question')} that the dense model gets right and these methods, at {_percent(budget)} "
         "of the tokens, divide about evenly, asked again for this page. What no decoder layer looks at is faded; wrong "
@@ -411,12 +415,8 @@ def gallery(results: Results, count: int) -> tuple[str, list[tuple[str, bytes]]]
     return words, pictures
 
 
-def _test_set() -> dict[str, int]:
-    return {"version": scenes.VERSION, "seed": evaluate.TEST_SEED}
-
-
-def _panels(model: Any, processor: Any, image: Any, question: str, methods: Sequence[str], budget: float) -> Any:
-    """The dense model and each method, with its answer, over the picture."""
+def _panels(model: Any, processor: Any, item: Item, methods: Sequence[str], budget: float) -> Any:
+    """The dense model and each method, with its answer to the one question of the item, over its picture."""
     from vtok import demo
     from vtok.patching import patch
 
@@ -428,12 +428,13 @@ def _panels(model: Any, processor: Any, image: Any, question: str, methods: Sequ
     answers = []
     for method in methods:
         with patch(model, method, budget=budget) as handle:
-            said = evaluate.answer(model, processor, image, [question])
+            said = answer(model, processor, item)
             trace = handle.trace
             answers.append(ask(method, trace, said[0], sum(trace.n_visual)))
     reference = answers[0].trace
-    dense = ask(DENSE, None, evaluate.answer(model, processor, image, [question])[0], sum(reference.n_visual))
-    return draw.panels(image, [demo.panel(answer, reference) for answer in (dense, *answers)], question, columns=3)
+    dense = ask(DENSE, None, answer(model, processor, item)[0], sum(reference.n_visual))
+    panels = [demo.panel(each, reference) for each in (dense, *answers)]
+    return draw.panels(item.images[0], panels, item.questions[0].text, columns=3)
 
 
 def _webp(image: Any, width: int = 1100) -> bytes:
@@ -495,7 +496,7 @@ def _page(results: Results, drawings: dict[str, str], pictures: int) -> str:
 </head>
 <body>
 <header>
-<p class="over">{model} · {about["scenes"]} pictures · {dense["n"]:,} questions</p>
+<p class="over">{model} · {about["items"]} items · {dense["n"]:,} questions</p>
 {_headline(results)}
 <nav>{links}</nav>
 </header>
@@ -621,7 +622,8 @@ def _weak(rows: list[dict[str, Any]]) -> str:
 def _heat(results: Results) -> str:
     dense = results.dense["categories"]
     first = results.lines[next(cell for cell in results.lines if cell.method == DENSE)]
-    asked = [c for i in range(results.about["scenes"]) for c, _, _ in first[i]["answers"]]
+    asked = [c for i in range(results.about["items"]) for c, _, _ in first[i]["answers"]]
+    asked_of = task.get(results.about["task"])
     head = ["method", *(f"{c}<small>{asked.count(c)}</small>" for c in dense), "all"]
     parts = [
         "<p>Accuracy as a part of the dense model’s, in percent. Under each kind stands how many questions it has, in "
@@ -630,7 +632,7 @@ def _heat(results: Results) -> str:
     ]
     for budget in results.budgets:
         fixed = "".join(f"<td>{_points(value)}</td>" for value in dense.values())
-        lot = "".join(f"<td>{_ratio(evaluate.chance(c), dense[c], '')}</td>" for c in dense)
+        lot = "".join(f"<td>{_ratio(asked_of.chance(c), dense[c], '')}</td>" for c in dense)
         lines = [
             f"<tr class=fixed><th scope=row>dense, % right</th>{fixed}"
             f"<td>{_points(results.dense['accuracy'])}</td></tr>",
@@ -705,7 +707,7 @@ def _provenance(results: Results) -> str:
     items = {
         "Model": about["model"],
         "Weights": f"{about['weights']} (first 12 hex digits of a SHA-256 of all of them)",
-        "Test set": f"version {test['version']}, seed {test['seed']}, first {about['scenes']} pictures, drawn offline",
+        "Test set": f"version {test['version']}, seed {test['seed']}, first {about['items']} items, drawn offline",
         "Commit": f"{machine['commit']}{' (with local changes)' if machine['commit'].endswith('+') else ''}",
         "Machine": machine.get("machine", "unknown"),
         "Threads, load": f"{machine.get('threads', 'unknown')}, {machine.get('load', 'unknown')}",
@@ -714,7 +716,9 @@ def _provenance(results: Results) -> str:
         "Command": machine.get("command", "unknown"),
     }
     lines = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in items.items())
-    return f"<dl>{lines}</dl><p>Greedy answers, at most 8 tokens; all questions about a picture in one batch.</p>"
+    return (
+        f"<dl>{lines}</dl><p>Greedy answers, at most {TOKENS} tokens; all questions about a picture in one batch.</p>"
+    )
 
 
 def _table(head: Sequence[str], lines: Iterable[str], key: str, kind: str = "") -> str:

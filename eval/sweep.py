@@ -1,14 +1,16 @@
-"""The sweep behind `vtok eval`: accuracy of every method at every budget on a bundled model's held-out questions.
+"""The sweep behind `vtok eval`: accuracy of every method at every budget on offline tasks.
 
-One file of JSON lines a cell (method at budget), one line a scene, so that a run that was killed goes on where it
-stopped. `summarise` makes of them the numbers that cards and reports show; accuracy differences are paired, with
-intervals from a bootstrap over scenes.
+A task has a folder of its own, in it one file of JSON lines a cell (method at budget), and one line an item, so that a
+run that was killed goes on where it stopped. Several processes (`accelerate launch`) share the items of a cell, write a
+file each, and in the end make one of them. `summarise` makes of all lines the numbers that cards and reports show;
+accuracy differences are paired, with intervals from a bootstrap over items.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,13 +25,15 @@ from rich.table import Table
 
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue, UnknownName, VtokError
+from vtok.eval.answers import answer
 from vtok.eval.machine import describe
+from vtok.eval.task import Item, Task
 from vtok.patching import patch
-from vtok.zoo import evaluate, scenes
+from vtok.zoo.evaluate import TEST_SEED
 
 DENSE = "dense"
 BASELINES = ("random", "pool", "downsample")  # what a method has to beat
-BUDGETS = (0.5, 0.25, 0.1)
+BUDGETS = (0.5, 0.25, 0.1, 0.05)
 
 
 @dataclass(frozen=True)
@@ -74,70 +78,131 @@ def refusal(model: Any, cell: Cell) -> str | None:
     return None
 
 
-def run_cell(model: Any, processor: Any, cell: Cell, count: int, path: Path, step: Callable[[], None]) -> None:
-    """Ask about the first `count` test scenes those that `path` does not hold yet; append a line for each.
+@dataclass(frozen=True)
+class Share:
+    """Which of `world` processes this one is."""
+
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def of_accelerate() -> Share:
+        """That of a process that `accelerate launch` started; one of one in all others."""
+        if "ACCELERATE_MIXED_PRECISION" not in os.environ and "LOCAL_RANK" not in os.environ:
+            return Share()
+        from accelerate import PartialState
+
+        state = PartialState()
+        return Share(state.process_index, state.num_processes)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+def run_cell(
+    model: Any,
+    processor: Any,
+    task: Task,
+    items: Sequence[Item],
+    cell: Cell,
+    path: Path,
+    step: Callable[[], None],
+    share: Share = Share(),
+    instruction: str = "",
+) -> None:
+    """Ask about this process's share of the items that are not answered yet; append a line for each to its file.
 
     Raises `AssertionError` if a method dropped nothing, since its numbers would be those of the dense model.
     """
     done = read(path)
+    own = path if share.world == 1 else path.with_suffix(f".{share.rank}{path.suffix}")
     with patch(model, cell.method, budget=cell.budget) if cell.method != DENSE else nullcontext() as handle:
-        for index, (scene, asked) in enumerate(evaluate.held_out(count)):
-            if index not in done:
+        for item in items[share.rank :: share.world]:
+            if item.index not in done:
                 began = time.perf_counter()
-                said = evaluate.answer(model, processor, scene.image, [q.text for q in asked])
-                line: dict[str, Any] = {"scene": index, "seconds": time.perf_counter() - began}
-                line["answers"] = [[q.category, q.answer, text] for q, text in zip(asked, said)]
+                said = answer(model, processor, item, instruction)
+                line: dict[str, Any] = {"item": item.index, "seconds": time.perf_counter() - began}
+                line["answers"] = [[q.category, q.answer, text] for q, text in zip(item.questions, said)]
+                line["right"] = [task.score(q.answer, text) for q, text in zip(item.questions, said)]
                 if handle is not None:
                     trace = handle.trace
                     if cell.budget < 1 and trace.mean_keep >= 1:
-                        raise AssertionError(f"{cell.method} at {cell.budget} dropped nothing on scene {index}.")
+                        raise AssertionError(f"{cell.method} at {cell.budget} dropped nothing on item {item.index}.")
                     flops = trace.flops()
-                    share = {kind: sum(flops[kind][phase] for phase in ("encoder", "prefill")) for kind in flops}
+                    sums = {kind: sum(flops[kind][phase] for phase in ("encoder", "prefill")) for kind in flops}
                     line |= {"mean_keep": trace.mean_keep, "selection_seconds": trace.selection_seconds}
-                    line |= {"flops": share["compressed"] / share["dense"]}
-                with path.open("a") as file:
+                    line |= {"flops": sums["compressed"] / sums["dense"]}
+                with own.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             step()
 
 
-def read(path: Path) -> dict[int, dict[str, Any]]:
-    """Scene -> line of a cell's file. Cuts off a last line that a kill left unfinished."""
-    if not path.exists():
-        return {}
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return {line["scene"]: line for line in map(json.loads, whole.splitlines())}
+def _parts(path: Path) -> list[Path]:
+    """The files of a cell: its own, and those of processes that ran it together."""
+    return [file for file in (path, *sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))) if file.exists()]
+
+
+def read(path: Path, missing: bool = True) -> dict[int, dict[str, Any]]:
+    """Item -> line of a cell's files. Leaves out a last line that a kill left unfinished, or that is being written.
+
+    missing: whether there may be no file yet; else `FileNotFoundError` is raised."""
+    found = {}
+    for file in _parts(path) or ([] if missing else [path]):
+        text = file.read_text()
+        found |= {line["item"]: line for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines())}
+    return found
+
+
+def mend(path: Path) -> None:
+    """Make one file of a cell's files, in the order of the items, without unfinished lines. For one process alone."""
+    parts = _parts(path)
+    if not parts:
+        return
+    whole = path.with_suffix(".tmp")
+    whole.write_text("".join(json.dumps(line) + "\n" for _, line in sorted(read(path).items())))
+    whole.replace(path)
+    for part in parts:
+        if part != path:
+            part.unlink()
 
 
 def run(
     model: Any,
     processor: Any,
     name: str,
+    task: Task,
     methods: Sequence[str] | None,
     budgets: Sequence[float],
-    count: int,
+    count: int | None,
     out: Path,
+    share: Share = Share(),
+    instruction: str = "",
 ) -> dict[str, Any]:
-    """Run what is missing in the folder `out`, with a progress bar, and return the summary, also written to its
-    sweep.json.
+    """Run what is missing of one task in the folder `out`, with a progress bar, and return the summary, also written to
+    its sweep.json.
 
-    Raises `InvalidValue` if `out` holds the results of other weights or another test set.
+    count: of the test items, or None for all. Raises `InvalidValue` if `out` holds the results of other weights or
+    another test set, and `Unsupported` if the model cannot take the task's media.
     """
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "model": name,
+        "task": task.name,
         "weights": fingerprint(model),
-        "test_set": {"version": scenes.VERSION, "seed": evaluate.TEST_SEED},
+        "test_set": test_set(task),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "instruction": instruction,
     }
     stamp = out / "about.json"
     if stamp.exists() and json.loads(stamp.read_text()) != about:
         raise InvalidValue(
             f"{out} holds results of {json.loads(stamp.read_text())}, not of {about}: take another folder."
         )
-    stamp.write_text(json.dumps(about) + "\n")
+    items = list(task.held_out(count))
     wanted, refused = [], {}
     for cell in cells(methods, budgets):
         reason = refusal(model, cell)
@@ -145,21 +210,37 @@ def run(
             wanted.append(cell)
         else:
             refused[cell] = reason
-    with _bar() as bar:
-        whole = bar.add_task("", total=len(wanted) * count)
+    if share.rank == 0:
+        stamp.write_text(json.dumps(about) + "\n")
         for cell in wanted:
-            bar.update(whole, description=f"{cell.method} at {cell.budget:g}")
-            run_cell(model, processor, cell, count, out / cell.file, lambda: bar.advance(whole))
-    summary = {"about": about | {"scenes": count, "machine": describe(model.device.type, about["dtype"])}}
-    summary["cells"] = summarise({cell: read(out / cell.file) for cell in wanted}, count)
+            mend(out / cell.file)
+    share.wait()
+    with _bar(share) as bar:
+        whole = bar.add_task("", total=len(wanted) * len(items[share.rank :: share.world]))
+        for cell in wanted:
+            bar.update(whole, description=f"{task.name}: {cell.method} at {cell.budget:g}")
+            step = lambda: bar.advance(whole)
+            run_cell(model, processor, task, items, cell, out / cell.file, step, share, instruction)
+    share.wait()
+    if share.rank == 0:
+        for cell in wanted:
+            mend(out / cell.file)
+    share.wait()
+    summary = {"about": about | {"items": len(items), "machine": describe(model.device.type, about["dtype"])}}
+    summary["cells"] = summarise({cell: read(out / cell.file) for cell in wanted}, len(items))
     summary["refused"] = [{"method": c.method, "budget": c.budget, "reason": why} for c, why in refused.items()]
-    (out / "sweep.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if share.rank == 0:
+        (out / "sweep.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+def test_set(task: Task) -> dict[str, int]:
+    return {"version": task.version, "seed": TEST_SEED}
+
+
+def _bar(share: Share) -> Progress:
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=share.rank > 0)
 
 
 def fingerprint(model: Any) -> str:
@@ -173,26 +254,27 @@ def fingerprint(model: Any) -> str:
 
 def summarise(lines: dict[Cell, dict[int, dict[str, Any]]], count: int) -> list[dict[str, Any]]:
     """Of each cell: accuracy by category and over all questions, the paired difference to dense and to the best
-    baseline at the same budget (95 % bootstrap intervals over scenes), agreement with dense, and what it cost."""
-    hits = {cell: np.array([_hits(scene[i]) for i in range(count)]) for cell, scene in lines.items()}  # [scenes, 2]
+    baseline at the same budget (95 % bootstrap intervals over items), agreement with dense, and what it cost."""
+    hits = {cell: np.array([_hits(line[i]) for i in range(count)]) for cell, line in lines.items()}  # [items, 2]
     dense = next(cell for cell in lines if cell.method == DENSE)
+    categories = list(dict.fromkeys(category for i in range(count) for category, *_ in lines[dense][i]["answers"]))
     rows = []
-    for cell, scene in lines.items():
-        asked = [(i, n, *answer) for i in range(count) for n, answer in enumerate(scene[i]["answers"])]
+    for cell, line in lines.items():
+        asked = [(i, n, *answer) for i in range(count) for n, answer in enumerate(line[i]["answers"])]
+        right = [ok for i in range(count) for ok in line[i]["right"]]
         same = [said == lines[dense][i]["answers"][n][2] for i, n, _, _, said in asked]
         row = {"method": cell.method, "budget": cell.budget, "n": len(asked)}
         row["accuracy"] = hits[cell][:, 0].sum() / len(asked)
         row["interval"] = interval(hits[cell][:, 0], hits[cell][:, 1])
         row["categories"] = {
-            c: float(np.mean([said == truth for *_, category, truth, said in asked if category == c]))
-            for c in scenes.CATEGORIES
-            if any(category == c for *_, category, _, _ in asked)
+            c: float(np.mean([ok for ok, (_, _, category, *_) in zip(right, asked) if category == c]))
+            for c in categories
         }
         row["agreement"] = float(np.mean(same))
-        row["seconds"] = float(np.median([scene[i]["seconds"] for i in range(count)]))
+        row["seconds"] = float(np.median([line[i]["seconds"] for i in range(count)]))
         if cell != dense:
             for key in ("mean_keep", "flops", "selection_seconds"):
-                row[key] = float(np.mean([scene[i][key] for i in range(count)]))
+                row[key] = float(np.mean([line[i][key] for i in range(count)]))
             row["to_dense"] = _difference(hits[cell], hits[dense])
             rivals = [r for r in lines if r.method in BASELINES and r.budget == cell.budget and r != cell]
             if rivals:
@@ -203,7 +285,7 @@ def summarise(lines: dict[Cell, dict[int, dict[str, Any]]], count: int) -> list[
 
 
 def _hits(line: dict[str, Any]) -> tuple[int, int]:
-    return sum(truth == said for _, truth, said in line["answers"]), len(line["answers"])
+    return sum(line["right"]), len(line["right"])
 
 
 def _difference(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
@@ -212,7 +294,7 @@ def _difference(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 
 
 def interval(values: np.ndarray, counts: np.ndarray, draws: int = 4000) -> list[float]:
-    """95 % bootstrap interval of sum(values) / sum(counts), scenes redrawn whole."""
+    """95 % bootstrap interval of sum(values) / sum(counts), items redrawn whole."""
     picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     return np.percentile(values[picks].sum(1) / counts[picks].sum(1), [2.5, 97.5]).tolist()
 

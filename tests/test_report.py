@@ -13,7 +13,7 @@ from vtok.eval.sweep import Cell
 pytest.importorskip("matplotlib")
 report = pytest.importorskip("vtok.eval.report")
 
-SCENES, CATEGORIES = 30, ("colour", "reading", "trend")
+ITEMS, CATEGORIES = 30, ("colour", "reading", "trend")
 CELLS = {
     Cell("dense", 1.0): 0.9,
     Cell("downsample", 0.5): 0.6,
@@ -32,16 +32,24 @@ def folder(tmp_path_factory):
     rows = []
     for cell, share in CELLS.items():
         lines = []
-        for scene in range(SCENES):
+        for item in range(ITEMS):
             answers = [[c, "yes", "yes" if rng.random() < share else "<b>no</b>"] for c in CATEGORIES]
-            line = {"scene": scene, "seconds": 0.1, "answers": answers}
+            line = {"item": item, "seconds": 0.1, "answers": answers, "right": [said == "yes" for *_, said in answers]}
             if cell.method != "dense":
                 line |= {"mean_keep": cell.budget, "flops": cell.budget + 0.1, "selection_seconds": 0.001}
             lines.append(json.dumps(line))
         (path / cell.file).write_text("\n".join(lines) + "\n")
         rows.append({"method": cell.method, "budget": cell.budget})
     machine = {"machine": "a CPU x 2", "load": "0.1", "commit": "abc", "command": "vtok eval", "threads": "1"}
-    about = {"model": "some-model", "weights": "0123", "dtype": "float32", "scenes": SCENES, "machine": machine}
+    about = {
+        "model": "some-model",
+        "weights": "0123",
+        "dtype": "float32",
+        "items": ITEMS,
+        "task": "scenes",
+        "instruction": "",
+        "machine": machine,
+    }
     about["test_set"] = {"version": 1, "seed": 2}
     refused = [{"method": "fastv", "budget": 0.1, "reason": "A budget of 0.1 cannot be met."}]
     (path / "sweep.json").write_text(json.dumps({"about": about, "cells": rows, "refused": refused}))
@@ -49,7 +57,7 @@ def folder(tmp_path_factory):
 
 
 def right(folder, cell):
-    """[scenes, categories] by hand."""
+    """[items, categories] by hand."""
     lines = [json.loads(line) for line in (folder / cell.file).read_text().splitlines()]
     return np.array([[said == truth for _, truth, said in line["answers"]] for line in lines])
 
@@ -128,7 +136,7 @@ def test_folders_that_are_none(folder, tmp_path):
     for cell in CELLS:
         text = (folder / cell.file).read_text()
         (tmp_path / cell.file).write_text(text if cell.method != "fastv" else text[: len(text) // 2])
-    assert "not complete (fastv@0.5.jsonl lacks scenes)" in one_line(tmp_path)
+    assert "not complete (fastv@0.5.jsonl lacks items)" in one_line(tmp_path)
 
 
 def test_command(folder, tmp_path):

@@ -1,18 +1,23 @@
 """`vtok eval`: resumable cells, paired summaries, and a run that compresses nothing is no result."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vtok
-from vtok import zoo
+from vtok import cli, zoo
 from vtok.errors import InvalidValue, UnknownName
 from vtok.eval import sweep
 from vtok.eval.sweep import Cell
+from vtok.eval.task import tasks
 
-NAME = "vtok-tiny-llava-next"
+NAME, TASK = "vtok-tiny-llava-next", tasks()["scenes"]
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +26,12 @@ def loaded():
 
 
 def lines(hits, texts="ab"):
-    """Fake lines: one scene per row of `hits`, one question per entry."""
+    """Fake lines: one item per row of `hits`, one question per entry."""
     right, wrong = texts
     return {
         i: {
             "answers": [["colour", right, right if hit else wrong] for hit in row],
+            "right": [bool(hit) for hit in row],
             "seconds": 1.0,
             "mean_keep": 0.25,
             "flops": 0.3,
@@ -37,11 +43,11 @@ def lines(hits, texts="ab"):
 
 def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
     model, processor = loaded
-    run = lambda out: sweep.run(model, processor, NAME, ["uniform"], [0.25], 3, out)
+    run = lambda out: sweep.run(model, processor, NAME, TASK, ["uniform"], [0.25], 3, out)
     whole = run(tmp_path / "whole")
     out = tmp_path / "killed"
     asked = []
-    answer = sweep.evaluate.answer
+    answer = sweep.answer
 
     def dying(*args):
         asked.append(args)
@@ -49,13 +55,13 @@ def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return answer(*args)
 
-    monkeypatch.setattr(sweep.evaluate, "answer", dying)
+    monkeypatch.setattr(sweep, "answer", dying)
     with pytest.raises(KeyboardInterrupt):
         run(out)
     file = out / Cell("uniform", 0.25).file
-    file.write_text(file.read_text() + '{"scene": 1, "answ')  # the kill fell into a write
+    file.write_text(file.read_text() + '{"item": 1, "answ')  # the kill fell into a write
     again = run(out)
-    assert len(asked) == 5 + 2  # 3 scenes dense, 1 and a half compressed; then the missing two
+    assert len(asked) == 5 + 2  # 3 items dense, 1 and a half compressed; then the missing two
     for cells in (whole["cells"], again["cells"]):
         for row in cells:
             row.pop("seconds"), row.pop("selection_seconds", None)
@@ -66,22 +72,22 @@ def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
 
 def test_results_of_other_weights_are_not_mixed(loaded, tmp_path):
     model, processor = loaded
-    sweep.run(model, processor, NAME, ["uniform"], [0.25], 1, tmp_path)
+    sweep.run(model, processor, NAME, TASK, ["uniform"], [0.25], 1, tmp_path)
     other, _ = zoo.load(NAME)
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1
     with pytest.raises(InvalidValue, match="take another folder"):
-        sweep.run(other, processor, NAME, ["uniform"], [0.25], 1, tmp_path)
+        sweep.run(other, processor, NAME, TASK, ["uniform"], [0.25], 1, tmp_path)
 
 
 def test_what_cannot_be_patched_is_listed_and_a_no_op_is_refused(loaded, tmp_path, monkeypatch):
     model, processor = loaded
-    summary = sweep.run(model, processor, NAME, ["fastv"], [0.1], 1, tmp_path)
+    summary = sweep.run(model, processor, NAME, TASK, ["fastv"], [0.1], 1, tmp_path)
     assert [row["method"] for row in summary["cells"]] == ["dense"]
     assert summary["refused"][0]["method"] == "fastv" and "cannot be met" in summary["refused"][0]["reason"]
     monkeypatch.setattr(vtok.Uniform, "with_budget", lambda self, *_: vtok.Uniform(keep=10**6))
     with pytest.raises(AssertionError, match="dropped nothing"):
-        sweep.run(model, processor, NAME, ["uniform"], [0.25], 1, tmp_path)
+        sweep.run(model, processor, NAME, TASK, ["uniform"], [0.25], 1, tmp_path)
     assert not vtok.patching._PATCHES.get(model.model)
 
 
@@ -126,7 +132,7 @@ def test_a_broken_compressor_shows(loaded, tmp_path, monkeypatch):
     """Keeping the wrong tokens costs more than the interval of its difference to the same method done right."""
     model, processor = loaded
     count = 10
-    right = sweep.run(model, processor, NAME, ["globalcom2"], [0.25], count, tmp_path / "right")["cells"][1]
+    right = sweep.run(model, processor, NAME, TASK, ["globalcom2"], [0.25], count, tmp_path / "right")["cells"][1]
     select = vtok.GlobalCom2.select
 
     def wrong(self, tokens):
@@ -134,5 +140,33 @@ def test_a_broken_compressor_shows(loaded, tmp_path, monkeypatch):
         return vtok.selection.Selection(selection.keep.roll(selection.keep.shape[1] // 2, 1), selection.n_kept)
 
     monkeypatch.setattr(vtok.GlobalCom2, "select", wrong)
-    broken = sweep.run(model, processor, NAME, ["globalcom2"], [0.25], count, tmp_path / "wrong")["cells"][1]
+    broken = sweep.run(model, processor, NAME, TASK, ["globalcom2"], [0.25], count, tmp_path / "wrong")["cells"][1]
     assert broken["interval"][1] < right["accuracy"]
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Through accelerate, and over what a killed process of another pair left."""
+    words = ["eval", "--methods", "uniform", "--budgets", "0.25", "--tasks", "scenes", "--items", "3", "--out"]
+    result = CliRunner().invoke(cli.app, [*words, str(tmp_path / "one")])
+    assert result.exit_code == 0, result.output
+    two = tmp_path / "two" / "scenes"
+    shutil.copytree(tmp_path / "one" / "scenes", two)
+    first, second, third = (two / "uniform@0.25.jsonl").read_text().splitlines(keepends=True)
+    (two / "uniform@0.25.jsonl").write_text(second)
+    (two / "uniform@0.25.1.jsonl").write_text(first + third[:20])
+    (two / "dense@1.jsonl").unlink()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vtok.cli"]
+    done = subprocess.run([*launch, *words, str(tmp_path / "two")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in two.iterdir()) == sorted(
+        file.name for file in (tmp_path / "one" / "scenes").iterdir()
+    )
+    for name in ("dense@1.jsonl", "uniform@0.25.jsonl"):
+        one, other = (
+            [json.loads(line) for line in (folder / "scenes" / name).read_text().splitlines()]
+            for folder in (tmp_path / "one", tmp_path / "two")
+        )
+        for line in (*one, *other):
+            line.pop("seconds"), line.pop("selection_seconds", None)
+        assert one == other
+    assert done.stdout.count("wrote ") == 1

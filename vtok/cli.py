@@ -1,4 +1,4 @@
-"""The command line, `vtok COMMAND`: demo, show, methods, eval, report, search, zoo, bench."""
+"""The command line, `vtok COMMAND`: demo, show, methods, eval, report, search, tasks, zoo, bench."""
 
 from __future__ import annotations
 
@@ -249,40 +249,56 @@ def _markdown(rows: list[dict[str, str]]) -> str:
 @app.command(name="eval")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder of results; call again with the same one to go on after a kill.")],
-    model: Annotated[str, typer.Option(help="A bundled model.")] = MODEL,
+    model: Annotated[str, typer.Option(help="A bundled model, a local folder, or a repository of the hub.")] = MODEL,
+    tasks: Annotated[
+        str | None, typer.Option(help="Offline tasks separated by commas; all that the model takes if left out.")
+    ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Names separated by commas; all training-free ones if left out.")
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Mean shares of visual tokens a decoder layer sees.")] = "0.5,0.25,0.1",
-    scenes: Annotated[int | None, typer.Option(min=1, help="Test scenes; all if left out.")] = None,
+    budgets: Annotated[
+        str, typer.Option(help="Mean shares of visual tokens a decoder layer sees, separated by commas.")
+    ] = "0.5,0.25,0.1,0.05",
+    items: Annotated[int | None, typer.Option(min=1, help="Test items of each task; all if left out.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
 ) -> None:
-    """Exact match of every method at every budget on held-out questions, paired with the dense model."""
-    from vtok import zoo
-    from vtok.errors import UnknownName
-    from vtok.eval import sweep
+    """Exact match of every method at every budget on the offline tasks, paired with the dense model.
 
-    try:
-        shares = [float(item) for item in budgets.split(",")]
-    except ValueError:
-        raise InvalidValue(f"--budgets are fractions separated by commas, not {budgets!r}.") from None
-    if model not in zoo.names():
-        raise UnknownName(f"No bundled model {model!r}; there are: {', '.join(zoo.names())}.")
+    Several processes share the work: accelerate launch --num_processes 2 -m vtok.cli eval --out DIR
+    """
+    from vtok import adapter as adapters
+    from vtok import demo, zoo
+    from vtok.eval import sweep, task
+
+    shares = _numbers(budgets, float, "--budgets")
+    chosen = list(task.tasks().values()) if tasks is None else [task.get(name) for name in _names(tasks)]
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    share = sweep.Share.of_accelerate()
     if threads:
         torch.set_num_threads(threads)
-    network, processor = zoo.load(model)
-    chosen = None if methods is None else _names(methods)
-    count = scenes or sweep.evaluate.TEST_SCENES
-    summary = sweep.run(network, processor, model, chosen, shares, count, out)
-    console = Console()
-    console.print(sweep.table(summary))
-    for item in summary["refused"]:
-        console.print(f"not run: {item['method']} at {item['budget']:g}: {item['reason']}", style="dim", markup=False)
-    console.print(f"wrote {out / 'sweep.json'}", soft_wrap=True)
+    network, processor = demo.load(model)
+    takes = adapters.find(network)[1].encoders
+    console = Console(quiet=share.rank > 0)
+    for work in chosen:
+        if work.media not in takes:
+            if tasks is not None:
+                raise InvalidValue(f"{work.name} shows a {work.media}, and {model} takes: {', '.join(takes)}.")
+            console.print(f"not run: {work.name} shows a {work.media}, and {model} takes: {', '.join(takes)}")
+            continue
+        count = None if items is None else min(items, work.count)
+        instruction = "" if model in zoo.names() else work.instruction
+        names = None if methods is None else _names(methods)
+        folder = out / work.name
+        summary = sweep.run(network, processor, model, work, names, shares, count, folder, share, instruction)
+        console.print(f"\n{work.title} ({work.name}), {summary['about']['items']} items", style="bold")
+        console.print(sweep.table(summary))
+        for row in summary["refused"]:
+            told = f"not run: {row['method']} at {row['budget']:g}: {row['reason']}"
+            console.print(told, style="dim", highlight=False, markup=False)
+        console.print(f"wrote {folder / 'sweep.json'}", soft_wrap=True)
 
 
 @app.command()
