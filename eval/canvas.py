@@ -1,15 +1,19 @@
-"""Drawing that the offline tasks share: photos behind, anti-aliased shapes, text on paper, free places."""
+"""Drawing that the offline tasks share: photos behind, anti-aliased shapes, text on paper; and sheets to look at."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from vtok.zoo import scenes, sources
 
-INK = {  # colours that no two of which are easily taken for one another in a few pixels
+if TYPE_CHECKING:
+    from vtok.eval.task import Item
+
+INK = {  # no two of them are taken for one another in a few pixels
     "red": (215, 35, 35),
     "green": (35, 160, 60),
     "blue": (40, 80, 225),
@@ -76,3 +80,41 @@ def tag(image: Image.Image, text: str, face, paper, ink, left: int, top: int, pa
     pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=paper)
     pen.text((left + pad, top + pad - face.getbbox(text)[1]), text, font=face, fill=ink)
     return box
+
+
+def strip(item: Item) -> Image.Image:
+    """The pictures of an item side by side."""
+    width = sum(image.width + 2 for image in item.images) - 2
+    drawn = Image.new("RGB", (width, max(image.height for image in item.images)), "white")
+    x = 0
+    for image in item.images:
+        drawn.paste(image, (x, 0))
+        x += image.width + 2
+    return drawn
+
+
+def sheet(items: list[Item], zoom: int = 2) -> Image.Image:
+    """Items in columns, enlarged, each with its questions and answers under it."""
+    font, line, cells = ImageFont.load_default(), 13, []
+    for item in items:
+        picture = strip(item)
+        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+        texts = [f"{q.category}: {q.text} {q.answer}" for q in item.questions]
+        width = max(picture.width, *(int(font.getlength(text)) + 4 for text in texts))
+        cell = Image.new("RGB", (width, picture.height + line * len(texts) + 4), "white")
+        cell.paste(picture, (0, 0))
+        pen = ImageDraw.Draw(cell)
+        for i, text in enumerate(texts):
+            pen.text((2, picture.height + line * i), text, font=font, fill="black")
+        cells.append(cell)
+    width = max(cell.width for cell in cells) + 6
+    columns = max(1, 1600 // width)
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in row) + 6 for row in rows]
+    drawn = Image.new("RGB", (width * min(columns, len(cells)), sum(heights)), (200, 200, 200))
+    y = 0
+    for row, height in zip(rows, heights):
+        for i, cell in enumerate(row):
+            drawn.paste(cell, (i * width, y))
+        y += height
+    return drawn

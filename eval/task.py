@@ -37,7 +37,7 @@ class Question:
 class Item:
     index: int
     media: str  # "image": all questions are about all `images`; "video": `images` are the frames of one clip
-    images: tuple[Image.Image, ...]  # RGB, sides multiples of 32 except in `scenes`
+    images: tuple[Image.Image, ...]  # RGB, sides multiples of 32
     questions: tuple[Question, ...]
     fps: float | None = None  # of a clip
     sources: tuple[str, ...] = ()  # the material it was made from; no split shares any with another

@@ -275,10 +275,10 @@ TASK = Task(
         "number": _THREE_DIGITS,
         "cell": _THREE_DIGITS,
         "total": 1 / 4000,
-        "largest": 1 / len(NAMES + CITIES + GOODS),
+        "largest": (1 / len(GOODS) + 1 / len(NAMES + CITIES + GOODS)) / 2,  # items of an invoice, rows of a table
         "heading": 1 / 16,
     },
-    count=200,
+    count=400,
     item=item,
     card=__doc__,
     instruction="Answer with one word, number or code.",

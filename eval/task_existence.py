@@ -9,8 +9,8 @@ Object and answer are drawn first and the picture is made to fit, so that the wo
 answer; half of the test answers are "yes" in each category. This is where it differs from POPE, whose objects come
 with the photos. Splits share no photo and no handwritten digit.
 
-Licences: code and wheels BSD-3-Clause; the photos are in the public domain or CC0 but for what scikit-image's and
-scikit-learn's data folders name; fonts: DejaVu, out of matplotlib.
+Licences: code and wheels BSD-3-Clause; of the photos scikit-image's come with its wheel, most of them in the public
+domain or CC0, and scikit-learn's are CC BY 2.0 (danielbuechele, vultilion); fonts: DejaVu, out of matplotlib.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ question tells which one is meant and the others distract.
 
 Splits share no photo and no code. All answers of a category but `code` are equally likely.
 
-Licences: code and wheels BSD-3-Clause; the photos are in the public domain or CC0 but for what scikit-image's and
-scikit-learn's data folders name; fonts: DejaVu, out of matplotlib.
+Licences: code and wheels BSD-3-Clause; of the photos scikit-image's come with its wheel, most of them in the public
+domain or CC0, and scikit-learn's are CC BY 2.0 (danielbuechele, vultilion); fonts: DejaVu, out of matplotlib.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ UCR series out of aeon. Pictures of 64 x 128 to 192 x 64 pixels; a label's lette
 
 Splits share no photo, digit, series or label.
 
-Licences: code and wheels BSD-3-Clause; the photos are in the public domain or CC0 but for what scikit-image's and
-scikit-learn's data folders name; the UCR archive asks to be cited.
+Licences: code and wheels BSD-3-Clause; of the photos scikit-image's come with its wheel, most of them in the public
+domain or CC0, and scikit-learn's are CC BY 2.0 (danielbuechele, vultilion); the UCR archive asks to be cited.
 """
 
 from vtok.eval.task import Item, Question, Task

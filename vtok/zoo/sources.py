@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFont
 
+from vtok.errors import MissingExtra
+
 SPLITS = ("train", "val", "test")
 
 # motorcycle_left and _right show one scene, so they stay on one side.
@@ -50,7 +52,7 @@ def wheel_file(name: str) -> Path:
     package, rest = name.split("/", 1)
     spec = find_spec(package)
     if spec is None:
-        raise ModuleNotFoundError(f"{name} is needed to draw scenes: pip install 'vtok[zoo]'", name=package)
+        raise MissingExtra(f"{package} holds {name}, which is needed here: pip install 'vtok[zoo]'")
     return Path(spec.submodule_search_locations[0]) / rest
 
 
