@@ -20,7 +20,7 @@ def close_keys(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
     counts = torch.empty(batch, n, dtype=torch.long, device=keys.device)
     scale = torch.empty(batch, n, dtype=torch.float32, device=keys.device)
     if counts.numel():
-        block = 128 if n > 1024 else 64
+        half, block = takes_half(keys), 128 if n > 1024 else 64
         strides = (*keys.stride(), *valid.stride())
         _scales[(triton.cdiv(n, 16), batch)](keys, valid, scale, *strides, n, width, BLOCK_N=16, BLOCK_C=128)
         _close_keys[(triton.cdiv(n, block), batch)](
@@ -31,10 +31,12 @@ def close_keys(keys: Tensor, valid: Tensor, threshold: float) -> Tensor:
             n,
             width,
             threshold,
-            HALF=takes_half(keys),
+            HALF=half,
             BLOCK_M=block,
             BLOCK_N=block,
             BLOCK_C=32,
+            num_warps=block // 16,
+            num_stages=3 if half else 2,  # what fits in the shared memory of small cards
         )
     return counts
 

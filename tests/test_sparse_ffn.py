@@ -1,12 +1,19 @@
 """The sparse gated FFN against the dense one with the other neurons silenced, and against loops."""
 
+import math
+import types
+
 import pytest
 import torch
+from torch import nn
+from transformers.activations import ACT2FN
 
-from vtok.kernels.sparse_ffn import gather_neurons, gathered_ffn, sparse_ffn
+from vtok.errors import InvalidValue
+from vtok.ffn import activation
+from vtok.kernels.sparse_ffn import ACTIVATIONS, gather_neurons, gathered_ffn, sparse_ffn
 
 SHAPES = [(1, 1, 4, 6, 3), (2, 3, 5, 7, 7), (3, 1, 16, 40, 17), (2, 9, 8, 33, 1)]
-ACTIVATIONS = [torch.nn.functional.silu, torch.nn.functional.gelu, torch.relu]
+FUNCTIONS = [torch.nn.functional.silu, torch.nn.functional.gelu, torch.relu]
 
 
 def problem(b, t, d, f, k, dtype=torch.float32):
@@ -16,7 +23,7 @@ def problem(b, t, d, f, k, dtype=torch.float32):
     return [v.to(dtype) for v in (x, gate, up, down)] + [index]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FUNCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_dense_ffn_with_the_others_silenced(shape, activation):
     x, gate, up, down, index = problem(*shape)
@@ -91,3 +98,66 @@ def test_gradients():
     leaves = [v.requires_grad_() for v in (x, gate, up, down)]
     run = lambda *args: sparse_ffn(*args, index, torch.nn.functional.silu)
     assert torch.autograd.gradcheck(run, leaves)
+
+
+# ---- activations by name ------------------------------------------------------------------------------------
+FORMULAS = {
+    "silu": lambda v: v / (1 + math.exp(-v)),
+    "gelu": lambda v: v / 2 * (1 + math.erf(v / math.sqrt(2))),
+    "gelu_tanh": lambda v: v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    "relu": lambda v: max(v, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_named_activations(name):
+    x, gate, up, down, index = problem(2, 3, 5, 9, 4)
+    copies = gather_neurons(gate, up, down, index)
+    inner = torch.einsum("btd,bkd->btk", x, copies[0]).double()
+    inner = torch.tensor([[[FORMULAS[name](v) for v in row] for row in sample] for sample in inner.tolist()])
+    inner = inner * torch.einsum("btd,bkd->btk", x, copies[1])
+    expected = torch.einsum("btk,bkd->btd", inner, copies[2])
+    torch.testing.assert_close(sparse_ffn(x, gate, up, down, index, name), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(
+        gathered_ffn(x, *copies, name, backend="torch"), gathered_ffn(x, *copies, ACTIVATIONS[name], backend="torch")
+    )
+
+
+@pytest.mark.parametrize("wrong", ["swish", None, 3])
+def test_unknown_activations_are_refused(wrong):
+    x, *weights, index = problem(1, 1, 4, 6, 3)
+    with pytest.raises(InvalidValue, match="'silu', 'gelu', 'gelu_tanh', 'relu', or for the torch backend a function"):
+        sparse_ffn(x, *weights, index, wrong)
+    with pytest.raises(InvalidValue, match="for the torch backend a function; got <function tanh"):
+        sparse_ffn(x, *weights, index, nn.functional.tanh, "triton")
+
+
+def test_gradients_through_a_named_activation():
+    x, gate, up, down, index = problem(2, 2, 3, 5, 3, torch.float64)
+    leaves = [v.requires_grad_() for v in (x, gate, up, down)]
+    assert torch.autograd.gradcheck(lambda *args: sparse_ffn(*args, index, "silu"), leaves)
+
+
+def test_many_tokens_and_doubles_take_torch(monkeypatch):
+    """Where reading the weights is not what takes the time, or fp32 sums would lose digits."""
+    asked = []
+    monkeypatch.setattr("vtok.kernels.sparse_ffn.dispatch", lambda twin, backend, *args: asked.append(backend))
+    x, *weights, index = problem(1, 64, 4, 6, 3)
+    copies = gather_neurons(*weights, index)
+    for tokens in (x, torch.cat([x, x[:, :1]], 1), x.double()):
+        for backend in ("auto", "triton"):
+            gathered_ffn(tokens, *copies, "silu", backend)
+    assert asked == ["auto", "triton", "torch", "triton", "torch", "triton"]
+
+
+@pytest.mark.parametrize(
+    "theirs", ["silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "gelu_new", "quick_gelu", "tanh"]
+)
+def test_names_of_activations_of_transformers(theirs):
+    """The name stands for the same values, bit by bit; what has no name of its own goes on as it is."""
+    module = ACT2FN[theirs]
+    known = activation(types.SimpleNamespace(act_fn=module))
+    values = torch.linspace(-9, 9, 1001)
+    assert torch.equal(ACTIVATIONS.get(known, known)(values), module(values))
+    assert (known in ACTIVATIONS) == (theirs not in ("gelu_new", "quick_gelu", "tanh"))
+    assert activation(types.SimpleNamespace(act_fn=torch.relu)) is torch.relu
