@@ -23,8 +23,9 @@ def merge(x: Tensor, group: Tensor, n: int, size: Tensor | None = None, backend:
 
 def sizes(size: Tensor, group: Tensor, n: int) -> Tensor:
     """[B, n] how many tokens each group stands for, from the `size` [B, N] of its members; as in `merge`."""
-    member = size.masked_fill(group < 0, 0.0)
-    return size.new_zeros(len(size), n).scatter_add(1, group.clamp(min=0), member)  # whole numbers: exact in any order
+    total = size.new_zeros(len(size), n + 1)  # the last for those of no group
+    total = total.scatter_add(1, group.where(group >= 0, n), size)  # whole numbers: exact in any order
+    return total[:, :n].contiguous()
 
 
 def members(group: Tensor, n: int) -> tuple[Tensor, Tensor]:

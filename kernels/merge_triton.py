@@ -94,10 +94,10 @@ def _to_members(
     g = tl.load(group + b * stride_b + t * stride_t, t < length, -1)
     s = tl.load(size + b * stride_sb + t * stride_st, t < length, 0.0).to(tl.float32)
     whole = tl.load(total + b * n + g, g >= 0, 0.0)
-    share = s / tl.where(whole == 0.0, 1.0, whole)
     wide: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
+    share = s.to(wide) / tl.where(whole == 0.0, 1.0, whole).to(wide)
     rows = grad + b * stride_gb + g * stride_gn
     values = tl.load(rows[:, None] + c[None, :] * stride_gc, (g >= 0)[:, None] & (c < width)[None, :], 0.0)
-    values = values.to(wide) * share[:, None].to(wide)
+    values = values.to(wide) * share[:, None]
     at = out + (b * length + t) * width
     tl.store(at[:, None] + c[None, :], values.to(out.dtype.element_ty), (t < length)[:, None] & (c < width)[None, :])

@@ -17,7 +17,9 @@ from vtok.kernels import dispatch
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import bipartite_match
+from vtok.kernels.compact_sequence import compact_sequence
 from vtok.kernels.farthest_points import farthest_points
+from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
 from vtok.kernels.sparse_ffn import gathered_ffn
@@ -51,6 +53,7 @@ def calls(device="cpu"):
     torch.manual_seed(0)
     x, query, key = (torch.randn(shape, device=device) for shape in ((2, 9, 4), (2, 4, 5, 8), (2, 2, 5, 8)))
     rows, valid = torch.tensor([[4], [2]], device=device), torch.ones(2, 5, dtype=torch.bool, device=device)
+    place = torch.arange(18, device=device).view(2, 9)
     return {
         "bipartite_match": lambda **backend: bipartite_match(x, 3, **backend),
         "farthest_points": lambda **backend: farthest_points(x, 3, **backend),
@@ -59,6 +62,8 @@ def calls(device="cpu"):
         "pagerank": lambda **backend: pagerank(query, key, 0.5, valid, rows[:, 0], **backend),
         "redundancy_counts": lambda **backend: redundancy_counts(x[:, :5], valid, 0.2, **backend),
         "sparse_ffn": lambda **backend: gathered_ffn(x[:, :5], *[x] * 3, "silu", **backend),
+        "merge": lambda **backend: merge(x, place % 4 - 1, 4, place % 3 + 1.0, **backend),
+        "compact_sequence": lambda **backend: compact_sequence(place % 5 > 2, 4, x, place, place > 9, **backend),
     }
 
 
@@ -131,6 +136,32 @@ def test_gradients_take_the_twin(card):
         dispatch.dispatch(twin, "triton", x)
     with torch.no_grad():
         assert dispatch.dispatch(twin, "triton", x) == 10
+
+
+def test_gradients_that_triton_gives(card, monkeypatch):
+    monkeypatch.setattr(twin, "differentiable", True, raising=False)
+    x = torch.tensor(5.0, requires_grad=True)
+    assert [dispatch.dispatch(twin, b, x).item() for b in dispatch.BACKENDS] == [10, 6, 10]
+
+
+@pytest.mark.parametrize("kernel", [merge, compact_sequence])
+def test_compiled_code_takes_the_twin_where_a_gradient_is_wanted(kernel, card, monkeypatch):
+    place, x = torch.arange(9)[None], torch.randn(1, 9, 4)
+    args = {merge: (x, place // 3, 3), compact_sequence: (place > 3, 6, x, place, place > 5)}[kernel]
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    expected = kernel(*args, backend="torch")
+    x.requires_grad_()
+    monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: torch.compiler.is_compiling())
+    results = torch.compile(kernel, fullgraph=True, backend=keep)(*args)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected))
+    assert graphs and not any("vtok" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+    next(a for a in results if a.requires_grad).sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
 def uninstalled(card, monkeypatch):

@@ -10,7 +10,10 @@ from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import best_partners, bipartite_match
 from vtok.kernels.bipartite_match_triton import best_partners as triton_partners
+from vtok.kernels.compact_sequence import compact_sequence
+from vtok.kernels.compact_sequence_triton import BLOCKS
 from vtok.kernels.farthest_points import farthest_points
+from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
 from vtok.kernels.sparse_ffn import ACTIVATIONS, gather_neurons, gathered_ffn, sparse_ffn
@@ -312,3 +315,104 @@ def test_networks_of_no_neurons_and_no_tokens():
     x, *weights, index = network(2, 3, 8, 9, 4, FULL)
     assert torch.equal(sparse_ffn(x, *weights, index[:, :0], "silu", "triton"), torch.zeros_like(x))
     assert sparse_ffn(x[:, :0], *weights, index, "silu", "triton").shape == (2, 0, 8)
+
+
+# ---- merge and compact_sequence ---------------------------------------------------------------------------------
+@pytest.fixture
+def poison():
+    """New memory is filled with NaN, or the largest number."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1, device=DEVICE).isnan()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def turned(x):
+    """The same values, of other strides."""
+    return x.mT.contiguous().mT
+
+
+def with_gradient(function, x, *args):
+    """Results of both versions, for each also the gradient of x, where the one that comes back is of odd strides."""
+    answers = []
+    for backend in ("torch", "triton"):
+        leaf = x.detach().requires_grad_()
+        results = function(leaf, *args, backend=backend)
+        (out,) = [r for r in results if r.requires_grad]
+        answers.append((*results, *torch.autograd.grad(out, leaf, turned(draw(*out.shape, seed=9).to(out.dtype)))))
+    return answers
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "n", "width", "dtype"),
+    [(1, 1, 3, FULL), (9, 4, 37, HALF), (40, 11, 1030, BRAIN), (23, 40, 20, FULL), (33, 1, 8, HALF), (12, 5, 6, FULL)],
+)
+def test_means_of_groups(tokens, n, width, dtype, weighted, poison):
+    """With tokens of no group, groups of none, and one group of many."""
+    generator = torch.Generator().manual_seed(tokens)
+    group = turned(torch.randint(-1, n, (3, tokens), generator=generator)).to(DEVICE)
+    group[2] = n - 1
+    size = turned(torch.randint(1, 5, (3, tokens), generator=generator).float()).to(DEVICE) if weighted else None
+    x = inside(draw(3, tokens, width, seed=tokens, dtype=dtype))
+    x[:, 0][group[:, 0] < 0] = torch.nan
+    (mean, total, grad), (fast_mean, fast_total, fast_grad) = with_gradient(merge, x, group, n, size)
+    rtol = {FULL: 1e-5, HALF: 1e-3, BRAIN: 8e-3}[dtype]
+    for a, b in ((fast_mean, mean), (fast_grad, grad)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=rtol)
+    assert torch.equal(fast_total, total)
+    assert not (fast_mean[fast_total == 0].any() or fast_grad[group < 0].any())
+
+
+def test_a_mean_is_the_same_in_any_batch_and_each_time():
+    x, group = draw(5, 64, 40, seed=3), torch.arange(64, device=DEVICE).expand(5, -1) % 3
+    whole = merge(x, group, 3, backend="triton")[0]
+    assert torch.equal(merge(x, group, 3, backend="triton")[0], whole)
+    for b in range(5):
+        assert torch.equal(merge(x[b : b + 1], group[b : b + 1], 3, backend="triton")[0], whole[b : b + 1])
+
+
+def test_means_in_double_precision():
+    x, group = draw(2, 9, 5, dtype=torch.float64), torch.arange(9, device=DEVICE).expand(2, -1) % 4
+    for a, b in zip(*with_gradient(merge, x, group, 4, None)):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, atol=1e-14, rtol=1e-14)
+
+
+def test_nothing_to_merge():
+    for shape, n in (((0, 4, 3), 2), ((2, 0, 3), 2), ((2, 4, 3), 0)):
+        group = torch.full(shape[:2], -1, device=DEVICE)
+        for a, b in zip(*with_gradient(merge, draw(*shape), group, n, None)):
+            assert a.shape == b.shape and torch.equal(a, b)
+
+
+def moved(x, keep, length, positions, visual, backend):
+    return compact_sequence(keep, length, x, positions, visual, backend)
+
+
+@pytest.mark.parametrize(("axes", "rows"), [((), 1), ((), 3), ((3,), 1), ((4,), 3)])
+@pytest.mark.parametrize(("places", "width", "dtype"), [(1, 2, FULL), (45, 30, BRAIN), (32, 70, HALF)])
+def test_sequences(places, width, dtype, axes, rows, poison, monkeypatch):
+    """Several blocks of tokens, of counted ones and of channels."""
+    for name, size in {"TOKENS": 16, "CHANNELS": 16, "SPAN": 32, "COUNTED": 16}.items():
+        monkeypatch.setitem(BLOCKS, name, size)
+    generator = torch.Generator().manual_seed(places)
+    keep = turned(torch.rand(3, places, generator=generator) < 0.4).to(DEVICE)
+    keep[1], keep[2, 0] = False, True
+    visual = turned(torch.rand(3, places, generator=generator) < 0.5).to(DEVICE)
+    positions = turned(torch.randint(0, 99, (*axes, rows, places), generator=generator)).to(DEVICE)
+    x = inside(draw(3, places, width, seed=places, dtype=dtype))
+    most = int(keep.sum(1).max())
+    for length in {most, (most + places) // 2}:
+        torch_, triton = with_gradient(moved, x, keep, length, positions, visual)
+        for a, b in zip(torch_, triton):
+            assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_sequences_of_nothing():
+    for batch, places in ((0, 5), (2, 0)):
+        flags = torch.zeros(batch, places, dtype=torch.bool, device=DEVICE)
+        positions = torch.arange(places, device=DEVICE)[None]
+        for a, b in zip(*with_gradient(moved, draw(batch, places, 3), flags, 0, positions, flags)):
+            assert torch.equal(a, b)
