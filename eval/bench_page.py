@@ -63,8 +63,8 @@ def _workload(file: Path, run: dict[str, Any]) -> str:
         text += (
             f"\n### {result['visual_tokens']:,} visual and {result['text_tokens']} other tokens\n\n"
             f"Batch {result['batch']}, {result['rounds']} rounds, dense {', '.join(phases)}. At keep=1.0 hooks and "
-            f"trace take {result['overhead']:.2%} of a dense prefill.\n\n![Prefill time against kept tokens]({picture})\n\n"
-            f"{_table(result)}\n\n"
+            f"trace take {result['overhead']:.2%} of a dense prefill.\n\n"
+            f"![Prefill time against kept tokens]({picture})\n\n{_table(result)}\n\n"
         )
         text += "".join(f"- {'Met' if met else '**Missed**'}: {sentence}.\n" for met, sentence in bars(result))
         text += "".join(f"- Not run: {name}. {reason}\n" for name, reason in result["refused"].items())

@@ -1,12 +1,13 @@
 """`vtok bench --kernels`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from vtok import cli
+from vtok import cli, kernels
 from vtok.eval import bench_kernels
 
 
@@ -18,18 +19,35 @@ def test_exponent():
 
 def test_rows_and_file(tmp_path, capsys, monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(bench_kernels, "BAR", 1e9)  # times of so small sizes say nothing
+    monkeypatch.setattr(bench_kernels, "PRODUCT_BAR", 1e9)  # times of so small sizes say nothing
     assert bench_kernels.run(tmp_path / "a" / "k.json", repetitions=2, sizes=(12, 24))
     result = json.loads((tmp_path / "a" / "k.json").read_text())
     names = [row["kernel"] for row in result["kernels"]]
-    assert names == list(bench_kernels.works(8, "cpu", torch.float32)) and "farthest_points" in names
+    assert names == list(bench_kernels.cases(8, "cpu", torch.float32))
+    assert {kernel.stem for kernel in Path(kernels.__path__[0]).glob("*_triton.py")} == {
+        f"{n}_triton" for n in names[1:]
+    }
+    assert result["limits"]["operations"] > 0 and result["limits"]["bytes"] > 0
     for row in result["kernels"]:
+        assert row["backend"] == "torch" and row["roofline"] > 0
         assert len(row["seconds"]) == 2 and all(0 < t["min"] <= t["median"] <= t["max"] for t in row["seconds"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "times its product at N=24" in printed
-    monkeypatch.setattr(bench_kernels, "BAR", 0)
+    monkeypatch.setattr(bench_kernels, "PRODUCT_BAR", 0)
     assert not bench_kernels.run(repetitions=1, sizes=(12, 24))
     assert torch.get_num_threads() == threads
+
+
+def test_bars_on_a_card():
+    """Triton kernels are judged from 2,048 tokens on."""
+    times = [{"median": 1.0}]
+    rows = [{"kernel": k, "backend": "torch", "seconds": times} for k in (bench_kernels.PRODUCT, "farthest_points")]
+    rows += [
+        {"kernel": "merge", "backend": "triton", "seconds": times, "roofline": 0.71},
+        {"kernel": "pagerank", "backend": "triton", "seconds": times, "roofline": 0.69},
+    ]
+    assert [met for met, _ in bench_kernels.bars(rows, 2880)] == [True, True, False]
+    assert len(bench_kernels.bars(rows, 720)) == 1
 
 
 def test_the_command_passes_its_options_on(monkeypatch):
