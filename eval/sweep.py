@@ -88,7 +88,7 @@ class Share:
     @staticmethod
     def of_accelerate() -> Share:
         """That of a process that `accelerate launch` started; one of one in all others."""
-        if "ACCELERATE_MIXED_PRECISION" not in os.environ and "LOCAL_RANK" not in os.environ:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return Share()
         from accelerate import PartialState
 
