@@ -76,6 +76,16 @@ def card(name: Name, out: Folder = None) -> None:
 
 
 @app.command()
+def pages(
+    out: Annotated[Path, typer.Option(help="Folder to write to.", file_okay=False, exists=True)] = Path("model_cards"),
+) -> None:
+    """Write the pages of the public checkpoints, and the index of all models."""
+    from vtok.zoo.pages import write
+
+    typer.echo(f"wrote {', '.join(path.name for path in write(out))}")
+
+
+@app.command()
 def sample(
     out: Annotated[Path, typer.Option(help="Folder to write pictures and questions.json to.")],
     count: int = 8,
