@@ -45,12 +45,8 @@ def sparse_ffn(
 
 
 def gather_neurons(gate: Tensor, up: Tensor, down: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of some neurons, three [B, K, D] copies; see `sparse_ffn`. Of `down` it is the columns, as rows.
-
-    Copies lie in memory as their weights do: a neuron's values of `gate` and `up` one after the other, and of `down`
-    those of all neurons for one output, which is the order in which each is summed.
-    """
-    return gate[index], up[index], down[:, index].permute(1, 2, 0)
+    """The weights of some neurons, three [B, K, D] copies; see `sparse_ffn`. Of `down` it is the columns, as rows."""
+    return gate[index], up[index], down.t()[index]
 
 
 def gathered_ffn(

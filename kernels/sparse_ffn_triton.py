@@ -1,4 +1,4 @@
-"""`sparse_ffn` in Triton: two launches, each of which reads its weights once, in the order in which they lie."""
+"""`sparse_ffn` in Triton: two launches, which read each weight once for every 16 tokens."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ BLOCK_R = 16  # neurons, then outputs of a program: few, so that one token too f
 def gated_sum(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
     """[B, T, D]; see the twin in `sparse_ffn`. Each program owns some neurons, then some outputs, and sums in fp32.
 
-    All of any strides. What goes from the first launch to the second is of x's type where that is a half type.
+    All of any strides. What goes from the first launch to the second is of x's type where that is a half type, and
+    filled up with zeros to whole blocks of neurons, so that it can be read many values at a time.
     """
     (batch, t, width), k = x.shape, gate.shape[1]
-    half = takes_half(x, gate, up, down)
-    inner = torch.empty(batch, t, k, dtype=x.dtype if half else torch.float32, device=x.device)
+    half, filled = takes_half(x, gate, up, down), BLOCK_R * triton.cdiv(k, BLOCK_R)
+    inner = torch.empty(batch, t, filled, dtype=x.dtype if half else torch.float32, device=x.device)
     out = torch.empty(batch, t, width, dtype=x.dtype, device=x.device)
-    sizes = {"HALF": half, "BLOCK_T": BLOCK_T, "BLOCK_R": BLOCK_R, "BLOCK_C": 128 if half else 64}
+    sizes = {"HALF": half, "BLOCK_T": BLOCK_T, "BLOCK_R": BLOCK_R, "num_stages": 4}
+    length = 128 if half else 64  # of a step along the sums
     if inner.numel():
-        grid = (triton.cdiv(k, BLOCK_R), triton.cdiv(t, BLOCK_T), batch)
+        grid = (filled // BLOCK_R, triton.cdiv(t, BLOCK_T), batch)
         strides = (*x.stride(), *gate.stride(), *up.stride())
-        _neurons[grid](inner, x, gate, up, *strides, t, k, width, ACTIVATION=activation, **sizes)
+        _neurons[grid](
+            inner, x, gate, up, *strides, t, k, filled, width, ACTIVATION=activation, BLOCK_C=length, **sizes
+        )
     if out.numel():
         grid = (triton.cdiv(width, BLOCK_R), triton.cdiv(t, BLOCK_T), batch)
-        _outputs[grid](out, inner, down, *down.stride(), t, k, width, **sizes)
+        _outputs[grid](out, inner, down, *down.stride(), t, k, filled, width, BLOCK_C=2 * length, **sizes)
     return out
 
 
@@ -59,10 +63,10 @@ def _product(x, weight, total, HALF: tl.constexpr):
 def _neurons(
     inner, x, gate, up,
     stride_xb, stride_xt, stride_xc, stride_gb, stride_gk, stride_gc, stride_ub, stride_uk, stride_uc,
-    t, k, width, ACTIVATION: tl.constexpr, HALF: tl.constexpr,
+    t, k, filled, width, ACTIVATION: tl.constexpr, HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """[B, T, K] activation(x Wg) * (x Wu)."""
+    """[B, T, filled] activation(x Wg) * (x Wu), behind the K neurons zeros."""
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     neuron = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -77,25 +81,26 @@ def _neurons(
         values = tl.load(tokens + c[None, :] * stride_xc, (token < t)[:, None] & (c < width)[None, :], 0.0)
         gated = _product(values, tl.load(gates + c[:, None] * stride_gc, here, 0.0), gated, HALF)
         other = _product(values, tl.load(ups + c[:, None] * stride_uc, here, 0.0), other, HALF)
-    at = (b * t + token)[:, None] * k + neuron[None, :]
-    tl.store(inner + at, _activate(gated, ACTIVATION) * other, (token < t)[:, None] & (neuron < k)[None, :])
+    at = (b * t + token)[:, None] * filled + neuron[None, :]
+    values = tl.where((neuron < k)[None, :], _activate(gated, ACTIVATION) * other, 0.0)
+    tl.store(inner + at, values, (token < t)[:, None])
 
 
 @triton.jit
 def _outputs(
-    out, inner, down, stride_db, stride_dk, stride_dc, t, k, width,
+    out, inner, down, stride_db, stride_dk, stride_dc, t, k, filled, width,
     HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """[B, T, D] inner Wd."""
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     place = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    tokens = inner + (b * t + token)[:, None] * k  # [T, 1]
+    tokens = inner + (b * t + token)[:, None] * filled  # [T, 1]
     columns = down + b * stride_db + place.to(tl.int64)[None, :] * stride_dc  # [1, R]
     total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for low in range(0, k, BLOCK_C):
         neuron = low + tl.arange(0, BLOCK_C)
-        values = tl.load(tokens + neuron[None, :], (token < t)[:, None] & (neuron < k)[None, :], 0.0)
+        values = tl.load(tokens + neuron[None, :], (token < t)[:, None] & (neuron < filled)[None, :], 0.0)
         here = (neuron < k)[:, None] & (place < width)[None, :]
         weights = tl.load(columns + neuron.to(tl.int64)[:, None] * stride_dk, here, 0.0)
         total = _product(values, weights, total, HALF)

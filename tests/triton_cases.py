@@ -311,6 +311,15 @@ def test_activations_of_any_size(name):
     torch.testing.assert_close(y[..., 0], ACTIVATIONS[name](x[..., 0]), atol=1e-6, rtol=1e-5, equal_nan=True)
 
 
+def test_networks_of_broken_tokens():
+    """What is not finite stays in its token, and is there what it is in torch."""
+    x, *weights, index = (v.abs() for v in network(2, 4, 8, 9, 5, FULL))  # weights above 0: infinity stays so
+    x[0, 1, 2], x[1, 0], x[1, 3, 0] = torch.inf, torch.nan, -torch.inf
+    torch_, triton = both(sparse_ffn, x, *weights, index, "relu")
+    torch.testing.assert_close(triton, torch_, atol=1e-5, rtol=1e-4, equal_nan=True)
+    assert triton[0, 0].isfinite().all() and triton[1, 1].isfinite().all() and triton.isinf().any()
+
+
 def test_networks_of_no_neurons_and_no_tokens():
     x, *weights, index = network(2, 3, 8, 9, 4, FULL)
     assert torch.equal(sparse_ffn(x, *weights, index[:, :0], "silu", "triton"), torch.zeros_like(x))
