@@ -49,7 +49,7 @@ def windows(split: str) -> dict[str, dict[str, list[Curve]]]:
     found: dict[str, dict[str, list[Curve]]] = defaultdict(lambda: defaultdict(list))
     for row in sources.series(split):
         name = _name(row)
-        for _ in range(12):
+        for _ in range(8):
             length = int(rng.integers(max(16, len(row) // 5), len(row) + 1)) if len(row) > 16 else len(row)
             start = int(rng.integers(0, len(row) - length + 1))
             curve = _resample(row[start : start + length], POINTS)
@@ -104,10 +104,11 @@ def peaks(curve: np.ndarray) -> int | None:
     end is high enough to be taken for one."""
     from scipy.signal import find_peaks
 
-    _, found = find_peaks(curve, prominence=0.0)
-    large = int((found["prominences"] >= 0.25).sum())
-    small = (found["prominences"] < 0.08).sum()
-    if large + small < len(found["prominences"]) or not 1 <= large <= 4 or max(curve[0], curve[-1]) > 0.5:
+    if max(curve[0], curve[-1]) > 0.5:
+        return None
+    heights = find_peaks(curve, prominence=0.0)[1]["prominences"]
+    large = int((heights >= 0.25).sum())
+    if not 1 <= large <= 4 or ((heights >= 0.08) & (heights < 0.25)).any():
         return None
     return large
 
