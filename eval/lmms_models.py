@@ -38,7 +38,7 @@ from vtok import zoo
 from vtok.demo import open_picture
 from vtok.errors import InvalidValue, UnknownName, Unsupported, VtokError
 from vtok.eval import lmms_plan
-from vtok.eval.machine import peak_memory
+from vtok.eval.machine import PeakMemory
 from vtok.eval.video import Sampling, open_clip
 from vtok.patching import Patch
 from vtok.show import Clip
@@ -170,8 +170,7 @@ class _Vtok(lmms):
             "pixels": [min_pixels, max_pixels],
             "system_prompt": self.system_prompt,
         }
-        self._totals: Counter[str] = Counter()
-        self._peak: int | None = None
+        self._begin()
         self._warned: set[str] = set()
         self.patch: Patch | None = None
         self._apply(plan)
@@ -190,7 +189,7 @@ class _Vtok(lmms):
         """Another compressor on the same model, for the runs from now on, which are counted anew; arguments as in the
         constructor, "none" for the dense model. A mistake leaves the model as it was."""
         plan = lmms_plan.plan(compressor, **options)
-        self._totals, self._peak = Counter(), None
+        self._begin()
         before, self.patch = self.patch, None
         if before is not None:
             before.remove()
@@ -201,6 +200,11 @@ class _Vtok(lmms):
                 self.patch = vtok.patch(self.model, before.compressors)
             raise
         return self.patch
+
+    def _begin(self) -> None:
+        """Count from nothing: a new run."""
+        self._totals: Counter[str] = Counter()
+        self._peak: PeakMemory | None = None
 
     def _apply(self, plan: lmms_plan.Plan) -> None:
         self.patch = plan.apply(self.model)
@@ -268,7 +272,9 @@ class _Vtok(lmms):
         for i in own:
             groups.setdefault(json.dumps(_gen_kwargs(requests[i].args), sort_keys=True, default=str), []).append(i)
 
-        def all_batches() -> None:
+        if own and self._peak is None:  # the first of a run
+            self._peak = PeakMemory(str(self.device))
+        try:
             with tqdm(total=len(own), disable=self.rank != 0, desc="vtok") as bar:
                 for members in groups.values():
                     members.sort(key=lambda i: -len(str(requests[i].args[0])))
@@ -284,10 +290,9 @@ class _Vtok(lmms):
                         for i, result in zip(batch, done):
                             results[i] = result
                         bar.update(len(batch))
-
-        peak, _ = peak_memory(str(self.device), all_batches)
-        if peak is not None:
-            self._peak = max(peak, self._peak or 0)
+        except RunFailed:
+            self._begin()
+            raise
         return results
 
     # ---- prompts -----------------------------------------------------------------------------------------------
@@ -494,8 +499,8 @@ class _Vtok(lmms):
     def clean(self) -> None:
         """Called by lmms-eval after the last request of a run: reports what it cost, and refuses a run in which nothing
         was compressed. The model stays, so that one object serves many runs."""
-        totals, peak = self._totals, self._peak
-        self._totals, self._peak = Counter(), None
+        totals, peak = self._totals, None if self._peak is None else self._peak.rise()
+        self._begin()
         if self.world_size > 1:
             totals, peak = self._gathered(totals, peak)
         n = totals["samples"]

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,26 +52,35 @@ def commit() -> str:
         return "unknown"
 
 
-def peak_memory(device: str, work: Callable[[], Any]) -> tuple[int | None, Any]:
-    """Bytes by which memory rose at most above its level before `work`, and what `work` returned.
+class PeakMemory:
+    """By how much memory rises at most above its level when this is made: on a card what PyTorch has allocated, on a
+    CPU the process's resident memory, which Linux tells."""
 
-    On a CPU the process's resident memory, which Linux tells; None elsewhere.
-    """
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = work()
-        return torch.cuda.max_memory_allocated() - before, result
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present level
-        before = _resident("VmHWM")
-    except (OSError, AttributeError, StopIteration):
-        return None, work()
+    def __init__(self, device: str) -> None:
+        gc.collect()
+        self.cuda, self.before = device.startswith("cuda"), None
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        with suppress(OSError, AttributeError, StopIteration):
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present level
+            self.before = _resident("VmHWM")
+
+    def rise(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        if self.before is None:
+            return None
+        return (torch.cuda.max_memory_allocated() if self.cuda else _resident("VmHWM")) - self.before
+
+
+def peak_memory(device: str, work: Callable[[], Any]) -> tuple[int | None, Any]:
+    """Bytes by which memory rose at most above its level before `work`, and what `work` returned."""
+    peak = PeakMemory(device)
     result = work()
-    return _resident("VmHWM") - before, result
+    return peak.rise(), result
 
 
 def _resident(field: str) -> int:
