@@ -10,11 +10,10 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvF
 
-from vtok.zoo import scenes, sources
+from vtok.zoo import packed, scenes, sources
 from vtok.zoo.architecture import PATCH, VIEW
 
 GRID = VIEW // PATCH
-IGNORE = -100
 # What a patch can show. A letter counts by the half of the patch that its middle lies in: order is not lost.
 GROUPS = {
     "shape": scenes.SHAPES,
@@ -139,23 +138,11 @@ def looks(question: scenes.Question) -> list[tuple[int, ...]]:
 def pack(tok, questions: list[list[scenes.Question]], where: list[np.ndarray]) -> dict[str, torch.Tensor]:
     """Questions of B pictures as `ids`, `block`, `offset`, `targets` and `focus` of Batch; `where` by `in_order`."""
     rows = [[encode(tok, q) for q in asked] for asked in questions]
-    length = max(sum(len(ids) for ids, _ in row) for row in rows)
-    length = -(-length // 32) * 32  # few lengths: a new shape costs a kernel compilation
-    out = {name: torch.full((len(rows), length), n) for name, n in (("ids", tok.pad_token_id), ("block", -1))}
-    out |= {"offset": torch.zeros_like(out["ids"]), "targets": torch.full_like(out["ids"], IGNORE)}
-    focus = np.zeros((len(rows), length, where[0].shape[1]), dtype=bool)
-    for b, row in enumerate(rows):
-        at = 0
-        for n, (ids, prompt) in enumerate(row):
-            end, ids = at + len(ids), torch.tensor(ids)
-            out["ids"][b, at:end] = ids
-            out["block"][b, at:end] = n
-            out["offset"][b, at:end] = torch.arange(len(ids))
-            out["targets"][b, at + prompt - 1 : end - 1] = ids[prompt:]
-            for i, things in enumerate(looks(questions[b][n])):
-                focus[b, at + prompt - 1 + i] = where[b][list(things)].any(0)
-            at = end
-    return out | {"focus": torch.from_numpy(focus)}
+    seen = [
+        [np.stack([place[list(things)].any(0) for things in looks(q)]) for q in asked]
+        for asked, place in zip(questions, where)
+    ]
+    return packed.pack(rows, seen, tok.pad_token_id)
 
 
 def build(tok, split: str, seed: int, indices: list[int]) -> Batch:

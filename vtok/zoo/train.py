@@ -1,32 +1,22 @@
-"""The recipe: the vision tower alone on dense labels, then everything on questions. Resumable after a kill.
-
-The questions of a picture share one sequence: a question sees the picture and itself, never another question,
-and its positions start right after the picture. So each is trained just as it is asked at inference, at a
-tenth of the cost.
-"""
+"""The recipe of vtok-tiny-llava-next: the vision tower alone on dense labels, then everything on questions."""
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import os
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
 
-from vtok.zoo import architecture, batches, scenes
-from vtok.zoo.batches import GRID, GROUPS, IGNORE, Batch
-from vtok.zoo.team import Team
+from vtok.zoo import architecture, batches, loop, scenes
+from vtok.zoo.batches import GRID, GROUPS, Batch
+from vtok.zoo.packed import IGNORE, PREFIX, focus_loss, visible
 
-HEARD, WATCHED = 2, 4  # decoder layers whose first heads are taught what was asked about and where that is
+NAME = "vtok-tiny-llava-next"
 CHECK_BATCHES = 12  # of validation pictures, looked at now and then
 
 
@@ -65,35 +55,6 @@ class Heads(nn.Module):
         self.cls = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(batches.LABELS))) for _ in range(2)
         )
-
-
-def _attend(query, key, value, mask=None):
-    scores = query @ key.transpose(-1, -2)  # [B, H, Q, K]
-    if mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1) @ value
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention as plain tensor operations: on CPU in bfloat16 twice as fast, both ways, as SDPA's kernel.
-
-    `attention_mask`, if any, is additive [B, 1, Q, P + Q] and tells what the last Q tokens see; the P before
-    them form the prefix, which is causal and never looks at them.
-    """
-    query = query * scaling
-    if attention_mask is None:  # the vision tower
-        return _attend(query, key, value).transpose(1, 2), None
-    start = query.shape[2] - attention_mask.shape[2]
-    causal = torch.full((start, start), float("-inf"), dtype=attention_mask.dtype).triu(1)
-    prefix = _attend(query[:, :, :start], key[:, :, :start], value[:, :, :start], causal)
-    asked = _attend(query[:, :, start:], key, value, attention_mask)
-    if module.layer_idx in (HEARD, WATCHED):
-        seen = query[:, 0, start:] @ key[:, 0].transpose(-1, -2) + attention_mask[:, 0]
-        module.watched = seen.float().log_softmax(-1)  # [B, Q, P + Q] of the first head
-    return torch.cat([prefix, asked], dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("zoo_packed", packed_attention)
 
 
 def tower_states(model, views: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -168,20 +129,10 @@ def noun_ids(tok) -> torch.Tensor:
     return torch.tensor([ids[0] for ids in tok(sorted(nouns))["input_ids"] if len(ids) == 1])
 
 
-def focus_loss(model, before: int, nouns: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """How little two heads attend, before a word of an answer is said, to what they should.
-
-    That is for one the nouns of the question, and for the other, later, the visual tokens of what they name.
-    `before` is the number of tokens before the picture.
-    """
-    layers, loss = model.model.language_model.layers, torch.zeros(())
-    asked = (batch.block[:, :, None] == batch.block[:, None]) & torch.isin(batch.ids, nouns)[:, None]  # [B, Q, Q]
-    asked &= (batch.targets != IGNORE)[..., None]
-    for layer, first, wanted in ((HEARD, -asked.shape[-1], asked), (WATCHED, before, batch.focus)):
-        seen = layers[layer].self_attn.watched[..., first:][..., : wanted.shape[-1]]
-        some = wanted.any(-1)
-        loss = loss - seen[some].masked_fill(~wanted[some], float("-inf")).logsumexp(-1).mean()
-    return loss
+def words_asked(nouns: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The nouns of the question that each target answers, bool [B, Q, Q]."""
+    asked = (batch.block[:, :, None] == batch.block[:, None]) & torch.isin(batch.ids, nouns)[:, None]
+    return asked & (batch.targets != IGNORE)[..., None]
 
 
 def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], features, batch: Batch) -> torch.Tensor:
@@ -197,12 +148,9 @@ def question_logits(model, prefix: tuple[torch.Tensor, torch.Tensor], features, 
     before, after = (embed(ids).expand(count, -1, -1) for ids in prefix)
     asked = embed(batch.ids)
     tokens = torch.cat([before, torch.stack(list(packed)).to(asked.dtype), after, asked], dim=1)  # [B, P + Q, D]
-    start, places = tokens.shape[1] - batch.ids.shape[1], torch.arange(tokens.shape[1])
-    block = F.pad(batch.block, (start, 0), value=-2)  # -2 = prefix
-    seen = (block[:, start:, None] == block[:, None]) | (block[:, None] == -2)  # [B, Q, P + Q]
-    seen &= places[start:, None] >= places
-    mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))[:, None]
-    positions = torch.cat([places[:start].expand(count, -1), start + batch.offset], dim=1)
+    start = tokens.shape[1] - batch.ids.shape[1]
+    mask = visible(batch.block, torch.full((count, start), PREFIX))
+    positions = torch.cat([torch.arange(start).expand(count, -1), start + batch.offset], dim=1)
     hidden = core.language_model(
         inputs_embeds=tokens, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state
@@ -225,30 +173,30 @@ def accuracy(model, prefix, data: batches.Steps) -> dict[str, float]:
     return {c: sum(hits) / len(hits) for c, hits in right.items()}
 
 
-def optimiser(modules: dict[nn.Module, float], recipe: Recipe) -> torch.optim.AdamW:
+def optimisers(modules: dict[nn.Module, float], recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW over modules, each with a factor on the learning rate; no decay of biases and norms."""
     groups = []
     for module, scale in modules.items():
         for matrices in (True, False):
             weights = [p for p in module.parameters() if (p.ndim > 1) == matrices]
-            groups.append({"params": weights, "weight_decay": recipe.decay * matrices, "scale": scale})
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+            groups.append({"params": weights, "weight_decay": recipe.decay * matrices, "peak": recipe.lr * scale})
+    return [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))]
 
 
 def rate(step: int, total: int, recipe: Recipe) -> float:
-    """Learning rate: linear warm-up, then cosine down to a hundredth."""
+    """Share of the learning rate: linear warm-up, then cosine down to a hundredth."""
     if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
+        return (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, total - recipe.warmup)
-    return recipe.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
 def tower_loss(index: int, data: batches.Steps, model, heads: Heads, **_):
-    """Loss of one part of stage 1, and for the log (dense, words, focus, answers, questions)."""
+    """Loss of one part of stage 1, and what the log says of it."""
     batch = data[index]
     with torch.autocast("cpu", torch.bfloat16):
         dense = dense_loss(heads, tower_states(model, batch.views), batch.labels)
-    return dense, (dense.item(), 0.0, 0.0, 0.0, 0)
+    return dense, {"pictures": len(batch.views), "dense": dense.item()}
 
 
 def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, words, nouns, recipe: Recipe):
@@ -262,10 +210,11 @@ def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, 
         logits = question_logits(model, prefix, features, batch)
         wanted = batch.targets != IGNORE
         asked = F.cross_entropy(logits[wanted].float(), batch.targets[wanted])
-        focus = focus_loss(model, len(prefix[0]), nouns, batch)
+        layers = model.model.language_model.layers
+        focus = focus_loss(layers, words_asked(nouns, batch), batch.focus, before=len(prefix[0]))
     loss = asked + recipe.dense_weight * dense + recipe.word_weight * named + recipe.focus_weight * focus
-    parts = (dense.item(), named.item(), focus.item(), asked.item())
-    return loss, (*parts, sum(map(len, batch.categories)))
+    answer = {"dense": dense.item(), "words": named.item(), "focus": focus.item(), "answers": asked.item()}
+    return loss, answer | {"pictures": len(batch.views), "questions": sum(map(len, batch.categories))}
 
 
 def prefix_ids(tok) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,18 +222,8 @@ def prefix_ids(tok) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(tok(text, add_special_tokens=False)["input_ids"]) for text in ("<s>USER: ", "\n"))
 
 
-def train(
-    out: Path,
-    recipe: Recipe,
-    workers: int = 2,
-    stop_after: int | None = None,
-    checkpoint_every: float = 180,
-    log: Callable = print,
-) -> None:
-    """Train into the hub folder `out`. The state to go on from lies in `out`.ckpt.
-
-    `stop_after` steps of this call it saves and returns, as if killed; `checkpoint_every` is in seconds.
-    """
+def train(out: Path, recipe: Recipe, workers: int = 2, **options) -> None:
+    """Train into the hub folder `out`; `options` are those of `loop.fit`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the team forks
     torch.set_num_threads(1)
     processor = architecture.processor()
@@ -294,93 +233,31 @@ def train(
     model.share_memory()
     heads = Heads(model.config.vision_config.hidden_size).share_memory()
     prefix, words, nouns = prefix_ids(tok), word_ids(tok), noun_ids(tok)
-    path = out.with_name(out.name + ".ckpt") / "state.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"stage": 0, "step": 0, "pictures": 0, "questions": 0, "seconds": 0.0, "adam": None}
-    if path.exists():
-        state = torch.load(path)
-        model.load_state_dict(state.pop("model"))
-        heads.load_state_dict(state.pop("heads"))
-        log(f"resumed at stage {state['stage']}, step {state['step']}")
+    known = {"model": model, "heads": heads, "prefix": prefix, "words": words, "nouns": nouns, "recipe": recipe}
     check = batches.Steps(tok, "val", recipe.seed, 16, CHECK_BATCHES)
-    done = 0
 
-    def save(adam):
-        weights = {"model": model.state_dict(), "heads": heads.state_dict(), "adam": adam.state_dict()}
-        torch.save(state | weights, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-        if state["stage"] == 1:
-            export(model, processor, out)
-            made = {k: state[k] for k in ("pictures", "questions", "seconds", "step")}
-            made |= {"recipe": asdict(recipe), "parameters": sum(p.numel() for p in model.parameters())}
-            made |= {"workers": workers, "torch": torch.__version__}
-            (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+    tower = model.model.vision_tower
+    rest = nn.ModuleList([model.model.multi_modal_projector, model.model.language_model])
+    rest.newline = model.model.image_newline  # the head of the decoder is tied to its embeddings
 
-    stages = ("tower", recipe.tower_steps, recipe.tower_batch), ("questions", recipe.steps, recipe.batch)
-    for stage, (name, total, size) in enumerate(stages):
-        if stage < state["stage"]:
-            continue
-        tower = model.model.vision_tower
-        if name == "tower":
-            modules = {tower: 1.0, heads: 1.0}
-        else:
-            rest = nn.ModuleList([model.model.multi_modal_projector, model.model.language_model])
-            rest.newline = model.model.image_newline  # the head of the decoder is tied to its embeddings
-            modules = {tower: recipe.tower_lr, heads: 1.0, rest: 1.0}
-        weights = [p for module in modules for p in module.parameters()]
-        adam = optimiser(modules, recipe)
-        if stage > state["stage"]:
-            state |= {"stage": stage, "step": 0, "adam": None}
-        if state["adam"]:
-            adam.load_state_dict(state["adam"])
-        parts = size // recipe.part
-        narrow = recipe.narrow_steps * parts if name == "questions" else 0
-        data = batches.Steps(tok, "train", recipe.seed + stage, recipe.part, total * parts, narrow)
+    def stage(number: int, steps: int, batch: int, modules, loss, narrow: int = 0, **more) -> loop.Stage:
+        parts = batch // recipe.part
+        data = batches.Steps(tok, "train", recipe.seed + number, recipe.part, steps * parts, narrow * parts)
+        work = partial(loss, data=data, **known)
+        return loop.Stage(("tower", "questions")[number], steps, parts, modules, work, **more)
 
-        losses = question_loss if name == "questions" else tower_loss
-        known = {"prefix": prefix, "words": words, "nouns": nouns, "recipe": recipe}
-        work = partial(losses, data=data, model=model, heads=heads, **known)
-        team = Team(workers, weights, work)
-        clock = saved = began = time.time()
-        sums = torch.zeros(4)
-        for step in range(state["step"], total):
-            for group in adam.param_groups:
-                group["lr"] = rate(step, total, recipe) * group["scale"]
-            answers = team.step(range(step * parts, (step + 1) * parts))
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            adam.step()
-            sums += torch.tensor(answers)[:, :4].mean(0)
-            done += 1
-            state["step"] = step + 1
-            state["pictures"] += size
-            state["seconds"], began = state["seconds"] + time.time() - began, time.time()
-            state["questions"] += sum(answer[4] for answer in answers)
-            if state["step"] % 50 == 0:
-                speed, clock = 50 * size / (time.time() - clock), time.time()
-                dense, named, focus, asked = (sums / 50).tolist()
-                sums.zero_()
-                log(
-                    f"{time.strftime('%H:%M:%S')} {name} {state['step']}/{total} pictures/s {speed:.1f}"
-                    f" dense {dense:.3f} words {named:.3f} focus {focus:.3f} answers {asked:.3f}"
-                )
-            if name == "questions" and state["step"] % 500 == 0:
-                scores = accuracy(model, prefix, check)
-                mean = sum(scores.values()) / len(scores)
-                log(f"val {mean:.3f}  " + "  ".join(f"{c} {a:.2f}" for c, a in scores.items()))
-                clock = time.time()
-            if time.time() - saved > checkpoint_every or state["step"] == total or done == stop_after:
-                save(adam)
-                saved = time.time()
-            if done == stop_after:
-                break
-        team.stop()
-        if done == stop_after:
-            return
-
-
-def export(model, processor, out: Path) -> None:
-    """Write the hub folder: float16 weights, configuration, tokenizer, processor, chat template."""
-    half = copy.deepcopy(model).half()
-    half.set_attn_implementation("sdpa")
-    half.save_pretrained(out)
-    processor.save_pretrained(out)
+    stages = [
+        stage(0, recipe.tower_steps, recipe.tower_batch, {tower: 1.0, heads: 1.0}, tower_loss),
+        stage(
+            1,
+            recipe.steps,
+            recipe.batch,
+            {tower: recipe.tower_lr, heads: 1.0, rest: 1.0},
+            question_loss,
+            recipe.narrow_steps,
+            check=partial(accuracy, model, prefix, check),
+        ),
+    ]
+    shares = partial(rate, recipe=recipe)
+    trained = loop.Trained(model, heads, processor, recipe, partial(optimisers, recipe=recipe), shares)
+    loop.fit(trained, stages, out, workers, **options)
