@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -296,13 +297,13 @@ class _Vtok(lmms):
         return results
 
     # ---- prompts -----------------------------------------------------------------------------------------------
+    @abstractmethod
     def _messages(self, arguments: tuple) -> list[dict[str, Any]]:
         """The messages of a request to generate."""
-        raise TypeError("Take VtokChat or VtokSimple.")
 
+    @abstractmethod
     def _round(self, arguments: tuple, said: list[str], state: Any) -> tuple[list[dict[str, Any]], Any] | None:
         """The messages of a later round and the task's own state, or None where the conversation has ended."""
-        raise TypeError("Take VtokChat or VtokSimple.")
 
     def _doc(self, arguments: tuple) -> Any:
         doc_id, task, split = arguments[-3:]
@@ -441,17 +442,17 @@ class _Vtok(lmms):
         inputs = dict(self._encode(asked))
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         prompts = [row[valid] for row, valid in zip(ids, mask)]
-        template = self.processor.tokenizer
-        ends = [self.processor.tokenizer.decode(row[-1:])[-1:].isspace() for row in prompts]
+        tokenizer = self.processor.tokenizer
+        ends = [tokenizer.decode(row[-1:])[-1:].isspace() for row in prompts]
         said = [text.lstrip() if space else text for text, space in zip(continuations, ends)]
-        answers = [template(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for text in said]
+        answers = [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for text in said]
         if not all(len(answer) for answer in answers):
             raise InvalidValue("A continuation without a token has no likelihood.")
         answers = [answer.to(ids) for answer in answers]
         # On the right nothing is in the way of the answers, and positions are those of a row alone.
         fill = lambda rows, value: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
         joined = list(zip(prompts, answers))
-        pad = template.pad_token_id if template.pad_token_id is not None else template.eos_token_id
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in inputs:
                 rows = [row[valid] for row, valid in zip(inputs[name], mask)]

@@ -19,7 +19,7 @@ EXTRAS = {
     "vtok.zoo": {"numpy", "skimage", "sklearn", "aeon", "matplotlib", "tokenizers", "safetensors"},
     "vtok.draw": {"numpy", "matplotlib"},  # numpy comes with matplotlib
     "vtok.kernels": {"triton"},
-    "vtok.eval": {"lmms_eval", "numpy"},  # its pictures come from the zoo, which brings numpy
+    "vtok.eval": {"lmms_eval", "loguru", "numpy", "tqdm", "yaml"},  # its pictures come from the zoo, which brings numpy
 }
 
 
