@@ -455,8 +455,8 @@ CHECKPOINTS = (
         },
         tables=LLAVA_TABLES,
         notes=(
-            "The checkpoint's processor cuts the middle square out of a picture; the original code pads it instead. So the "
-            "dense run here, not the published dense score, is what to compare with.",
+            "The checkpoint's processor cuts the middle square out of a picture; the original code pads it instead. "
+            "So the dense run here, not the published dense score, is what to compare with.",
             "ChartQA and DocVQA are beyond one view of 336 pixels; they are there because G-Search's tables have them.",
         ),
     ),
