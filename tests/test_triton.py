@@ -48,6 +48,14 @@ def test_against_the_twins(where):
     assert passed, text[-5000:]
 
 
+@needs_triton
+def test_kernels_compile_for_a_card():
+    options = ["--import-mode=importlib", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    passed, text = child(["-m", "pytest", *options, str(HERE / "triton_targets.py")], **paths)
+    assert passed, text[-5000:]
+
+
 def calls(device="cpu"):
     """Each kernel on small inputs, with its backend left open."""
     torch.manual_seed(0)
