@@ -113,6 +113,14 @@ class Checkpoint:
 
         return AutoConfig.for_model(self.family, **self.config)
 
+    def hollow(self) -> Any:
+        """The model in full size, without memory for its weights."""
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(self.build()).eval()
+
     @property
     def images(self) -> tuple[str, ...]:
         """Tasks that show pictures."""

@@ -115,14 +115,16 @@ def test_commands_are_understood(name, monkeypatch):
 
 @each
 def test_the_methods_of_a_page_patch_its_family(name):
-    """On a tiny model, given as many layers as the checkpoint where layers are named."""
+    """The model in full size, but for the weights; where a method looks at those, a tiny one as deep."""
     pytest.importorskip("lmms_eval", reason="the eval extra is not installed")
     from vtok.eval import lmms_plan
 
     c = BY_NAME[name]
-    model, _ = contract.ADAPTERS[c.family].tiny(layers=c.build().get_text_config().num_hidden_layers)
+    hollow = c.hollow()
+    tiny, _ = contract.ADAPTERS[c.family].tiny(layers=hollow.config.get_text_config().num_hidden_layers)
     for arguments in (*pages.runs(c).values(), *c.repeats.values()):
-        patch = lmms_plan.plan(**method_arguments(arguments)).apply(model)
+        plan = lmms_plan.plan(**method_arguments(arguments))
+        patch = plan.apply(tiny if any("ffn" in part.needs for part in plan.methods) else hollow)
         assert (patch is None) == (arguments == "compressor=none"), arguments
         if patch is not None:
             patch.remove()
@@ -148,6 +150,24 @@ def test_tasks_exist_in_lmms_eval():
     folders = {str(file.parent) for task in TASKS.values() for file in shipped.glob(f"*/{task}.yaml")}  # all take 10 s
     assert set(TASKS.values()) <= set(TaskManager(include_path=sorted(folders), include_defaults=False).all_subtasks)
     assert set(checkpoints.REMARKS) <= set(TASKS.values())
+
+
+# ---- the sizes -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    {
+        "llava-1.5-7b-hf": 7.06,
+        "llava-v1.6-vicuna-7b-hf": 7.06,
+        "llava-onevision-qwen2-7b-ov-hf": 8.03,
+        "InternVL3-8B-hf": 7.94,
+        "Qwen2-VL-7B-Instruct": 8.29,
+        "Qwen2.5-VL-3B-Instruct": 3.75,
+        "Qwen2.5-VL-7B-Instruct": 8.29,
+        "Qwen3-VL-8B-Instruct": 8.77,
+    }.items(),
+)
+def test_sizes_add_up_to_the_parameters_that_the_hub_lists(name, billions):
+    assert round(sum(p.numel() for p in BY_NAME[name].hollow().parameters()) / 1e9, 2) == billions
 
 
 # ---- the counts ------------------------------------------------------------------------------------------------------
@@ -299,3 +319,6 @@ def test_costs_are_those_that_aim_published_for_the_dense_models():
     assert f"{llava[0].flops / 1e12:.2f}" == "8.18"
     # cache: two of 4096 values a token and layer, 2 bytes each
     assert [cost.bytes for cost in llava] == [616 * 32 * 2 * 4096 * 2, 184 * 32 * 2 * 4096 * 2]
+    # separators stay: 36 newlines behind the rows of the crops
+    nexts = costs(BY_NAME["llava-v1.6-vicuna-7b-hf"], PHOTO, (0.25,))[0]
+    assert (nexts.kept, nexts.bytes) == (576, (576 + 36 + 40) * 32 * 2 * 4096 * 2)

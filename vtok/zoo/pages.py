@@ -110,13 +110,14 @@ which bounds the gain of the whole.
 
 ## Accuracy
 
-`pip install "vtok[eval]"`. Answers, scores and costs (`n_visual`, `n_kept`, `mean_keep`, FLOPs ratio, seconds by phase,
-peak memory) are in `results/`.
+`pip install "vtok[eval]"`; all arguments are in [docs/lmms_eval.md](../docs/lmms_eval.md). Each run prints scores and
+costs (`avg_n_kept`, `avg_mean_keep`, `avg_flops_ratio`, ...) and leaves its answers in `results/`.
 
 {_accuracy(c)}
 ## Speed
 
-Batch 1; the results hold seconds of encoder, selection, prefill and decoding a sample.
+Batch 1; each run prints `avg_peak_memory_mb` and the seconds of encoder, selection, prefill and decoding
+(`avg_*_seconds`).
 
 ```bash
 {_speed(c)}
@@ -141,9 +142,11 @@ def _sizes(c: Checkpoint) -> str:
     windows = vision.layers - vision.full_layers
     seen = f", {windows} of them in windows of {vision.window} x {vision.window} patches" if windows else ""
     merged = f"; {vision.merge} x {vision.merge} patches are one visual token" if vision.merge > 1 else ""
+    size = sum(parameter.numel() for parameter in c.hollow().parameters())
     cache = 2 * text.kv_width * text.layers * 2 / 1e3
     return "\n".join(
         (
+            f"- {size / 1e9:.2f} billion parameters, {2 * size / 1e9:.1f} GB in half precision",
             f"- decoder: {text.layers} layers of width {text.hidden}, {heads}, MLP of {text.ffn} "
             f"({text.ffn / text.hidden:.2f} times the width); {cache:.1f} kB of cache a token in half precision",
             f"- encoder: {vision.layers} layers of width {vision.hidden}, {vision.heads} heads, MLP of {vision.ffn}"
@@ -216,8 +219,6 @@ def runs(c: Checkpoint) -> dict[str, str]:
 def command(c: Checkpoint, label: str, arguments: str, tasks: tuple[str, ...], more: str = "") -> str:
     """One run of lmms-eval."""
     clips = f"max_frames={c.max_frames}," if set(tasks) & {TASKS[name] for name in VIDEO} else ""
-    if "max_frames=" in arguments:
-        clips = ""
     return (
         f"lmms-eval --model vtok --model_args pretrained={c.hub},dtype=bfloat16,{clips}{arguments} \\\n"
         f"  --tasks {','.join(tasks)} --batch_size 1{more} \\\n"
