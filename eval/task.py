@@ -136,5 +136,7 @@ def blind_baseline(task: Task, learn: int = 2000, count: int | None = None) -> d
             rows[""].append(row)
     keys = ("chance", "majority", "question_only")
     return {
-        c: {"n": len(rows[c]), **dict(zip(keys, np.mean(rows[c], axis=0).tolist()))} for c in (*task.categories, "")
+        c: {"n": len(rows[c]), **dict(zip(keys, np.mean(rows[c], axis=0).tolist()))}
+        for c in (*task.categories, "")
+        if rows[c]
     }

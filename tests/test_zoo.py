@@ -12,7 +12,23 @@ import pytest
 import torch
 
 from vtok import zoo
-from vtok.zoo import architecture, batches, card, evaluate, scenes, sources, train
+from vtok.eval import task as offline
+from vtok.zoo import (
+    architecture,
+    batches,
+    card,
+    evaluate,
+    items,
+    judge,
+    loop,
+    qwen2_5_vl,
+    scenes,
+    sources,
+    task_card,
+    train,
+)
+from vtok.zoo.packed import IGNORE
+from vtok.zoo.words import pieces, tokenizer
 
 NAME = "vtok-tiny-llava-next"
 FLOOR = 0.80  # exact match on the first scenes of the test set
@@ -192,3 +208,174 @@ def test_bundled_model_is_right_often_enough(bundled):
     records = evaluate.run(*bundled, count=14)
     assert len(records) >= 90
     assert sum(r.predicted == r.answer for r in records) / len(records) >= FLOOR
+
+
+# ------------------------------------------------------------------------------------- vtok-tiny-qwen2.5-vl
+
+QWEN_TASKS = ("scenes", "charts", "video")
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """Lexicon, processor and untrained model of a few items."""
+    lexicon = items.lexicon(map(offline.get, QWEN_TASKS), qwen2_5_vl.READ, count=16)
+    processor = qwen2_5_vl.processor(lexicon)
+    return lexicon, processor, qwen2_5_vl.model(processor.tokenizer).eval()
+
+
+def _asked(processor, item, question):
+    """A question with its answer, as anybody would hand it to the processor."""
+    content = [{"type": "image"} for _ in item.images] if item.media == "image" else [{"type": "video"}]
+    chat = [
+        {"role": "user", "content": [*content, {"type": "text", "text": question.text}]},
+        {"role": "assistant", "content": question.answer},
+    ]
+    media = {"images": list(item.images)}
+    if item.media == "video":
+        about = {"fps": item.fps, "total_num_frames": len(item.images), "frames_indices": [*range(len(item.images))]}
+        media = {"videos": [list(item.images)], "video_metadata": [about], "do_sample_frames": False}
+    return processor(text=processor.apply_chat_template(chat), return_tensors="pt", **media)
+
+
+def test_known_words_are_one_token_and_all_else_is_spelled():
+    tok = tokenizer([" red", " 5", "What", "?"], ("<pad>", "<end>"), end="<end>", pad="<pad>", template="")
+    said = {text: tok.convert_ids_to_tokens(tok(text)["input_ids"]) for text in ("What red?<end>", " 3AH 5 37", " re")}
+    assert said["What red?<end>"] == ["What", "Ġred", "?", "<end>"]
+    assert said[" 3AH 5 37"] == ["Ġ", "3", "A", "H", "Ġ5", "Ġ", "3", "7"]
+    assert said[" re"] == ["Ġ", "r", "e"]
+    for text in ("What red?", "éß漢 \n\t  two  spaces", " a1-b2 (c)", "\u3000"):
+        assert tok.decode(tok(text)["input_ids"]) == text
+
+
+def test_every_word_of_the_tasks_is_one_token(qwen):
+    tok = qwen[1].tokenizer
+    for name in QWEN_TASKS:
+        for index in range(16):
+            for q in offline.get(name).item("train", 0, index).questions:
+                assert len(tok(q.text)["input_ids"]) == len(pieces(q.text))
+                if (name, q.category) in qwen2_5_vl.READ:
+                    ids = tok(f" {q.answer}")["input_ids"]
+                    assert len(ids) == len(q.answer) + 1
+                    assert tok.decode(ids) == f" {q.answer}"
+
+
+@pytest.mark.parametrize(("name", "index"), [("scenes", 0), ("scenes", 3), ("charts", 1), ("video", 0), ("video", 5)])
+def test_fast_tower_is_the_models(qwen, name, index):
+    """Patches, grids and visual tokens: whole and cut windows, frames, rotations."""
+    lexicon, processor, model = qwen
+    item = offline.get(name).item("train", 0, index)
+    batch = qwen2_5_vl.build(processor.tokenizer, lexicon, name, [item])
+    given = _asked(processor, item, item.questions[0])
+    kind = ("pixel_values", "image_grid_thw") if item.media == "image" else ("pixel_values_videos", "video_grid_thw")
+    pixels, grid = (given[key] for key in kind)
+    assert torch.equal(batch.grids, grid)
+    torch.testing.assert_close(batches.normalise(batch.patches), pixels, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        wanted = model.model.visual(pixels, grid).pooler_output
+        got = qwen2_5_vl.tower_states(model.model.visual, batch)[1]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3)  # its rotations are in bfloat16
+
+
+@pytest.mark.parametrize("name", QWEN_TASKS)
+def test_packed_qwen_questions_see_what_single_ones_see(qwen, name):
+    """Several items of several sizes in one batch, M-RoPE and all, against each question alone."""
+    lexicon, processor, model = qwen
+    some = [offline.get(name).item("train", 0, i) for i in range(3)]
+    batch = qwen2_5_vl.build(processor.tokenizer, lexicon, name, some)
+    model.set_attn_implementation("zoo_packed")
+    with torch.no_grad():
+        together = model.lm_head(
+            qwen2_5_vl.question_states(model, qwen2_5_vl.tower_states(model.model.visual, batch)[1], batch)
+        )
+    model.set_attn_implementation("sdpa")
+    for b, item in enumerate(some):
+        for n, q in enumerate(item.questions[:4]):
+            with torch.no_grad():
+                alone = model(**_asked(processor, item, q)).logits[0]
+            mine = together[b, batch.block[b] == n]
+            torch.testing.assert_close(mine, alone[-len(mine) :], rtol=0, atol=1e-4)
+
+
+def test_labels_lie_where_the_boxes_are(qwen):
+    """Answers are labelled inside their boxes, and each letter of a spelled one looks at a place of its own."""
+    lexicon, processor, _ = qwen
+    item = next(i for i in (offline.get("scenes").item("train", 0, n) for n in range(40)) if _reads(i))
+    batch = qwen2_5_vl.build(processor.tokenizer, lexicon, "scenes", [item])
+    _, rows, columns = batch.grids[0].tolist()
+    raster = qwen2_5_vl._order(1, rows, columns)
+    for q in item.questions:
+        label = lexicon.label.get(("scenes", q.category, q.answer))
+        if label is None or not items.single(q):
+            continue
+        marked = np.zeros(rows * columns, dtype=bool)
+        marked[raster] = batch.labels[:, label].numpy()
+        left, top, right, bottom = (edge / qwen2_5_vl.PATCH for edge in q.boxes[0][1:])
+        inside = marked.reshape(rows, columns)[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))]
+        assert inside.any()
+    n, q = next((n, q) for n, q in enumerate(item.questions) if q.category == "reading")
+    targets = (batch.targets[0] != IGNORE) & (batch.block[0] == n)
+    seen = batch.focus[0][targets].float()  # [" ", letters, end] x prefix
+    assert seen[0].sum() > 0
+    assert seen[1:-1].sum(1).tolist() == [1] * len(q.answer)
+    places = [int(row.nonzero()[0, 0]) for row in seen[1:-1]]
+    assert places == sorted(places)
+    assert seen[-1].sum() == 0
+    assert not batch.focus[0, :, ~(batch.kinds[0] > 0)].any()
+
+
+def _reads(item):
+    return any(q.category == "reading" for q in item.questions)
+
+
+def test_qwen_recipe_learns(qwen):
+    """A few steps on one batch: the loss on answers falls far below where it began."""
+    lexicon, processor, _ = qwen
+    tok = processor.tokenizer
+    net = qwen2_5_vl.model(tok)
+    net.set_attn_implementation("zoo_packed")
+    recipe = qwen2_5_vl.Recipe()
+    heads = qwen2_5_vl.Heads(net.config.vision_config.hidden_size, lexicon)
+    one = qwen2_5_vl.build(tok, lexicon, "scenes", [offline.get("scenes").item("train", 0, 2)])
+    data = type("One", (), {"lexicon": lexicon, "__getitem__": lambda self, index: one})()
+    words = tok(list(lexicon.content), return_tensors="pt")["input_ids"][:, 0]
+    some = qwen2_5_vl.optimisers({net: 1.0, heads: 1.0}, recipe)
+    losses = []
+    for step in range(8):
+        loss, answer = qwen2_5_vl.question_loss(step, data, net, heads, words, recipe)
+        losses.append(answer["scenes"])
+        for optimiser in some:
+            optimiser.zero_grad()
+        loss.backward()
+        for optimiser in some:
+            optimiser.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_qwen_training_resumes_where_it_stopped(tmp_path):
+    """And what it writes loads through the Auto classes, is judged, and gets its card."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    recipe = qwen2_5_vl.Recipe(tasks={"scenes": (1.0, 1), "video": (1.0, 1)}, words=8, tower_steps=2, steps=3, parts=1)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    lines = []
+    qwen2_5_vl.train(whole, recipe, workers=1, check=1, log=lines.append)
+    qwen2_5_vl.train(halves, recipe, workers=1, check=1, stop_after=3, log=lines.append)
+    qwen2_5_vl.train(halves, recipe, workers=1, check=1, log=lines.append)
+    one, two = (torch.load(loop.state_file(folder)) for folder in (whole, halves))
+    assert any("resumed at stage 1, step 1" in line for line in lines)
+    assert one["pictures"] == two["pictures"] == 5
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][name], rtol=0, atol=1e-6)
+
+    model = AutoModelForImageTextToText.from_pretrained(halves, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(halves)
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert (halves / "model.safetensors").stat().st_size < 11.5e6
+    some = {name: offline.get(name) for name in ("scenes", "video")}
+    result = judge.report(model.eval(), processor, count=1, robbed=1, some=some, learn=4)
+    assert set(result["tasks"]) == set(some)
+    assert result["overall"]["n"] == sum(row["n"] for row in result["categories"].values())
+    (halves / "eval.json").write_text(json.dumps(result))
+    text = task_card.write(halves).read_text()
+    assert text.startswith("---\nlicense: apache-2.0\n")
+    assert all(f"`{key}`" in text for key in result["categories"])

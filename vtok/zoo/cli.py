@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,10 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Bundled tiny models and the recipes that made them.")
 
-RECIPES = ("vtok-tiny-llava-next",)
+RECIPES = {  # model -> modules of `vtok.zoo` that train it, judge it, and write its card
+    "vtok-tiny-llava-next": ("train", "evaluate", "card"),
+    "vtok-tiny-qwen2.5-vl": ("qwen2_5_vl", "judge", "task_card"),
+}
 Name = Annotated[str, typer.Argument(help="Name of a bundled model.")]
 Folder = Annotated[Path | None, typer.Option(help="Model folder; the bundled one if left out.")]
 
@@ -24,6 +28,12 @@ def _folder(name: str, out: Path | None) -> Path:
         raise typer.BadParameter(error.args[0]) from None
 
 
+def _module(name: str, part: int):
+    if name not in RECIPES:
+        raise typer.BadParameter(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
+    return import_module(f"vtok.zoo.{RECIPES[name][part]}")
+
+
 @app.command()
 def train(
     name: Name,
@@ -33,10 +43,7 @@ def train(
     workers: Annotated[int, typer.Option(help="Processes of one CPU thread.")] = 2,
 ) -> None:
     """Train a bundled model from scratch. Call again after a kill to go on."""
-    if name not in RECIPES:
-        raise typer.BadParameter(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
-    from vtok.zoo import train as recipe
-
+    recipe = _module(name, 0)
     settings = {"seed": seed} | ({"steps": steps} if steps else {})
     recipe.train(out, recipe.Recipe(**settings), workers, log=typer.echo)
 
@@ -45,7 +52,9 @@ def train(
 def evaluate(
     name: Name,
     out: Folder = None,
-    scenes: Annotated[int | None, typer.Option(help="Test scenes; the whole test set if left out.")] = None,
+    scenes: Annotated[
+        int | None, typer.Option(help="Test scenes or items of each task; the whole test set if left out.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Exact match on the held-out set, written to eval.json in the model folder."""
@@ -53,26 +62,22 @@ def evaluate(
     from rich.progress import track
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from vtok.zoo import evaluate as judge
-
+    judge = _module(name, 1)
     torch.set_num_threads(threads)
     folder = _folder(name, out)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    count = scenes or judge.TEST_SCENES
-    result = judge.report(model, processor, count, min(count, 100), lambda items: track(list(items), "scenes"))
+    result = judge.report(model, processor, scenes, progress=lambda items: track(list(items), "items"))
     (folder / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
     for category, row in result["categories"].items():
-        typer.echo(f"{category:10} {row['accuracy']:.3f}  n {row['n']}  chance {row['chance']:.3f}")
-    typer.echo(f"{'all':10} {result['overall']['accuracy']:.3f}  n {result['overall']['n']}")
+        typer.echo(f"{category:20} {row['accuracy']:.3f}  n {row['n']}  chance {row['chance']:.3f}")
+    typer.echo(f"{'all':20} {result['overall']['accuracy']:.3f}  n {result['overall']['n']}")
 
 
 @app.command()
 def card(name: Name, out: Folder = None) -> None:
     """Write the model card from eval.json and training.json."""
-    from vtok.zoo.card import write
-
-    typer.echo(f"wrote {write(_folder(name, out)).name}")
+    typer.echo(f"wrote {_module(name, 2).write(_folder(name, out)).name}")
 
 
 @app.command()

@@ -119,11 +119,13 @@ def chance(category: str) -> float:
     return 1 / len(known) if known else 1 / (letters**2 + letters**3)
 
 
-def report(model, processor, count: int = TEST_SCENES, robbed: int = 100, progress=iter) -> dict:
+def report(model, processor, count: int | None = None, robbed: int = 100, progress=iter) -> dict:
     """Everything the card says about quality, ready for JSON.
 
-    The first `robbed` scenes are also asked about without detail and without content.
+    count: test scenes; all if left out. The first `robbed` are also asked about without detail and without content.
     """
+    count = count or TEST_SCENES
+    robbed = min(robbed, count)
     records = run(model, processor, count, progress=progress)
     half = accuracy(run(model, processor, robbed, halved, progress))
     none = accuracy(run(model, processor, robbed, grey, progress))

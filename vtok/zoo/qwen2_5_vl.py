@@ -82,6 +82,7 @@ class Recipe:
             "video": (2.0, 4),
         }
     )
+    words: int = 400  # training items of each task, whose words the model knows
     tower_steps: int = 2000  # stage 1: dense labels
     steps: int = 12000  # stage 2: questions
     parts: int = 6  # a step
@@ -564,7 +565,7 @@ def rate(step: int, total: int, recipe: Recipe) -> float:
 def _lexicon(recipe: Recipe, file: Path) -> Lexicon:
     """The lexicon that the run began with: a resumed run has its words, whatever became of the tasks."""
     if not file.exists():
-        made = items.lexicon([offline.get(name) for name in recipe.tasks], READ)
+        made = items.lexicon([offline.get(name) for name in recipe.tasks], READ, recipe.words)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(made)))
     return Lexicon.of_lists(json.loads(file.read_text()))
