@@ -49,7 +49,7 @@ def windows(split: str) -> dict[str, dict[str, list[Curve]]]:
     found: dict[str, dict[str, list[Curve]]] = defaultdict(lambda: defaultdict(list))
     for row in sources.series(split):
         name = _name(row)
-        for _ in range(8):
+        for _ in range(max(3, len(row) // 14)):
             length = int(rng.integers(max(16, len(row) // 5), len(row) + 1)) if len(row) > 16 else len(row)
             start = int(rng.integers(0, len(row) - length + 1))
             curve = _resample(row[start : start + length], POINTS)
@@ -100,7 +100,7 @@ def highest_third(curve: np.ndarray) -> str | None:
 
 
 def peaks(curve: np.ndarray) -> int | None:
-    """Number of peaks, 1 to 4, if each rises by 0.25 on both sides, all other bumps by less than 0.08, and neither
+    """Number of peaks, 1 to 4, if each rises by 0.25 on both sides, all other bumps by less than 0.06, and neither
     end is high enough to be taken for one."""
     from scipy.signal import find_peaks
 
@@ -108,7 +108,7 @@ def peaks(curve: np.ndarray) -> int | None:
         return None
     heights = find_peaks(curve, prominence=0.0)[1]["prominences"]
     large = int((heights >= 0.25).sum())
-    if not 1 <= large <= 4 or ((heights >= 0.08) & (heights < 0.25)).any():
+    if not 1 <= large <= 4 or ((heights >= 0.06) & (heights < 0.25)).any():
         return None
     return large
 
@@ -177,7 +177,7 @@ class Chart:
                 self.pen.ellipse((px - r, py - r, px + r, py + r), fill=colour)
             elif style == "bars":
                 half = 0.36 * (self.right - self.left) / len(values) * self.zoom
-                self.pen.rectangle((px - half, py, px + half, self.bottom * self.zoom), fill=colour)
+                self.pen.rectangle((px - half, py, px + half, self.at(0, 0)[1] * self.zoom), fill=colour)
 
     def around(self, x: float, y: float, reach: float = 10) -> tuple[int, float, float, float, float]:
         """The box of `reach` pixels around a place in the plot area."""
@@ -273,7 +273,7 @@ def _bars(chart: Chart, rng, split: str, kind: str):
     colour, boxes = _dark(rng), {}
     for i, value in enumerate(means.tolist()):
         (left, top), (right, _) = chart.at((i + 0.18) * step, value), chart.at((i + 0.82) * step, value)
-        area = (left, top, right, chart.bottom)
+        area = (left, top, right, chart.at(0, 0)[1])
         chart.pen.rectangle([v * chart.zoom for v in area], fill=colour)
         boxes[i] = (0, left, top, right, chart.height)
         chart.labels.append(((left + right) / 2 - 4, chart.bottom + 2, letters[i]))
