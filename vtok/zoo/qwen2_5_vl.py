@@ -30,7 +30,7 @@ from vtok.eval.task import Box, Item, Question, Task
 from vtok.zoo import items, loop
 from vtok.zoo.architecture import start_by_matching
 from vtok.zoo.items import Lexicon
-from vtok.zoo.packed import IGNORE, PADDING, PREFIX, attend, focus_loss, pack, share_loss, visible
+from vtok.zoo.packed import IGNORE, PADDING, PREFIX, Encoded, attend, focus_loss, pack, share_loss, visible
 from vtok.zoo.words import tokenizer
 
 NAME = "vtok-tiny-qwen2.5-vl"
@@ -83,10 +83,11 @@ class Recipe:
         }
     )
     words: int = 400  # training items of each task, whose words the model knows
-    tower_steps: int = 2000  # stage 1: dense labels
+    tower_steps: int = 3000  # stage 1: dense labels
     steps: int = 12000  # stage 2: questions
     parts: int = 6  # a step
-    lr: float = 2e-3
+    lr: float = 2e-3  # of AdamW
+    matrix_lr: float = 3e-3  # of Muon, scaled to updates of AdamW's size
     warmup: int = 100
     cooldown: float = 0.4  # the last share of a stage, in which the learning rate falls to 0
     decay: float = 0.05
@@ -218,11 +219,9 @@ def media(item: Item) -> list[np.ndarray]:
 class Ground:
     """Which patches of an item show what lies in a box."""
 
-    def __init__(self, item: Item):
-        self.video = item.media == "video"
-        shapes = [(len(m) // FRAMES, m.shape[1] // PATCH, m.shape[2] // PATCH) for m in media(item)]
-        self.grids = shapes
-        self.starts = np.cumsum([0] + [t * h * w for t, h, w in shapes])
+    def __init__(self, video: bool, grids: Sequence[tuple[int, int, int]]):
+        self.video, self.grids = video, grids
+        self.starts = np.cumsum([0] + [t * h * w for t, h, w in grids])
 
     def patches(self, box: Box) -> np.ndarray:
         """bool [S]"""
@@ -252,15 +251,17 @@ def _encode(tok, text: str) -> tuple[int, ...]:
     return tuple(tok(text, add_special_tokens=False)["input_ids"])
 
 
-def encode(tok, question: Question) -> tuple[tuple[int, ...], int]:
+def encode(tok, question: Question) -> Encoded:
     """Token ids of a question and its answer as the chat template writes them, and how many are the question's."""
     prompt = _encode(tok, f"{question.text}<|im_end|><|im_start|>assistant")
     return prompt + _encode(tok, f" {question.answer}<|im_end|>"), len(prompt)
 
 
-def _annotate(item: Item, task: str, lexicon: Lexicon, rows) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def _annotate(
+    item: Item, task: str, lexicon: Lexicon, rows: list[Encoded], ground: Ground
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """labels [S, ...], words [S / 4, ...] and, for each question, what to look at for each token of its answer."""
-    ground, size = Ground(item), len(lexicon.labels)
+    size = len(lexicon.labels)
     labels = np.zeros((ground.starts[-1], size + 2 * len(lexicon.characters)), dtype=bool)
     words = np.zeros((len(labels) // MERGE**2, len(lexicon.content)), dtype=bool)
     looks = []
@@ -290,48 +291,50 @@ def _annotate(item: Item, task: str, lexicon: Lexicon, rows) -> tuple[np.ndarray
     return labels, words, looks
 
 
+def _prefix(tok, item: Item, grids: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of a user's turn up to the question, as template and processor write them, and the kind of each, both [P]."""
+    kind, name = (1, "image") if item.media == "image" else (2, "video")
+    turn, start, stop, pad = (
+        _encode(tok, text) for text in ("<|im_start|>user\n", "<|vision_start|>", "<|vision_end|>", f"<|{name}_pad|>")
+    )
+    ids, kinds = [*turn], [0] * len(turn)
+    for t, h, w in grids:
+        count = t * h * w // MERGE**2
+        ids += [*start, *pad * count, *stop]
+        kinds += [0, *[kind] * count, 0]
+    return torch.tensor(ids), torch.tensor(kinds)
+
+
 def build(tok, lexicon: Lexicon, task: str, some: Sequence[Item]) -> Batch:
     """A batch of items of one task."""
+    shown = [media(item) for item in some]
+    grids = [[(len(m) // FRAMES, m.shape[1] // PATCH, m.shape[2] // PATCH) for m in each] for each in shown]
     rows = [[encode(tok, q) for q in item.questions] for item in some]
-    notes = [_annotate(item, task, lexicon, row) for item, row in zip(some, rows)]
-    content = media_of = [media(item) for item in some]
-    grids = [[(len(m) // FRAMES, m.shape[1] // PATCH, m.shape[2] // PATCH) for m in each] for each in media_of]
-    start, stop = _encode(tok, "<|im_start|>user\n<|vision_start|>"), _encode(tok, "<|vision_end|>")
-    prefixes, kinds = [], []
-    for item, sizes in zip(some, grids):
-        kind = 1 if item.media == "image" else 2
-        pad = tok.convert_tokens_to_ids("<|image_pad|>" if kind == 1 else "<|video_pad|>")
-        ids, types = list(start[:-1]), [0] * (len(start) - 1)
-        for t, h, w in sizes:
-            n = t * h * w // MERGE**2
-            ids += [start[-1], *[pad] * n, *stop]
-            types += [0, *[kind] * n, *[0] * len(stop)]
-        prefixes.append(torch.tensor(ids))
-        kinds.append(torch.tensor(types))
+    notes = [
+        _annotate(item, task, lexicon, row, Ground(item.media == "video", each))
+        for item, row, each in zip(some, rows, grids)
+    ]
+    prefixes, kinds = zip(*(_prefix(tok, item, each) for item, each in zip(some, grids)))
     prefix = nn.utils.rnn.pad_sequence(prefixes, batch_first=True, padding_value=tok.pad_token_id)
-    types = nn.utils.rnn.pad_sequence(kinds, batch_first=True)
+    kinds = nn.utils.rnn.pad_sequence(kinds, batch_first=True)
     packed = pack(rows, [looks for _, _, looks in notes], tok.pad_token_id)
     focus = torch.zeros(*packed["ids"].shape, prefix.shape[1], dtype=torch.bool)
-    for b, type_row in enumerate(types):
-        visual = type_row > 0
+    for b, visual in enumerate(kinds > 0):
         focus[b][:, visual] = packed["focus"][b, :, : int(visual.sum())]
     named = torch.tensor([_encode(tok, word)[0] for word in lexicon.content])
-    asked = (packed["block"][:, :, None] == packed["block"][:, None]) & torch.isin(packed["ids"], named)[:, None]
-    asked &= (packed["targets"] != IGNORE)[..., None]
-    # of the question alone: what is being answered is no help
-    asked &= (packed["targets"] == IGNORE)[:, None] | (packed["block"] < 0)[:, None]
-    clips = [item for item in some if item.media == "video"]
+    told = torch.isin(packed["ids"], named) & (packed["targets"] == IGNORE)  # in questions: an answer is no help
+    asked = (packed["block"][:, :, None] == packed["block"][:, None]) & told[:, None]
     return Batch(
         task=task,
-        patches=torch.cat([patchify(m) for each in content for m in each]),
+        patches=torch.cat([patchify(m) for each in shown for m in each]),
         grids=torch.tensor([grid for each in grids for grid in each]),
-        seconds=[FRAMES / item.fps for item in clips],
+        seconds=[FRAMES / item.fps for item in some if item.media == "video"],
         labels=torch.from_numpy(np.concatenate([labels for labels, _, _ in notes])),
         words=torch.from_numpy(np.concatenate([words for _, words, _ in notes])),
         prefix=prefix,
-        kinds=types,
+        kinds=kinds,
         there=torch.arange(prefix.shape[1]) < torch.tensor([len(ids) for ids in prefixes])[:, None],
-        asked=asked,
+        asked=asked & (packed["targets"] != IGNORE)[..., None],
         categories=[[q.category for q in item.questions] for item in some],
         **packed | {"focus": focus},
     )
@@ -532,25 +535,23 @@ def accuracy(net, batches: Sequence[Batch]) -> dict[str, float]:
 
 
 def optimisers(modules, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, AdamW for all else: embeddings, read-outs, biases, norms."""
+    """Muon for the matrices inside, AdamW for all else: patches, embeddings, read-outs, biases, norms."""
     inner, outer = [], []
     for module, scale in modules.items():
-        peak = {"peak": recipe.lr * scale}
         weights = dict(module.named_parameters())
-        matrices = [
-            p for name, p in weights.items() if p.ndim == 2 and any(s in name for s in ("blocks.", "layers.", "mlp."))
-        ]
-        known = set(map(id, matrices))
-        rest = [p for p in weights.values() if id(p) not in known]
-        if matrices:
-            inner.append({"params": matrices, **peak})
+        deep = {n for n, p in weights.items() if p.ndim == 2 and any(s in n for s in ("blocks.", "layers.", "merger."))}
+        rest = [p for n, p in weights.items() if n not in deep]
+        if deep:
+            inner.append({"params": [weights[n] for n in sorted(deep)], "peak": recipe.matrix_lr * scale})
         for many in (True, False):
             some = [p for p in rest if (p.ndim > 1) == many]
             if some:
-                outer.append({"params": some, "weight_decay": recipe.decay * many, **peak})
+                outer.append({"params": some, "weight_decay": recipe.decay * many, "peak": recipe.lr * scale})
     found = [torch.optim.AdamW(outer, lr=recipe.lr, betas=(0.9, 0.98))]
     if inner:
-        found.append(torch.optim.Muon(inner, lr=recipe.lr, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"))
+        found.append(
+            torch.optim.Muon(inner, lr=recipe.matrix_lr, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw")
+        )
     return found
 
 

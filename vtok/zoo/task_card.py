@@ -135,13 +135,13 @@ The commonest of each category.
 ## Training
 
 {made["pictures"]:,} pictures and clips with {made["questions"]:,} questions in {made["seconds"] / 3600:.1f} hours in
-{made["workers"]} processes of one CPU thread (bfloat16 autocast), Muon and AdamW at {recipe["lr"]:g}, the last
-{100 * recipe["cooldown"]:.0f} % of each stage falling to 0. First the tower alone, on what lies in every patch
-({recipe["tower_steps"]} steps of {recipe["parts"]} parts), then everything ({recipe["steps"]} steps): the loss on
-the answers, {recipe["dense_weight"]} of the dense loss, {recipe["word_weight"]} of a loss that pulls each visual token
-towards the embeddings of the words for what it shows, and {recipe["focus_weight"]} of one that teaches two heads where
-to look. What lies where is told by the boxes of the questions. The questions of a picture share a sequence, each blind
-to the others. The run can be killed and called again; its data is a function of seed and step.
+{made["workers"]} processes of one CPU thread (bfloat16 autocast), Muon at {recipe["matrix_lr"]:g} and AdamW at
+{recipe["lr"]:g}, the last {100 * recipe["cooldown"]:.0f} % of each stage falling to 0. First the tower alone, on what
+lies in every patch ({recipe["tower_steps"]} steps of {recipe["parts"]} parts), then everything ({recipe["steps"]}
+steps): the loss on the answers, {recipe["dense_weight"]} of the dense loss, {recipe["word_weight"]} of a loss that
+pulls each visual token towards the embeddings of the words for what it shows, and {recipe["focus_weight"]} of one that
+teaches two heads where to look. What lies where is told by the boxes of the questions. The questions of a picture share
+a sequence, each blind to the others. The run can be killed and called again; its data is a function of seed and step.
 {made.get("note", "")}
 ## Data
 
