@@ -196,6 +196,7 @@ def methods(
             "count": "by content" if about["adaptive"] else "fixed",
             "text": "read" if about["text_guided"] else "-",
             "weights": "own" if about["trained"] else "-",
+            "cost": "slow" if about["slow"] else "-",
             "paper": about["paper"],
         }
         for name, about in found.items()
@@ -307,9 +308,19 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write; its drawings go beside it as PNGs.")] = Path(
         "report.html"
     ),
-    gallery: Annotated[int, typer.Option(min=0, help="Pictures with kept tokens, at most; 0 runs no model.")] = 4,
+    gallery: Annotated[
+        int, typer.Option(min=0, help="Pictures with kept tokens a task, at most; 0 runs no model.")
+    ] = 4,
+    choosing: Annotated[
+        Path | None, typer.Option(help="Instead: a Markdown page on which method to take, from the summaries alone.")
+    ] = None,
 ) -> None:
-    """Turn results of `vtok eval` into one self-contained HTML page."""
+    """Turn results of `vtok eval`, of one task, several or several models, into one self-contained HTML page."""
+    if choosing is not None:
+        from vtok.eval import choosing as guide
+
+        typer.echo(f"wrote {guide.write(folder, choosing)}")
+        return
     _drawing(required=True)
     console = Console(stderr=True)
     with console.status("writing the report"):
@@ -341,11 +352,19 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
     kernels: Annotated[bool, typer.Option("--kernels", help="Each kernel alone over sizes instead.")] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Measure nothing: make a page of this folder's JSON files, FOLDER.md beside it.")
+    ] = None,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
     ] = False,
 ) -> None:
     """Measure every phase against the FLOP ratio, the cost of the patch itself, memory and decoding."""
+    if page is not None:
+        from vtok.eval import bench_page
+
+        typer.echo(f"wrote {bench_page.write(page)}")
+        return
     if kernels:
         from vtok.eval import bench_kernels as alone
 

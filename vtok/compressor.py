@@ -48,6 +48,7 @@ class Compressor:
     masks: ClassVar[bool] = False  # True if `bias()` may give something
     scatters: ClassVar[bool] = False  # True if it leaves single patches of a picture, which lie on no grid
     trained: ClassVar[bool] = False  # True if it has weights of its own, without which it is refused
+    slow: ClassVar[bool] = False  # True if its selection may take over 5 % of a dense prefill, see docs/speed.md
     min_tokens: ClassVar[int] = 1  # "decode": a shorter prompt, in tokens that enter the language model, stays dense
 
     keep: float | int = 0.25

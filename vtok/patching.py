@@ -91,6 +91,7 @@ def available() -> dict[str, dict[str, dict[str, Any]]]:
                 "adaptive": cls.adaptive,
                 "text_guided": cls.text_guided,
                 "trained": cls.trained,
+                "slow": cls.slow,
                 "optional": sorted(cls.optional),
                 "hints": dict(cls.hints),
                 "families": [family for family, adapter in families.items() if cls.needs <= adapter.provides],

@@ -126,6 +126,7 @@ class AIMPrune(Compressor):
     """
 
     name = "aim_prune"
+    slow = True
     stage = "llm"
     needs = frozenset({"attention"})
     paper = PAPER
@@ -220,6 +221,7 @@ class AIM(AIMPrune):
     name = "aim"
     stage = "pre_llm+llm"
     merges = True
+    slow = False  # merging leaves few tokens to score
 
     keep: float | int = field(default=0.25)
     weighting: str = "plain"

@@ -245,6 +245,7 @@ class CoreNeurons(Compressor):
     """
 
     name = "core_neurons"
+    slow = True
     stage = "decode"
     needs = frozenset({"ffn"})
     paper = PAPER
@@ -303,6 +304,7 @@ class CoreMatching(CoreTokens):
     """
 
     name = "corematching"
+    slow = True
     stage = "llm+decode"
 
     start: float | int = 6 / 32

@@ -44,7 +44,7 @@ def _methods(folder: Path) -> str:
         reasons = [f"- `{i['method']}` at {100 * i['budget']:g} %: {i['reason']}" for i in sweep["refused"]]
         parts.append("Not run:\n\n" + "\n".join(reasons))
     told = _told(folder / "bench.json")
-    count, baselines = sweep["about"]["scenes"], ", ".join(f"`{b}`" for b in BASELINES)
+    count, baselines = sweep["about"]["items"], ", ".join(f"`{b}`" for b in BASELINES)
     tables = "\n\n".join(parts)
     return f"""## Compressed
 
@@ -57,17 +57,22 @@ all tokens, and rank by layers so early that they have hardly read the question:
 
 {tables}
 
-Reproduce: `vtok eval --out DIR --model {folder.name} --scenes {count}`, which writes DIR/sweep.json.
+Reproduce: `vtok eval --out DIR --model {folder.name} --tasks scenes --items {count}`, which writes DIR/scenes/sweep.json.
 
 """
 
 
 def _selection_times(file: Path) -> dict[int, dict[str, float]]:
-    """Visual tokens -> method -> milliseconds of its selection, from what `vtok bench --out` wrote; empty without."""
+    """Visual tokens -> method -> milliseconds of its selection at a quarter of the tokens, from what `vtok bench --out`
+    wrote; empty without."""
     if not file.is_file():
         return {}
     return {
-        result["visual_tokens"]: {name: 1e3 * row["selection_seconds"] for name, row in result["variants"].items()}
+        result["visual_tokens"]: {
+            row["method"]: 1e3 * row["selection_seconds"]["median"]
+            for row in result["variants"].values()
+            if row["method"] and row["keep"] == 0.25
+        }
         for result in json.loads(file.read_text())["results"]
     }
 
@@ -77,8 +82,8 @@ def _told(file: Path) -> str:
         return ""
     about = json.loads(file.read_text())["machine"]
     return f"""
-*Select at N*: milliseconds of the selection alone, of one picture with N visual tokens at keep=0.25 ({about["clock"]},
-{about["threads"]} threads of {about["machine"]}, `{about["command"]}`)."""
+*Select at N*: milliseconds of the selection alone at keep=0.25, on the demo's picture of N visual tokens
+({about["threads"]} threads of {about["machine"]}, `{about["command"]}`). At larger sizes: docs/speed.md."""
 
 
 def _at_budget(rows: list[dict], times: dict[int, dict[str, float]]) -> str:
