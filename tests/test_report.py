@@ -1,19 +1,25 @@
-"""`vtok report`: its numbers against counting by hand, and a page that needs nothing else."""
+"""`vtok report`: its numbers against counting by hand, one folder against several, a page that needs nothing else."""
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from contract import picture, tiny
 from typer.testing import CliRunner
 
-from vtok import cli
+from vtok import cli, zoo
+from vtok.errors import InvalidValue
+from vtok.eval import choosing, results
 from vtok.eval.sweep import Cell
+from vtok.eval.task import Item, Question
 
 pytest.importorskip("matplotlib")
 report = pytest.importorskip("vtok.eval.report")
 
-ITEMS, CATEGORIES = 30, ("colour", "reading", "trend")
+ITEMS, CATEGORIES = 30, {"scenes": ("colour", "reading", "trend"), "needle": ("code", "gap"), "existence": ("random",)}
 CELLS = {
     Cell("dense", 1.0): 0.9,
     Cell("downsample", 0.5): 0.6,
@@ -23,17 +29,18 @@ CELLS = {
     Cell("divprune", 0.1): 0.5,
     Cell("random", 0.1): 0.3,
 }
+REFUSED = [{"method": "fastv", "budget": 0.1, "reason": "A budget of 0.1 cannot be met."}]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def put(path, task="scenes", model="some-model", seed=1, cells=CELLS, shift=0.0):
     """A finished run with made-up answers: right ones are "yes"."""
-    path, rng = tmp_path_factory.mktemp("sweep"), np.random.default_rng(1)
-    rows = []
-    for cell, share in CELLS.items():
+    path.mkdir(parents=True, exist_ok=True)
+    rng, rows = np.random.default_rng(seed), []
+    for cell, share in cells.items():
         lines = []
         for item in range(ITEMS):
-            answers = [[c, "yes", "yes" if rng.random() < share else "<b>no</b>"] for c in CATEGORIES]
+            draws = [rng.random() < share + shift for _ in CATEGORIES[task]]
+            answers = [[c, "yes", "yes" if ok else "<b>no</b>"] for c, ok in zip(CATEGORIES[task], draws)]
             line = {"item": item, "seconds": 0.1, "answers": answers, "right": [said == "yes" for *_, said in answers]}
             if cell.method != "dense":
                 line |= {"mean_keep": cell.budget, "flops": cell.budget + 0.1, "selection_seconds": 0.001}
@@ -41,18 +48,24 @@ def folder(tmp_path_factory):
         (path / cell.file).write_text("\n".join(lines) + "\n")
         rows.append({"method": cell.method, "budget": cell.budget})
     machine = {"machine": "a CPU x 2", "load": "0.1", "commit": "abc", "command": "vtok eval", "threads": "1"}
-    about = {
-        "model": "some-model",
-        "weights": "0123",
-        "dtype": "float32",
-        "items": ITEMS,
-        "task": "scenes",
-        "instruction": "",
-        "machine": machine,
-    }
-    about["test_set"] = {"version": 1, "seed": 2}
-    refused = [{"method": "fastv", "budget": 0.1, "reason": "A budget of 0.1 cannot be met."}]
-    (path / "sweep.json").write_text(json.dumps({"about": about, "cells": rows, "refused": refused}))
+    about = {"model": model, "weights": "0123", "dtype": "float32", "items": ITEMS, "task": task, "instruction": ""}
+    about |= {"machine": machine, "test_set": {"version": 1, "seed": 2}}
+    (path / "sweep.json").write_text(json.dumps({"about": about, "cells": rows, "refused": REFUSED}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return put(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Three tasks of one model: one of them it cannot do, and one method lacks another."""
+    path = tmp_path_factory.mktemp("several")
+    put(path / "scenes")
+    put(path / "needle", "needle", seed=2, cells={c: p for c, p in CELLS.items() if c != Cell("fastv", 0.5)})
+    put(path / "existence", "existence", seed=3, shift=-0.4)  # 50 % right, which is chance
     return path
 
 
@@ -63,7 +76,7 @@ def right(folder, cell):
 
 
 def plain(page):
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.split("</style>", 1)[1].split("<script>")[0]))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.split("</head>", 1)[1].split("<script>")[0]))
 
 
 def test_numbers_on_the_page(folder, tmp_path):
@@ -93,8 +106,8 @@ def test_the_page_needs_nothing_else(folder, tmp_path):
 
 
 def test_the_filter_by_hand(folder):
-    results = report.load(folder)
-    found = report.filtered(results, 0.5)
+    (one,) = results.load(folder)[0].tasks
+    found = results.filtered(one, 0.5)
     dense, small = right(folder, Cell("dense", 1.0)), right(folder, Cell("downsample", 0.5))
     hard, easy = dense & ~small, dense & small
     assert (found["hard"], found["easy"]) == (hard.sum(), easy.sum())
@@ -102,18 +115,18 @@ def test_the_filter_by_hand(folder):
         hits = right(folder, Cell(method, 0.5))
         for name, chosen in (("hard", hard), ("easy", easy)):
             assert found["methods"][method][name][0] == pytest.approx(hits[chosen].mean())
-    assert report.filtered(results, 0.1) is None  # no smaller picture was tried there
+    assert results.filtered(one, 0.1) is None  # no smaller picture was tried there
 
 
 def test_front():
     points = {"a": (0.1, 0.5), "b": (0.2, 0.4), "c": (0.3, 0.8), "d": (0.305, 0.9), "e": (0.9, 0.85)}
-    assert report.front(points) == ["a", "d"]  # d costs hardly more than c, and is better
-    assert report.front(points, same=0.0) == ["a", "c", "d"]
+    assert results.front(points) == ["a", "d"]  # d costs hardly more than c, and is better
+    assert results.front(points, same=0.0) == ["a", "c", "d"]
 
 
 def test_the_headline_is_the_smallest_budget_worth_having(folder):
-    results = report.load(folder)
-    row = report.headline(results)
+    (one,) = results.load(folder)[0].tasks
+    row = results.headline(one)
     assert (row["method"], row["budget"]) == ("divprune", 0.5)  # a tenth keeps too little
 
 
@@ -144,3 +157,150 @@ def test_command(folder, tmp_path):
     result = CliRunner().invoke(cli.app, ["report", str(folder), "--out", str(out), "--gallery", "0"])
     assert result.exit_code == 0, result.output
     assert out.is_file() and str(out) in result.output.replace("\n", "")
+
+
+def test_the_overview_against_counting_by_hand(several):
+    (model,) = results.load(several)
+    assert [run.about["task"] for run in model.tasks] == ["existence", "needle", "scenes"]
+    assert [run.about["task"] for run in model.telling] == ["needle", "scenes"]  # the third is at chance
+    row = model.rows[Cell("divprune", 0.5)]
+    kept = {}
+    for task in ("needle", "scenes"):
+        best, dense = (right(several / task, Cell(*cell)) for cell in (("divprune", 0.5), ("dense", 1.0)))
+        kept[task] = best.sum() / dense.sum()
+        assert row["tasks"][task] == pytest.approx(kept[task])
+    assert row["retention"] == pytest.approx(sum(kept.values()) / 2)
+    assert row["mean_keep"] == pytest.approx(0.5) and row["flops"] == pytest.approx(0.6)
+    assert row["interval"][0] < row["retention"] < row["interval"][1]
+    assert "retention" not in model.rows[Cell("fastv", 0.5)]  # it did not run on needle
+    assert results.overall(model)["method"] == "divprune" and results.overall(model)["budget"] == 0.5
+
+
+def test_the_interval_of_a_mean_against_redrawing_by_hand(several):
+    (model,) = results.load(several)
+    row, rng, means = model.rows[Cell("random", 0.5)], np.random.default_rng(7), []
+    runs = [
+        [right(several / t, Cell(*c)).sum(1) for c in (("random", 0.5), ("dense", 1.0))] for t in ("needle", "scenes")
+    ]
+    for _ in range(4000):
+        shares = []
+        for ours, dense in runs:
+            picks = rng.integers(ITEMS, size=ITEMS)
+            shares.append(sum(ours[i] for i in picks) / sum(dense[i] for i in picks))
+        means.append(sum(shares) / 2)
+    assert row["interval"] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.02)
+
+
+def test_ties(tmp_path):
+    """Two methods of equal answers are tied, a much worse one is not."""
+    cells = {Cell("dense", 1.0): 0.95, Cell("divprune", 0.5): 0.9, Cell("random", 0.5): 0.3}
+    for task, seed in (("scenes", 1), ("needle", 2)):
+        place = put(tmp_path / task, task, seed=seed, cells=cells)
+        shutil.copy(place / "divprune@0.5.jsonl", place / "fastv@0.5.jsonl")
+        summary = json.loads((place / "sweep.json").read_text())
+        summary["cells"].append({"method": "fastv", "budget": 0.5})
+        (place / "sweep.json").write_text(json.dumps(summary))
+    (model,) = results.load(tmp_path)
+    best = model.best(0.5)
+    assert (best["method"], results.tied_overall(model, best)) == ("divprune", ["fastv"])
+    assert results.paired(best, model.rows[Cell("fastv", 0.5)])["difference"] == 0
+
+
+def test_one_folder_is_a_list_of_one(folder, several, tmp_path):
+    """The tab of a task is the same, alone or among others."""
+    tab = lambda page: re.search(r'<article class=tab id="some-model-scenes">.*?</article>', page, re.DOTALL).group()
+    one = report.write(folder, tmp_path / "one.html", 0)
+    many = report.write(several, tmp_path / "many.html", 0)
+    words = [re.sub(r"<figure>.*?</figure>", "", tab(files[0].read_text()), flags=re.DOTALL) for files in (one, many)]
+    assert words[0] == words[1]
+    assert "some-model-overview" not in one[0].read_text()
+    page = many[0].read_text()
+    assert page.count("<article") == 4 and page.index("some-model-overview") < page.index("some-model-needle")
+    overview = plain(page).split("Where the numbers come from")[0]
+    row = results.load(several)[0].rows[Cell("divprune", 0.5)]
+    assert f"{100 * row['retention']:.1f}" in overview and "On existence the dense model is not above" in overview
+    assert [file.name for file in many] == ["many.html", "many-tokens.png", "many-flops.png"]
+
+
+def test_several_models(several, tmp_path):
+    shutil.copytree(several, tmp_path / "a")
+    put(tmp_path / "b" / "scenes", model="other/model", seed=5)
+    found = results.load(tmp_path)
+    assert [(model.name, len(model.tasks)) for model in found] == [("some-model", 3), ("other/model", 1)]
+    files = report.write(tmp_path, tmp_path / "r.html", 0)
+    page = files[0].read_text()
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for reference in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page):
+        assert reference.startswith(("#", "data:")), reference
+        assert not reference.startswith("#") or reference[1:] in ids
+    assert all(file.parent == tmp_path and file.stat().st_size for file in files)
+    put(tmp_path / "c" / "scenes", seed=6)
+    with pytest.raises(InvalidValue, match="scenes of some-model twice"):
+        results.load(tmp_path)
+
+
+def test_clips_are_strips():
+    """Pictures over a clip's frames: the dense model and each method, frames side by side."""
+    from vtok.eval import report_gallery
+
+    model, processor = tiny("qwen2_5_vl")
+    frames = tuple(picture(84, 84, seed) for seed in range(4))
+    item = Item(0, "video", frames, (Question("moved", "Which moves?", "ball"),), fps=4.0)
+    drawn = report_gallery.panels(model, processor, item, ["divprune", "downsample"], 0.5)
+    assert drawn.width > 400 and len(drawn.getcolors(1 << 24)) > 100
+
+
+# --- docs/choosing.md
+
+CARDS = Path(zoo.path("vtok-tiny-llava-next")).parent
+
+
+def test_the_page_on_choosing_is_what_the_committed_results_say():
+    written = CARDS.parent / "docs" / "choosing.md"
+    if not written.is_file():
+        pytest.skip("not a checkout")
+    assert written.read_text() == choosing.page(CARDS)
+
+
+def summed(folder, target):
+    """The summary of a folder of answers, as it is committed."""
+    (run,) = results.load(folder)[0].tasks
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"about": run.about, "cells": list(run.rows.values()), "refused": run.refused}))
+
+
+def test_choices_by_hand(several, tmp_path):
+    for task in ("scenes", "needle", "existence"):
+        summed(several / task, tmp_path / "some-model" / "sweep" / f"{task}.json")
+    found = [choosing._evidence(summary) for summary in results.summaries(tmp_path)]
+    assert [(e.task, e.telling) for e in found] == [("existence", False), ("needle", True), ("scenes", True)]
+    choice = choosing.choose(found, 0.5)
+    shares = [
+        right(several / t, Cell("divprune", 0.5)).mean() / right(several / t, Cell("dense", 1.0)).mean()
+        for t in ("needle", "scenes")
+    ]
+    assert choice.method == "divprune" and choice.kept.share == pytest.approx(np.mean(shares))
+    assert "fastv" not in choice.tied  # it did not run on all
+    assert choosing.choose(found, 0.5, lambda name: name == "random").method == "random"
+    assert choosing.choose(found, 0.3) is None
+    text = choosing.page(tmp_path)
+    assert "| not measured |" in text and "vLLM" in text
+
+
+def test_intervals_of_means():
+    a, b = choosing.Kept(0.8, 0.7, 0.9), choosing.Kept(0.6, 0.4, 0.8)
+    mean = choosing.mean([a, b])
+    assert mean.share == pytest.approx(0.7)
+    assert mean.high - mean.share == pytest.approx((0.1**2 + 0.2**2) ** 0.5 / 2)
+
+
+def test_one_layout_of_summaries(folder, tmp_path):
+    """A single file of a model, a file a task, and folders of `vtok eval` are read alike."""
+    summed(folder, tmp_path / "x" / "sweep.json")
+    summed(folder, tmp_path / "y" / "sweep" / "scenes.json")
+    summed(folder, tmp_path / "z" / "scenes" / "sweep.json")
+    for name in "xyz":
+        assert len(results.summaries(tmp_path / name)) == 1
+    assert len(results.summaries(tmp_path)) == 3
+    assert "no summaries" in one_line(tmp_path / "x" / "nowhere", "--choosing", tmp_path / "c.md")

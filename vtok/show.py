@@ -218,9 +218,10 @@ def steps(method: str, trace: Trace | None, reference: Trace) -> tuple[Step, ...
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------------
-def contact_sheet(clip: Clip, planes: int) -> Image.Image:
-    """The frames that `planes` planes of tokens show (the first, where a plane is of several), in one picture."""
-    across, down = grid(clip, planes)
+def contact_sheet(clip: Clip, planes: int, across: int | None = None) -> Image.Image:
+    """The frames that `planes` planes of tokens show (the first, where a plane is of several), in one picture; `across`
+    of them in a row, or as `grid` says."""
+    across, down = grid(clip, planes) if across is None else (across, -(-planes // across))
     width, height = clip.frames[0].size
     scale = min(1.0, SHEET / max(across * width, down * height))
     width, height = max(8, round(width * scale)), max(8, round(height * scale))

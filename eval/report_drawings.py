@@ -1,0 +1,185 @@
+"""The drawings of `vtok report`: accuracy against a cost, as SVG inside the page and as PNG beside it."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vtok import draw
+from vtok.eval.results import Model, Results, busy, front
+from vtok.eval.sweep import BASELINES, DENSE
+
+# Name -> (light, dark). The light ones stand in the drawings and are there replaced by CSS variables of these names.
+THEME = {
+    "paper": ("#fbfaf7", "#14161a"),
+    "card": ("#fffffe", "#1b1e24"),
+    "ink": ("#1b1d22", "#e8e6e1"),
+    "soft": ("#5f636c", "#a2a6af"),
+    "line": ("#dedbd3", "#343942"),
+    "grey": ("#a9abb0", "#6c717b"),
+    "loss": ("#d6452b", "#d8553c"),
+    "c1": ("#0b63b5", "#6cb2f5"),
+    "c2": ("#c2500a", "#f59a54"),
+    "c3": ("#0a8460", "#4fcfa2"),
+    "c4": ("#8c3f98", "#d692e2"),
+    "c5": ("#93700b", "#dcb94c"),
+}
+COLOURED = 5  # methods that get a colour; the others are grey
+COSTS = {
+    "tokens": "visual tokens a decoder layer works on (mean)",
+    "flops": "FLOPs of encoder and prefill, by formula",
+    "time": "seconds a picture with its questions (median)",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a budget: its cost as a part of the dense model's, its share and the interval of that."""
+
+    method: str
+    budget: float
+    cost: float
+    share: float
+    low: float
+    high: float
+
+
+def of_task(results: Results, colours: Mapping[str, str]) -> dict[str, Any]:
+    """Kind of cost -> figure: the accuracies of one task. No times where the machine was busy."""
+    rows = [row for cell, row in results.rows.items() if cell.method != DENSE]
+    costs = {"tokens": [row["mean_keep"] for row in rows], "flops": [row["flops"] for row in rows]}
+    if not busy(results.about):
+        costs["time"] = [row["seconds"] / results.dense["seconds"] for row in rows]
+    dense = (results.dense["accuracy"], *results.dense["interval"])
+    return {
+        kind: chart([_point(row, x, "accuracy") for row, x in zip(rows, at)], dense, COSTS[kind], colours)
+        for kind, at in costs.items()
+    }
+
+
+def of_model(model: Model, colours: Mapping[str, str]) -> dict[str, Any]:
+    """Kind of cost -> figure: the mean retentions of one model; none where no method has one."""
+    rows = [row for row in model.rows.values() if "retention" in row]
+    costs = {"tokens": "mean_keep", "flops": "flops"}
+    return {
+        kind: chart([_point(row, row[key], "retention") for row in rows], (1.0, 1.0, 1.0), COSTS[kind], colours)
+        for kind, key in (costs.items() if rows else ())
+    }
+
+
+def _point(row: dict[str, Any], cost: float, share: str) -> Point:
+    return Point(row["method"], row["budget"], cost, row[share], *row["interval"])
+
+
+def chart(points: Sequence[Point], dense: tuple[float, float, float], words: str, colours: Mapping[str, str]) -> Any:
+    """Share against cost, a line for each method through its budgets, as a figure of matplotlib.
+
+    dense: the dense model's share and interval. words: what the cost is. colours: method -> colour; others are grey.
+    """
+    figure_class, _ = draw._matplotlib()
+    ink, soft, line, grey = (THEME[name][0] for name in ("ink", "soft", "line", "grey"))
+    figure = figure_class(figsize=(5.6, 5.0), dpi=100, facecolor="none")
+    axes = figure.add_axes((0.09, 0.115, 0.69, 0.85), facecolor="none")
+    methods: dict[str, list[Point]] = {}
+    for point in points:
+        methods.setdefault(point.method, []).append(point)
+    ends = {}
+    for i, name in enumerate(sorted(methods, key=lambda name: name in colours)):
+        path = sorted(methods[name], key=lambda point: point.cost)
+        x, y = [point.cost for point in path], [100 * point.share for point in path]
+        strong, colour = name in colours, colours.get(name, grey)
+        style = {"color": colour, "linewidth": 2.0 if strong else 1.1, "linestyle": "--" if name in BASELINES else "-"}
+        axes.plot(x, y, marker="o", markersize=5 if strong else 3.2, gid=f"m:{name}:{i}a", zorder=4 + strong, **style)
+        low, high = [100 * point.low for point in path], [100 * point.high for point in path]
+        axes.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.55, gid=f"m:{name}:{i}b", zorder=3)
+        ends[name] = (x[-1], y[-1])
+    at = {(point.method, point.budget): (point.cost, 100 * point.share) for point in points}
+    best = list(zip(*(at[key] for key in front(at))))
+    axes.plot(*best, color=ink, linewidth=1, linestyle=":", zorder=6)
+    axes.plot(*best, "o", markersize=11, mfc="none", mec=ink, mew=1.1, zorder=6)
+    level, *span = (100 * share for share in dense)
+    axes.axhline(level, color=ink, linewidth=1, zorder=2)
+    axes.axhspan(*span, color=ink, alpha=0.07, linewidth=0, zorder=1)
+
+    top, low = (100 * f for f in (max(p.high for p in points), min(p.low for p in points)))
+    top = max(level, span[1], top)
+    axes.set_ylim(max(0, low - 4), top + 6 if top > 101 else min(101, top + 6))
+    left, right = min(point.cost for point in points) * 0.86, max(point.cost for point in points) * 1.12
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0) if left <= t <= right]
+    axes.set_xticks(ticks, [f"{100 * t:g} %" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(words + ", dense = 100 %", color=soft, fontsize=10.5)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.tick_params(colors=soft, labelsize=10.5, length=0)
+    axes.grid(color=line, linewidth=0.7, zorder=0)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.text(left * 1.03, level + 0.7, f"dense {level:.1f} %", color=ink, fontsize=10.5, va="bottom", gid="dense")
+    bottom, ceiling = axes.get_ylim()
+    heights = _apart({name: y for name, (_, y) in ends.items()}, (ceiling - bottom) / 28, bottom, ceiling)
+    for i, (name, (x, y)) in enumerate(ends.items()):
+        arrow = {"arrowstyle": "-", "color": colours.get(name, grey), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
+        note = axes.annotate(
+            name,
+            (x, y),
+            (1.025, heights[name]),
+            textcoords=axes.get_yaxis_transform(),
+            color=colours.get(name, soft),
+            fontsize=10.5,
+            fontweight="bold" if name in colours else "normal",
+            va="center",
+            annotation_clip=False,
+            arrowprops=arrow,
+        )
+        note.set_gid(f"m:{name}:{i}c")
+    return figure
+
+
+def _apart(wanted: dict[str, float], gap: float, bottom: float, top: float) -> dict[str, float]:
+    """Heights near the wanted ones, `gap` apart, from `top` down, and lifted where they fall below `bottom`."""
+    placed: dict[str, float] = {}
+    height = top
+    for name in sorted(wanted, key=lambda name: -wanted[name]):
+        placed[name] = height = min(wanted[name], height - gap if placed else top)
+    floor = bottom
+    for name in reversed(placed):
+        placed[name] = floor = max(placed[name], floor)
+        floor += gap
+    return placed
+
+
+def png(figure: Any, file: Path) -> None:
+    _, canvas_class = draw._matplotlib()
+    canvas_class(figure)
+    figure.savefig(file, dpi=200, facecolor=THEME["card"][0])
+
+
+def svg(figure: Any, title: str) -> str:
+    """The figure for use inside a page: its colours are the page's, its texts are text, and no address is left.
+
+    title: what it shows; no two drawings of a page may have the same.
+    """
+    import matplotlib
+
+    with io.StringIO() as file, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        drawn = file.getvalue()
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    drawn = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", drawn).replace("xlink:href", "href")
+    drawn = re.sub(r'id="m:(\w+):\w+"', r'class="m" data-m="\1"', drawn)
+    prefix = re.sub(r"\W+", "-", title)
+    drawn = re.sub(r'\bid="', f'id="{prefix}-', drawn)  # ids are the page's, and two drawings have the same
+    drawn = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", drawn)
+    for name, (light, _) in THEME.items():
+        drawn = drawn.replace(light, f"var(--{name})")
+    head = f'<svg role="img" aria-label="{html.escape(title)}"'
+    drawn = re.sub(r'^<svg([^>]*?) width="[^"]*"', r"<svg\1", re.sub(r'(^<svg[^>]*?) height="[^"]*"', r"\1", drawn))
+    return head + drawn.strip().removeprefix("<svg")

@@ -1,0 +1,120 @@
+"""The gallery of `vtok report`: questions at which methods disagree, asked again, with the kept tokens drawn."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from vtok import demo, draw, show, zoo
+from vtok.eval import sweep
+from vtok.eval.answers import answer
+from vtok.eval.results import FILTER, Model, Results, headline
+from vtok.eval.sweep import BASELINES, DENSE, Cell
+from vtok.eval.task import Item
+from vtok.patching import patch
+
+FRAMES = 4  # of a clip's planes of tokens, in a row
+WIDTH = 1000  # pixels of a picture in the page
+
+Gallery = tuple[str, list[tuple[str, bytes]]]  # what to say, and (question and right answer, WebP) of each picture
+
+
+def draw_all(model: Model, leaders: Sequence[str], count: int) -> list[Gallery]:
+    """A gallery for each of the model's tasks, of `count` pictures at most.
+
+    The model is run again on these questions; where that is not possible the words say why, and there are no pictures.
+    """
+    if not count:
+        return [("Left out, as asked.", [])] * len(model.tasks)
+    if model.name not in zoo.names():
+        words = f"Not drawn: {model.name} is not bundled with this version of vtok, so it cannot be run again."
+        return [(words, [])] * len(model.tasks)
+    about = model.tasks[0].about
+    network, processor = zoo.load(model.name, dtype=about["dtype"])
+    same = sweep.fingerprint(network) == about["weights"]
+    return [
+        _of_task(network, processor, results, leaders, count)
+        if same and results.about["test_set"] == sweep.test_set(results.task)
+        else ("Not drawn: the bundled weights or the test set have changed since these results were made.", [])
+        for results in model.tasks
+    ]
+
+
+def _of_task(model: Any, processor: Any, results: Results, leaders: Sequence[str], count: int) -> Gallery:
+    budget = headline(results)["budget"]
+    there = [row["method"] for row in results.at(budget)]
+    rivals = sorted((name for name in there if name in BASELINES), key=lambda name: (name != FILTER, there.index(name)))
+    methods = [name for name in leaders if name in there][:3] + rivals[:2]
+    chosen = disputed(results, budget, methods, count)
+    if not chosen:
+        return "There is no question at which these methods disagree and the dense model is right.", []
+    items = list(results.task.held_out(max(item for item, _ in chosen) + 1))
+    pictures = []
+    for index, n in chosen:
+        question = items[index].questions[n]
+        asked = replace(items[index], questions=(question,))
+        drawn = panels(model, processor, asked, methods, budget, results.about["instruction"])
+        pictures.append((f"{question.text} Right: {question.answer}", _webp(drawn)))
+    words = (
+        f"{len(pictures)} question{'s' * (len(pictures) > 1)} that the dense model gets right and these methods, at "
+        f"{100 * budget:g} % of the tokens, divide about evenly, asked again for this page. What no decoder layer "
+        "looks at is faded; wrong answers are red."
+    )
+    return words, pictures
+
+
+def disputed(results: Results, budget: float, methods: Sequence[str], count: int) -> list[tuple[int, int]]:
+    """(item, question) of up to `count` questions that the dense model gets right and about half of the methods get
+    wrong: of different categories as far as there are, and of different items."""
+    ranked = []
+    for item in range(results.about["items"]):
+        line = results.lines[results.dense_cell][item]
+        for n, ((category, *_), right) in enumerate(zip(line["answers"], line["right"])):
+            got = [results.lines[Cell(name, budget)][item]["right"][n] for name in methods]
+            if right and 0 < sum(got) < len(got):
+                ranked.append((abs(sum(got) - len(got) / 2), item, n, category))
+    ranked.sort()
+    chosen: list[tuple[int, int]] = []
+    used: set[Any] = set()
+    for again in (False, True):  # first one a category, then whatever is left
+        for _, item, n, category in ranked:
+            if len(chosen) < count and item not in used and (again or category not in used):
+                chosen.append((item, n))
+                used |= {item, category}
+    return chosen
+
+
+def panels(model: Any, processor: Any, item: Item, methods: Sequence[str], budget: float, instruction: str = "") -> Any:
+    """The dense model and each method, with its answer to the one question of the item, over its picture; over a clip's
+    frames side by side."""
+
+    def ask(method: str, trace: Any, said: str, tokens: int) -> demo.Answer:
+        kept = tokens if trace is None else round(trace.mean_keep * tokens)
+        unknown = dict.fromkeys(("flops", "kv_bytes"), 0) | dict.fromkeys(("selection", "prefill", "total"), math.nan)
+        return demo.Answer(method=method, text=said, tokens=tokens, kept=kept, trace=trace, **unknown)
+
+    answers = []
+    for method in methods:
+        with patch(model, method, budget=budget) as handle:
+            said = answer(model, processor, item, instruction)
+            trace = handle.trace
+            answers.append(ask(method, trace, said[0], sum(trace.n_visual)))
+    reference = answers[0].trace
+    dense = ask(DENSE, None, answer(model, processor, item, instruction)[0], sum(reference.n_visual))
+    shown = [demo.panel(each, reference) for each in (dense, *answers)]
+    if item.media != "video":
+        return draw.panels(item.images[0], shown, item.questions[0].text, columns=3)
+    clip, planes = show.Clip(item.images, item.fps), len(shown[0].layout.planes)
+    across = min(planes, FRAMES)
+    strip = show.contact_sheet(clip, planes, across)
+    return draw.panels(strip, [show.on_sheet(each, across) for each in shown], item.questions[0].text, columns=2)
+
+
+def _webp(image: Any) -> bytes:
+    with io.BytesIO() as file:
+        height = round(image.height * WIDTH / image.width)
+        image.resize((WIDTH, height)).save(file, format="WEBP", quality=76, method=6)
+        return file.getvalue()
