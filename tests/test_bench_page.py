@@ -1,0 +1,41 @@
+"""`vtok bench --page`: the page says what the files hold, and the committed one is current."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vtok import cli
+from vtok.eval import bench_page
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="not in a checkout")
+def test_the_committed_page_is_current(tmp_path):
+    shutil.copytree(DOCS / "speed", tmp_path / "speed")
+    assert bench_page.write(tmp_path / "speed").read_text() == (DOCS / "speed.md").read_text()
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="not in a checkout")
+def test_numbers_and_the_empty_gpu_table(tmp_path):
+    folder = tmp_path / "speed"
+    shutil.copytree(DOCS / "speed", folder)
+    run = json.loads((folder / "smollm2.json").read_text())
+    row = run["results"][-1]["variants"]["divprune 0.25"]
+    page = bench_page.write(folder).read_text()
+    line = next(line for line in page.splitlines()[::-1] if line.startswith("| `divprune 0.25`"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2] == f"{1e3 * row['prefill_seconds']['median']:.0f}" and cells[4] == f"{row['speedup']:.2f}"
+    assert "Not measured: no GPU has been at hand" in page
+    run["machine"] |= {"device": "cuda", "machine": "a card"}
+    (folder / "card.json").write_text(json.dumps(run))
+    page = bench_page.write(folder).read_text()
+    assert "Not measured" not in page and "a card" in page
+
+
+def test_an_empty_folder_is_one_line(tmp_path):
+    result = CliRunner().invoke(cli.app, ["bench", "--page", str(tmp_path)])
+    assert result.exit_code == 2 and "holds no results of vtok bench --out" in result.output
