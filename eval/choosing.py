@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Choice:
     tied: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"`{self.method}`" + (f" (no worse by these numbers: {_names(self.tied)})" if self.tied else "")
+        return _code(self.method) + (f" or {_or(_code(name) for name in self.tied)}" if self.tied else "")
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ HEAD = f"""# Which method to take
 Written by `vtok report model_cards --choosing docs/choosing.md` from the committed results; do not edit.
 
 A *budget* is the mean over decoder layers of kept over all visual tokens, at most. *Keeps* is accuracy as a part of the
-dense model's, in percent, with the 95 % interval of the paired difference. A method counts as no worse than the best
-where their intervals overlap: that errs towards calling methods equal. *Good* is at least {percent(WORTH)} %.
+dense model's, in percent, with the 95 % interval of the paired difference. *A or B*: B is behind A by these numbers,
+and their intervals overlap; that errs towards calling methods equal. *Not good* is less than {percent(WORTH)} %.
 """
 
 
@@ -158,7 +159,7 @@ def _decision(found: Sequence[Evidence]) -> str:
     for name, kind in task.tasks().items():
         own = [e for e in found if e.task == name]
         rows.append([f"ask what `{name}` asks: {kind.title[0].lower()}{kind.title[1:].rstrip('.')}", *_cheapest(own)])
-    return f"## In short\n\n{table(['if you', 'take', 'which keeps, %'], rows)}\n\n{_baselines(found, budgets)}\n"
+    return f"## In short\n\n{_left(['if you', 'take', 'which keeps, %'], rows)}\n\n{_baselines(found, budgets)}\n"
 
 
 def _cheapest(own: Sequence[Evidence]) -> list[str]:
@@ -188,9 +189,9 @@ def _baselines(found: Sequence[Evidence], budgets: Sequence[float]) -> str:
         if name not in BASELINES and rivals and all(rival["interval"][0] <= 0 for rival in rivals):
             weak.append(name)
     listed = f"{_names(weak)}. They are" if weak else "none. Such methods would be"
-    return (
-        f"No better than the best of the baselines ({_names(BASELINES)}) at any budget on any task, beyond the interval: "
-        f"{listed} not worth their cost on these models."
+    return _wrapped(
+        f"No better than the best of the baselines ({_names(BASELINES)}) at any budget on any task, beyond the "
+        f"interval: {listed} not worth their cost on these models."
     )
 
 
@@ -231,7 +232,8 @@ def _engines(found: Sequence[Evidence]) -> str:
     for engine, which, fits in kinds:
         names = [name for name in known if fits(name)]
         choice = choose(found, AT, fits)
-        listed = "all" if len(names) == len(known) else _names(names)
+        others = [name for name in known if name not in names]
+        listed = _names(names) if len(names) <= len(others) else f"all but {_names(others)}" if others else "all"
         best = f"{choice}: {_verdict(choice)}" if choice else "not measured"
         rows.append([engine, which, listed, best])
     head = ["engine", "which methods go", "they are", f"best at {100 * AT:g} %"]
@@ -246,16 +248,16 @@ def _families(found: Sequence[Evidence]) -> str:
         fits = lambda name, family=family: family in known["compressors"][name]["families"]
         measured = _names(dict.fromkeys(e.model for e in own)) if own else "not measured"
         choice = choose(own or found, AT, fits)
-        best = (
-            f"{choice}: {_verdict(choice)}" if own and choice else f"{choice}, by the other families" if choice else "-"
-        )
+        best = "nothing was run"
+        if choice:
+            best = f"{choice}: {_verdict(choice)}" if own else f"{choice}, by what the measured ones show"
         rows.append([f"`{family}`", measured, best, _spelt(facts["default"].items())])
     head = ["family", "measured on", f"best at {100 * AT:g} % of what goes without an option", "default"]
     words = (
         "Bundled models are tiny and see drawn scenes: their redundancy is not that of photos, and their few layers "
         "tell against methods that act within the decoder. No checkpoint of billions of parameters has been measured."
     )
-    return f"## By family\n\n{words}\n\n{_left(head, rows)}\n"
+    return f"## By family\n\n{_wrapped(words)}\n\n{_left(head, rows)}\n"
 
 
 # --- evidence
@@ -283,16 +285,18 @@ def _of_task(e: Evidence) -> str:
     machine = e.about["machine"]
     told = "" if e.telling else " It is not above chance, so this decides nothing above."
     kinds = _kinds(e, middle)
-    return (
-        f"### {e.model}: {e.task}\n\n{e.dense['n']:,} questions about {e.about['items']} items, of which the dense model "
-        f"answers {percent(e.dense['accuracy'])} % ({percent(e.dense['interval'][0])} to "
-        f"{percent(e.dense['interval'][1])}).{told} Bold is the best at a budget and what is no worse. *Select* is the "
-        f"method itself, a batch of the questions about an item, at most over budgets.\n\n{table(head, rows)}\n\n{kinds}"
-        f"`{machine['command']}`, commit {machine['commit']}, {machine['machine']}, {e.about['dtype']}.\n"
+    counted = (
+        f"{e.dense['n']:,} questions about {e.about['items']} items, of which the dense model answers "
+        f"{percent(e.dense['accuracy'])} % ({percent(e.dense['interval'][0])} to {percent(e.dense['interval'][1])})."
+        f"{told} Bold is the best at a budget, and what is no worse. *Select* is the method itself, on a batch of the "
+        "questions about an item, at most over budgets."
     )
+    source = f"`{machine['command']}`, commit {machine['commit']}, {machine['machine']}, {e.about['dtype']}."
+    title = f"### {e.model}: {e.task}"
+    return "\n\n".join([title, _wrapped(counted), table(head, rows), *kinds, _wrapped(source)]) + "\n"
 
 
-def _kinds(e: Evidence, budget: float) -> str:
+def _kinds(e: Evidence, budget: float) -> list[str]:
     """By kind of question the methods that keep most, at one budget."""
     rows = []
     for category, dense in e.dense["categories"].items():
@@ -302,11 +306,19 @@ def _kinds(e: Evidence, budget: float) -> str:
             first = ", ".join(f"`{name}` {percent(share)}" for share, name in ranked[:3])
             rows.append([category, percent(dense), first])
     head = ["kind of question", "dense, % right", f"the three that keep most at {100 * budget:g} %"]
-    return f"By kind of question, without intervals, so that small differences say nothing:\n\n{table(head, rows)}\n\n"
+    return ["By kind of question, without intervals, so that small differences say nothing:", _left(head, rows)]
 
 
 def _names(names: Sequence[str] | Any) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(map(_code, names))
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _or(texts: Any) -> str:

@@ -17,7 +17,7 @@ from vtok.eval.task import Item
 from vtok.patching import patch
 
 FRAMES = 4  # of a clip's planes of tokens, in a row
-WIDTH = 1000  # pixels of a picture in the page
+WIDTH, SCALE = 1000, 0.55  # of a drawing in the page: pixels, and part of those that were drawn, both at most
 
 Gallery = tuple[str, list[tuple[str, bytes]]]  # what to say, and (question and right answer, WebP) of each picture
 
@@ -114,7 +114,8 @@ def panels(model: Any, processor: Any, item: Item, methods: Sequence[str], budge
 
 
 def _webp(image: Any) -> bytes:
+    scale = min(WIDTH / image.width, SCALE)
     with io.BytesIO() as file:
-        height = round(image.height * WIDTH / image.width)
-        image.resize((WIDTH, height)).save(file, format="WEBP", quality=76, method=6)
+        small = image.resize((round(image.width * scale), round(image.height * scale)))
+        small.save(file, format="WEBP", quality=76, method=6)
         return file.getvalue()

@@ -105,8 +105,8 @@ def _overall_words(model: Model, row: dict[str, Any]) -> str:
     worst, best = min(shares, key=shares.get), max(shares, key=shares.get)
     said = (
         f"With at most {_percent(row['budget'])} of the visual tokens, <b>{row['method']}</b> keeps "
-        f"<b>{_points(row['retention'])} %</b> of the dense model’s accuracy, on average over "
-        f"{_count(len(counted), 'task')}"
+        f"<b>{_points(row['retention'])} %</b> of the dense model’s accuracy, "
+        + (f"on average over {len(counted)} tasks" if len(counted) > 1 else f"on {counted[0].about['task']}")
     )
     detail = f"Interval {_span(row['interval'])} %"
     if len(shares) > 1:
@@ -152,7 +152,8 @@ def _by_task(model: Model, first: dict[str, Any] | None) -> str:
     head = ["method", *(r.about["task"] for r in model.tasks), "mean", "95 % interval", "to best", "tokens", "FLOPs"]
     blank = "<td></td>" * 5
     fixed = "".join(f"<td>{_points(results.dense['accuracy'])}</td>" for results in model.tasks)
-    lot = "".join(f"<td>{_ratio(results.chance, results.dense['accuracy'], '')}</td>" for results in model.tasks)
+    lots = [_ratio(r.chance, r.dense["accuracy"], "") if r.telling else "not counted" for r in model.tasks]
+    lot = "".join(f"<td>{text}</td>" for text in lots)
     top = [
         f"<tr class=fixed><th scope=row>dense, % right</th>{fixed}{blank}</tr>",
         f"<tr class=fixed><th scope=row>by lot</th>{lot}{blank}</tr>",
@@ -163,7 +164,10 @@ def _by_task(model: Model, first: dict[str, Any] | None) -> str:
         ties = tied_overall(model, best) if best else []
         lines = []
         for row in model.at(budget):
-            shares = [row["tasks"].get(results.about["task"], math.nan) for results in model.tasks]
+            shares = [
+                _warm(row["tasks"].get(results.about["task"], math.nan)) if results.telling else _blank("")
+                for results in model.tasks
+            ]
             means = [_blank("–")] * 5
             if "retention" in row:
                 gap = paired(row, best)
@@ -175,7 +179,7 @@ def _by_task(model: Model, first: dict[str, Any] | None) -> str:
                     _cell(f"{row['mean_keep']:.3f}", row["mean_keep"]),
                     _cell(f"{row['flops']:.2f}", row["flops"]),
                 ]
-            lines.append(_row(row["method"], *(_warm(share) for share in shares), *means))
+            lines.append(_row(row["method"], *shares, *means))
         kept = [name for name in ties if name not in BASELINES]
         said = f"Not to be told from {best['method']}: {_list(ties) if ties else 'no other'}." if best else ""
         if best and len(ties) > len(kept):
@@ -538,18 +542,18 @@ CSS = """
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 "Noto Sans","DejaVu Sans",sans-serif;font-variant-numeric:tabular-nums lining-nums}
-main{max-width:1160px;margin:auto;padding:0 clamp(16px,4vw,40px)}
+main{max-width:1240px;margin:auto;padding:0 clamp(16px,4vw,40px)}
 header{padding-top:clamp(24px,5vw,56px)}
 .tabs{position:sticky;top:0;z-index:3;background:var(--paper);border-bottom:1px solid var(--line);margin:0;gap:0;
 display:block;padding:0 clamp(16px,4vw,40px)}
-.tabs div{max-width:1080px;margin:auto;display:flex;gap:4px;align-items:baseline;overflow-x:auto;white-space:nowrap}
+.tabs div{max-width:1160px;margin:auto;display:flex;gap:4px;align-items:baseline;overflow-x:auto;white-space:nowrap}
 .tabs b{font-weight:500;color:var(--soft);margin-right:10px}
 .tabs a{padding:10px 9px 8px;border-bottom:2px solid transparent;color:var(--ink)}
 .tabs a:hover{text-decoration:none;border-color:var(--line)}
 .tabs a[aria-current]{border-color:var(--c1);color:var(--c1)}
 .js .tab,.js .at{display:none}.js .tab.on,.js .at.on{display:block}
 .js .tab:only-of-type{display:block}
-.tab,section{scroll-margin-top:56px}
+.tab{scroll-margin-top:240px}section{scroll-margin-top:60px}
 .pick{display:none}.js .pick{display:flex;flex-wrap:wrap;gap:6px;align-items:center;font-size:14px;color:var(--soft)}
 .js .at h3{display:none}
 .pick button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--line);border-radius:8px;
@@ -582,7 +586,7 @@ svg .m{transition:opacity .15s}
 .picking svg .m{opacity:.1}.picking svg .m.on{opacity:1}
 tr.on>*{background:color-mix(in srgb,var(--c1) 12%,var(--card))}
 .shots{display:grid;gap:20px}
-.shots img{display:block;width:100%;height:auto;border-radius:4px}
+.shots img{display:block;max-width:100%;height:auto;margin:auto;border-radius:4px}
 figcaption{font-size:14px;color:var(--soft);margin-top:8px}
 .wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;
 -webkit-overflow-scrolling:touch}
@@ -598,7 +602,7 @@ thead button:focus-visible{outline:2px solid var(--c1);outline-offset:-2px}
 td small,thead small,td i{color:var(--soft);font-size:12px;font-style:normal}
 thead small{display:block}
 .base th:first-child{font-style:italic;color:var(--soft)}
-.whisker{position:relative;display:block;width:120px;height:14px;background:linear-gradient(var(--line),var(--line))
+.whisker{position:relative;display:block;width:90px;height:14px;background:linear-gradient(var(--line),var(--line))
 center/100% 1px no-repeat}
 .whisker *{position:absolute}
 .whisker u{top:0;bottom:0;border-left:1.5px solid var(--ink)}

@@ -40,7 +40,7 @@ class Results:
     lines: dict[Cell, dict[int, dict[str, Any]]]
     rows: dict[Cell, dict[str, Any]]
 
-    @property
+    @cached_property
     def task(self) -> task.Task:
         return task.get(self.about["task"])
 
@@ -70,7 +70,7 @@ class Results:
             for (category, *_), right in zip(line["answers"], line["right"])
         ]
 
-    @property
+    @cached_property
     def chance(self) -> float:
         """Share that drawing answers by lot gets right, of these very questions."""
         return float(np.mean([self.task.chance(category) for _, category, _ in self.answers(self.dense_cell)]))
@@ -237,15 +237,17 @@ def front(points: Mapping[Any, tuple[float, float]], same: float = SAME_COST) ->
 
 
 def leaders(models: Sequence[Model], count: int) -> list[str]:
-    """The `count` methods that retain most on average over models, tasks and budgets, of those that ran at the most;
-    no baselines."""
+    """The `count` methods that retain most on average over models, tasks and budgets, of those that ran at the most
+    budgets; no baselines."""
     kept: dict[str, list[float]] = {}
+    budgets: dict[str, set[float]] = {}
     for results in (results for model in models for results in model.tasks):
         for cell, row in results.rows.items():
             if cell.method != DENSE and cell.method not in BASELINES:
                 kept.setdefault(cell.method, []).append(np.nan_to_num(retention(row, results.dense)))
-    most = max(map(len, kept.values()), default=0)
-    full = [name for name, values in kept.items() if len(values) == most]
+                budgets.setdefault(cell.method, set()).add(cell.budget)
+    most = max(map(len, budgets.values()), default=0)
+    full = [name for name in kept if len(budgets[name]) == most]
     return sorted(full, key=lambda name: (-np.mean(kept[name]), name))[:count]
 
 
