@@ -439,10 +439,14 @@ def _left_out(results: Results) -> list[tuple[str, str]]:
         budgets.setdefault((item["method"], reason), []).append(item["budget"])
     out = [(f"{method} at {_list(map(_percent, at))}", why) for (method, why), at in budgets.items()]
     ran = {cell.method for cell in results.rows} | {item["method"] for item in results.refused}
+    untried: dict[bool, list[str]] = {False: [], True: []}
     for name, cls in load_all().items():
         if name not in ran:
-            why = "It has weights of its own, which have to be trained first." if cls.trained else "Not asked for."
-            out.append((name, why))
+            untried[cls.trained].append(name)
+    for trained, names in untried.items():
+        if names:
+            why = "Weights of its own, which have to be trained first." if trained else "Not asked for."
+            out.append((_list(names), why))
     rest = results.task.count - results.about["items"]
     if rest:
         out.append(
@@ -586,7 +590,7 @@ svg .m{transition:opacity .15s}
 .picking svg .m{opacity:.1}.picking svg .m.on{opacity:1}
 tr.on>*{background:color-mix(in srgb,var(--c1) 12%,var(--card))}
 .shots{display:grid;gap:20px}
-.shots img{display:block;max-width:100%;height:auto;margin:auto;border-radius:4px}
+.shots img{display:block;max-width:100%;max-height:600px;margin:auto;border-radius:4px}
 figcaption{font-size:14px;color:var(--soft);margin-top:8px}
 .wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;
 -webkit-overflow-scrolling:touch}
@@ -615,7 +619,8 @@ background:color-mix(in oklab,var(--loss) calc(var(--lost,0%)*.72),var(--card))}
 .heat .fixed>*{color:var(--soft);font-size:13px}
 dl{display:grid;grid-template-columns:minmax(0,17em) minmax(0,1fr);gap:6px 24px;margin:0 0 1em;font-size:15px}
 dt{font-weight:500}dd{margin:0;color:var(--soft);overflow-wrap:anywhere}
-@media(max-width:640px){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.7em}figure{padding:8px 6px}
+@media(max-width:640px){.shots figure{overflow-x:auto}.shots img{max-width:none}
+dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.7em}figure{padding:8px 6px}
 th,td{padding:6px 8px}}
 @media print{nav,.js .pick{display:none}.js .tab,.js .at,.js .at h3{display:block}section{break-inside:avoid-page}}
 """
@@ -642,6 +647,8 @@ const open = () => {
   for (const one of tabs) one.classList.toggle('on', one === tab);
   for (const link of document.querySelectorAll('.tabs a'))
     link.hash.slice(1) === tab.id ? link.setAttribute('aria-current', 'page') : link.removeAttribute('aria-current');
+  const link = document.querySelector('.tabs [aria-current]');
+  if (link) link.parentNode.scrollLeft = link.offsetLeft - link.parentNode.offsetLeft - 40;
   if (at === tab) scrollTo({top: 0, behavior: 'instant'}); else if (at) at.scrollIntoView({behavior: 'instant'});
 };
 addEventListener('hashchange', open);
