@@ -133,16 +133,9 @@ def choose(found: Sequence[Evidence], budget: float, fits: Callable[[str], bool]
 def mean(kept: Sequence[Kept]) -> Kept:
     """Of independent test sets: the squares of half-widths add up."""
     share = sum(k.share for k in kept) / len(kept)
-    below, above = (math.hypot(*(k.share - side(k) for k in kept)) / len(kept) for side in (_low, _high))
+    below = math.hypot(*(k.share - k.low for k in kept)) / len(kept)
+    above = math.hypot(*(k.high - k.share for k in kept)) / len(kept)
     return Kept(share, share - below, share + above)
-
-
-def _low(kept: Kept) -> float:
-    return kept.low
-
-
-def _high(kept: Kept) -> float:
-    return kept.high
 
 
 # --- decisions
@@ -151,7 +144,13 @@ def _high(kept: Kept) -> float:
 def _decision(found: Sequence[Evidence]) -> str:
     budgets = sorted({budget for e in found for budget in e.budgets}, reverse=True)
     defaults = {tuple(facts["default"].items()) for facts in available()["adapters"].values()}
-    rows = [["do not want to choose", _or(f"`vtok.patch(model)`: {_spelt(d)}" for d in sorted(defaults)), ""]]
+    rows = [
+        [
+            "do not want to choose",
+            _or(f"`vtok.patch(model)`: {_spelt(d)}" for d in sorted(defaults)),
+            "see the families below",
+        ]
+    ]
     for budget in budgets:
         choice = choose(found, budget)
         if choice:
