@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from typer.testing import CliRunner
 
 import vtok
@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
 def run(folder, monkeypatch):
     """Runs `vtok demo` on the tiny model and returns (exit code, output)."""
     monkeypatch.setattr(demo, "TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval sets it when another test imports it
     monkeypatch.setenv("COLUMNS", str(WIDTH))
 
     def invoke(*args, model=folder / "model", image=folder / "picture.png"):

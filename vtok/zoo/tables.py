@@ -57,7 +57,7 @@ all tokens, and rank by layers so early that they have hardly read the question:
 
 {tables}
 
-Reproduce: `vtok eval --out DIR --model {folder.name} --tasks scenes --items {count}`, which writes DIR/scenes/sweep.json.
+Reproduce: `vtok eval --out DIR --model {folder.name} --tasks scenes --items {count}`; it writes DIR/scenes/sweep.json.
 
 """
 

@@ -1,0 +1,53 @@
+"""Training runs that stop and go on. Run by `test_zoo.py` in a process of its own."""
+
+import json
+
+import torch
+
+from vtok.eval import task as offline
+from vtok.zoo import judge, loop, qwen2_5_vl, task_card, train
+
+
+def test_training_resumes_where_it_stopped(tmp_path):
+    recipe = train.Recipe(tower_steps=2, tower_batch=2, steps=3, batch=2, part=1)
+    lines = []
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train.train(whole, recipe, workers=1, log=lines.append)
+    train.train(halves, recipe, workers=1, stop_after=3, log=lines.append)
+    train.train(halves, recipe, workers=1, log=lines.append)
+    one, two = (torch.load(f.with_name(f.name + ".ckpt") / "state.pt")["model"] for f in (whole, halves))
+    assert any("resumed" in line for line in lines)
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=1e-6)
+    made = json.loads((halves / "training.json").read_text())
+    assert made["pictures"] == 2 * 2 + 3 * 2
+
+
+def test_qwen_training_resumes_where_it_stopped(tmp_path):
+    """And what it writes loads through the Auto classes, is judged, and gets its card."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    recipe = qwen2_5_vl.Recipe(tasks={"scenes": (1.0, 1), "charts": (1.0, 2)}, words=8, tower_steps=2, steps=3, parts=1)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    lines = []
+    qwen2_5_vl.train(whole, recipe, workers=1, check=1, log=lines.append)
+    qwen2_5_vl.train(halves, recipe, workers=1, check=1, stop_after=3, log=lines.append)
+    qwen2_5_vl.train(halves, recipe, workers=1, check=1, log=lines.append)
+    one, two = (torch.load(loop.state_file(folder)) for folder in (whole, halves))
+    assert any("resumed at stage 1, step 1" in line for line in lines)
+    assert one["pictures"] == two["pictures"] >= 5
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][name], rtol=0, atol=1e-6)
+
+    model = AutoModelForImageTextToText.from_pretrained(halves, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(halves)
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert (halves / "model.safetensors").stat().st_size < 11.5e6
+    some = {name: offline.get(name) for name in ("scenes", "charts")}
+    result = judge.report(model.eval(), processor, count=1, robbed=1, some=some, learn=4)
+    assert set(result["tasks"]) == set(some)
+    assert result["overall"]["n"] == sum(row["n"] for row in result["categories"].values())
+    (halves / "eval.json").write_text(json.dumps(result))
+    text = task_card.write(halves).read_text()
+    assert text.startswith("---\nlicense: apache-2.0\n")
+    assert all(f"`{key}`" in text for key in result["categories"])
