@@ -365,11 +365,8 @@ class _Vtok(lmms):
             media["images"] = pictures
         if clips := [clip for conversation in asked for clip in conversation.clips]:
             media["videos"] = [list(clip.frames) for clip in clips]
-            media["video_metadata"] = [
-                {"fps": c.fps, "total_num_frames": len(c.frames), "frames_indices": list(range(len(c.frames)))}
-                for c in clips
-            ]
-            media["do_sample_frames"] = False  # they are chosen already
+            media["video_metadata"] = [clip.metadata for clip in clips]
+            media["do_sample_frames"] = False
         bos = self.processor.tokenizer.bos_token
         if bos is not None and prompts[0].startswith(bos):
             media["add_special_tokens"] = False

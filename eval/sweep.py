@@ -33,7 +33,6 @@ from vtok.zoo.evaluate import TEST_SEED
 
 DENSE = "dense"
 BASELINES = ("random", "pool", "downsample")  # what a method has to beat
-BUDGETS = (0.5, 0.25, 0.1, 0.05)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,12 @@ class Clip:
     frames: tuple[Image.Image, ...]
     fps: float = 2.0
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a processor has to be told of frames that are chosen already (`do_sample_frames=False`)."""
+        n = len(self.frames)
+        return {"fps": self.fps, "total_num_frames": n, "frames_indices": list(range(n))}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -169,9 +175,7 @@ def follow(
         if "video" not in adapter.encoders:
             able = [name for name, other in adapters.load_all().items() if "video" in other.encoders]
             raise Unsupported(f"{adapter.family} reads no clips. These families do: {', '.join(able)}.")
-        n = len(seen.frames)
-        described = {"fps": seen.fps, "total_num_frames": n, "frames_indices": list(range(n))}
-        how = {"video_metadata": [described], "do_sample_frames": False}  # the frames are chosen already
+        how = {"video_metadata": [seen.metadata], "do_sample_frames": False}
         inputs = demo.inputs_for(processor, list(seen.frames), question, vlm.device, "video", **how)
     else:
         inputs = demo.inputs_for(processor, seen, question, vlm.device)

@@ -119,11 +119,16 @@ def model(tok: PreTrainedTokenizerFast, seed: int = 0) -> LlavaNextForConditiona
     )
     torch.manual_seed(seed)
     net = LlavaNextForConditionalGeneration(config)
+    return prepare(net, ids, max_new_tokens=8)
+
+
+def prepare(net, ids: dict[str, int | None], max_new_tokens: int):
+    """A fresh model, its decoder's attention started by matching, and how it generates: greedily, with these ids."""
     for layer in net.model.language_model.layers:
         start_by_matching(layer.self_attn)
     for name, value in ids.items():
         setattr(net.generation_config, name, value)
-    net.generation_config.max_new_tokens = 8
+    net.generation_config.max_new_tokens = max_new_tokens
     net.generation_config.do_sample = False
     return net
 

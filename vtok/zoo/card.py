@@ -23,6 +23,26 @@ tags:
 """
 
 
+def usage(name: str, said: str) -> str:
+    """How to ask a model of the hub about the demo's picture without vtok; `said` is what it answers."""
+    return f"""No vtok needed:
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="float32")
+processor = AutoProcessor.from_pretrained("{name}")
+question = {{"type": "text", "text": "{DEMO_QUESTION}"}}
+chat = [{{"role": "user", "content": [{{"type": "image"}}, question]}}]
+prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+inputs = processor(text=prompt, images=Image.open("demo.png"), return_tensors="pt")
+out = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(out, skip_special_tokens=True).strip())  # {said}
+```
+"""
+
+
 def _confusion(category: str, pairs: list[list]) -> str:
     """Truth by prediction for a closed list of answers; the commonest mistakes for an open one."""
     known = scenes.ANSWERS[category]
@@ -89,22 +109,7 @@ and demonstrate such methods on a laptop, offline, in seconds. It is of no use f
 
 ## Use
 
-No vtok needed:
-
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="float32")
-processor = AutoProcessor.from_pretrained("{name}")
-question = {{"type": "text", "text": "{DEMO_QUESTION}"}}
-chat = [{{"role": "user", "content": [{{"type": "image"}}, question]}}]
-prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-inputs = processor(text=prompt, images=Image.open("demo.png"), return_tensors="pt")
-out = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
-print(processor.decode(out, skip_special_tokens=True))  # {DEMO_ANSWER}
-```
-
+{usage(name, DEMO_ANSWER)}
 With vtok: `model, processor = vtok.zoo.load("{name}")`, then `vtok.patch(model, "globalcom2", keep=0.25)`.
 `demo.png` is `vtok.zoo.DEMO_IMAGE`.
 

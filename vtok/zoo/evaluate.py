@@ -19,6 +19,7 @@ from vtok.zoo.scenes import CATEGORIES, Question, Scene
 
 TEST_SEED = 2026
 TEST_SCENES = 300  # about 2100 questions
+TOKENS = 8  # of an answer at most
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,11 @@ def held_out(count: int = TEST_SCENES) -> Iterator[tuple[Scene, list[Question]]]
 
 def answer(model, processor, image: Image.Image, questions: list[str]) -> list[str]:
     """Greedy answers to questions about one picture, each asked alone."""
-    import torch
+    from vtok.eval import answers  # which knows this file's seed
+    from vtok.eval.task import Item, Question
 
-    chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
-    ]
-    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    inputs = processor(text=prompts, images=[image] * len(prompts), padding=True, return_tensors="pt").to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    asked = tuple(Question("", text, "") for text in questions)
+    return answers.answer(model, processor, Item(0, "image", (image,), asked), tokens=TOKENS)
 
 
 def halved(image: Image.Image) -> Image.Image:

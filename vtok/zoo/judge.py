@@ -5,7 +5,7 @@ With what it takes to judge it: intervals, chance, guessers without eyes, and me
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
@@ -14,11 +14,9 @@ from PIL import Image
 from vtok.eval.answers import answer
 from vtok.eval.card import fingerprint
 from vtok.eval.task import Task, blind_baseline, tasks
-from vtok.zoo import DEMO_IMAGE, DEMO_QUESTION
+from vtok.zoo import DEMO_IMAGE, DEMO_QUESTION, evaluate
 from vtok.zoo.evaluate import TEST_SEED, Record, bootstrap, grey, halved, wilson
-from vtok.zoo.evaluate import answer as answer_picture
 
-Key = tuple[str, str]  # task and category
 WRONG = 4  # examples of each category to keep
 
 
@@ -99,7 +97,7 @@ def report(
     low, high = bootstrap(everything)
     hits = sum(r.predicted == r.answer for r in everything)
     with Image.open(DEMO_IMAGE) as picture:
-        demo = answer_picture(model, processor, picture.convert("RGB"), [DEMO_QUESTION])[0]
+        demo = evaluate.answer(model, processor, picture.convert("RGB"), [DEMO_QUESTION])[0]
     return {
         "test_set": {"seed": TEST_SEED, "robbed_items": robbed},
         "overall": {"n": len(everything), "accuracy": hits / len(everything), "low": low, "high": high},
@@ -113,8 +111,5 @@ def report(
 
 def mistakes(confusion: list[list], count: int = 3) -> list[tuple[str, str, int]]:
     """The commonest wrong answers of a category: (answer, said, times)."""
-    found: dict[tuple[str, str], int] = defaultdict(int)
-    for truth, said, n in confusion:
-        if truth != said:
-            found[truth, said] += n
-    return [(a, p, n) for (a, p), n in sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:count]]
+    wrong = [(truth, said, n) for truth, said, n in confusion if truth != said]
+    return sorted(wrong, key=lambda row: (-row[2], *row[:2]))[:count]

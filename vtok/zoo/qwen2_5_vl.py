@@ -28,7 +28,7 @@ from transformers import (
 from vtok.eval import task as offline
 from vtok.eval.task import Box, Item, Question, Task
 from vtok.zoo import items, loop
-from vtok.zoo.architecture import start_by_matching
+from vtok.zoo.architecture import prepare
 from vtok.zoo.items import Lexicon
 from vtok.zoo.packed import IGNORE, PADDING, PREFIX, Encoded, attend, focus_loss, pack, share_loss, visible
 from vtok.zoo.words import tokenizer
@@ -156,13 +156,7 @@ def model(tok, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     )
     torch.manual_seed(seed)
     net = Qwen2_5_VLForConditionalGeneration(config)
-    for layer in net.model.language_model.layers:
-        start_by_matching(layer.self_attn)
-    for name, value in ids.items():
-        setattr(net.generation_config, name, value)
-    net.generation_config.max_new_tokens = 12
-    net.generation_config.do_sample = False
-    return net
+    return prepare(net, ids, max_new_tokens=12)
 
 
 # ----------------------------------------------------------------------------------------------------- batches

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from vtok.eval.task import tasks
-from vtok.zoo import DEMO_QUESTION, judge, tables
+from vtok.zoo import judge, tables
+from vtok.zoo.card import usage
 from vtok.zoo.tables import percent, table
 
 FRONT = """---
@@ -89,22 +90,7 @@ and demonstrate such methods on a laptop, offline, in seconds. It is of no use f
 
 ## Use
 
-No vtok needed:
-
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="float32")
-processor = AutoProcessor.from_pretrained("{name}")
-question = {{"type": "text", "text": "{DEMO_QUESTION}"}}
-chat = [{{"role": "user", "content": [{{"type": "image"}}, question]}}]
-prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-inputs = processor(text=prompt, images=Image.open("demo.png"), return_tensors="pt")
-out = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
-print(processor.decode(out, skip_special_tokens=True).strip())  # {result["demo"]}
-```
-
+{usage(name, result["demo"])}
 With vtok: `model, processor = vtok.zoo.load("{name}")`, then `vtok.patch(model, "divprune", keep=0.25)`.
 `demo.png` is `vtok.zoo.DEMO_IMAGE`. Of a clip, say the frames a second: `videos=[frames],
 video_metadata=[{{"fps": 4.0, "total_num_frames": 8, "frames_indices": list(range(8))}}], do_sample_frames=False`.
