@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_triton import HERE, child
 
 from vtok import zoo
@@ -18,8 +20,10 @@ from vtok.zoo import (
     batches,
     card,
     evaluate,
+    internvl,
     items,
     qwen2_5_vl,
+    recipe,
     scenes,
     sources,
     train,
@@ -192,17 +196,23 @@ def test_bundled_model_is_right_often_enough(bundled):
     assert sum(r.predicted == r.answer for r in records) / len(records) >= FLOOR
 
 
-# ------------------------------------------------------------------------------------- vtok-tiny-qwen2.5-vl
+# ------------------------------------------------------------------------------- the models for the offline tasks
 
-QWEN_TASKS = ("scenes", "charts", "video")
+TAUGHT = ("scenes", "charts", "video")
+FAMILIES = {"qwen": qwen2_5_vl.FAMILY, "internvl": internvl.FAMILY}
 
 
 @pytest.fixture(scope="module")
-def qwen():
-    """Lexicon, processor and untrained model of a few items."""
-    lexicon = items.lexicon(map(offline.get, QWEN_TASKS), qwen2_5_vl.READ, count=16)
-    processor = qwen2_5_vl.processor(lexicon)
-    return lexicon, processor, qwen2_5_vl.model(processor.tokenizer).eval()
+def lexicon():
+    return items.lexicon(map(offline.get, TAUGHT), recipe.READ, count=16)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def untrained(request, lexicon):
+    """Family, processor and untrained model, with the lexicon of a few items."""
+    family = FAMILIES[request.param]
+    processor = family.processor(lexicon)
+    return family, processor, family.model(processor.tokenizer).eval()
 
 
 def _asked(processor, item, question):
@@ -229,46 +239,72 @@ def test_known_words_are_one_token_and_all_else_is_spelled():
         assert tok.decode(tok(text)["input_ids"]) == text
 
 
-def test_every_word_of_the_tasks_is_one_token(qwen):
-    tok = qwen[1].tokenizer
-    for name in QWEN_TASKS:
+def test_every_word_of_the_tasks_is_one_token(untrained):
+    tok = untrained[1].tokenizer
+    for name in TAUGHT:
         for index in range(16):
             for q in offline.get(name).item("train", 0, index).questions:
                 assert len(tok(q.text)["input_ids"]) == len(pieces(q.text))
-                if (name, q.category) in qwen2_5_vl.READ:
+                if (name, q.category) in recipe.READ:
                     ids = tok(f" {q.answer}")["input_ids"]
                     assert len(ids) == len(q.answer) + 1
                     assert tok.decode(ids) == f" {q.answer}"
 
 
+def _visual_tokens(model, given):
+    """As transformers' own forward makes them."""
+    if "image_grid_thw" in given:
+        return model.model.visual(given["pixel_values"], given["image_grid_thw"]).pooler_output
+    if "video_grid_thw" in given:
+        return model.model.visual(given["pixel_values_videos"], given["video_grid_thw"]).pooler_output
+    return model.model.get_image_features(given["pixel_values"]).pooler_output.flatten(0, 1)
+
+
 @pytest.mark.parametrize(("name", "index"), [("scenes", 0), ("scenes", 3), ("charts", 1), ("video", 0), ("video", 5)])
-def test_fast_tower_is_the_models(qwen, name, index):
-    """Patches, grids and visual tokens: whole and cut windows, frames, rotations."""
-    lexicon, processor, model = qwen
+def test_fast_tower_is_the_models(untrained, lexicon, name, index):
+    """Visual tokens: whole and cut windows, frames, rotations, tiles; a state for every patch that has labels."""
+    family, processor, model = untrained
     item = offline.get(name).item("train", 0, index)
-    batch = qwen2_5_vl.build(processor.tokenizer, lexicon, name, [item])
-    given = _asked(processor, item, item.questions[0])
-    kind = ("pixel_values", "image_grid_thw") if item.media == "image" else ("pixel_values_videos", "video_grid_thw")
-    pixels, grid = (given[key] for key in kind)
-    assert torch.equal(batch.grids, grid)
-    torch.testing.assert_close(batches.normalise(batch.patches), pixels, rtol=0, atol=1e-5)
+    batch = recipe.build(family, processor, lexicon, name, [item])
     with torch.no_grad():
-        wanted = model.model.visual(pixels, grid).pooler_output
-        got = qwen2_5_vl.tower_states(model.model.visual, batch)[1]
+        wanted = _visual_tokens(model, _asked(processor, item, item.questions[0]))
+        states, got = family.tower_states(model, batch)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3)  # its rotations are in bfloat16
+    assert len(states) == len(batch.labels) == family.merge * len(batch.words)
+    assert len(got) == len(batch.words) == (batch.kinds > 0).sum()
 
 
-@pytest.mark.parametrize("name", QWEN_TASKS)
-def test_packed_qwen_questions_see_what_single_ones_see(qwen, name):
+@pytest.mark.parametrize("index", [0, 3])
+def test_patches_lie_where_the_planes_say(untrained, lexicon, index):
+    """A picture that is white in one box: the patches that differ from a black one are those of the box."""
+    family, processor, _ = untrained
+    item = offline.get("scenes").item("train", 0, index)
+    width, height = item.images[0].size
+    box = (0, width / 4, height / 2, width / 2, 3 * height / 4)  # whole patches, whatever the scale
+    pictures = [Image.new("RGB", (width, height)) for _ in range(2)]
+    pictures[1].paste((255, 255, 255), tuple(map(int, box[1:])))
+    shown = []
+    for picture in pictures:
+        batch = recipe.build(family, processor, lexicon, "scenes", [replace(item, images=(picture,))])
+        pixels = batch.media["pixel_values"]
+        if pixels.ndim == 4:  # tiles, cut into patches token by token
+            cut = pixels.unflatten(-2, (-1, 2, 8)).unflatten(-1, (-1, 2, 8))  # [T, 3, 8, 2, 8, 8, 2, 8]
+            pixels = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4).flatten(1)
+        shown.append(pixels)
+    differ = (shown[0] - shown[1]).abs().mean(1) > 0.8  # of 2; scaling blurs the borders
+    assert torch.equal(differ, torch.from_numpy(recipe.Ground(family.planes(item)).patches(box)))
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_packed_task_questions_see_what_single_ones_see(untrained, lexicon, name):
     """Several items of several sizes in one batch, M-RoPE and all, against each question alone."""
-    lexicon, processor, model = qwen
+    family, processor, model = untrained
     some = [offline.get(name).item("train", 0, i) for i in range(3)]
-    batch = qwen2_5_vl.build(processor.tokenizer, lexicon, name, some)
+    batch = recipe.build(family, processor, lexicon, name, some)
     model.set_attn_implementation("zoo_packed")
     with torch.no_grad():
-        together = model.lm_head(
-            qwen2_5_vl.question_states(model, qwen2_5_vl.tower_states(model.model.visual, batch)[1], batch)
-        )
+        features = family.tower_states(model, batch)[1]
+        together = model.lm_head(recipe.question_states(family, model, features, batch))
     model.set_attn_implementation("sdpa")
     for b, item in enumerate(some):
         for n, q in enumerate(item.questions[:4]):
@@ -278,22 +314,10 @@ def test_packed_qwen_questions_see_what_single_ones_see(qwen, name):
             torch.testing.assert_close(mine, alone[-len(mine) :], rtol=0, atol=1e-4)
 
 
-def test_labels_lie_where_the_boxes_are(qwen):
-    """Answers are labelled inside their boxes, and each letter of a spelled one looks at a place of its own."""
-    lexicon, processor, _ = qwen
+def test_each_letter_looks_at_a_place_of_its_own(untrained, lexicon):
+    family, processor, _ = untrained
     item = next(i for i in (offline.get("scenes").item("train", 0, n) for n in range(40)) if _reads(i))
-    batch = qwen2_5_vl.build(processor.tokenizer, lexicon, "scenes", [item])
-    _, rows, columns = batch.grids[0].tolist()
-    raster = qwen2_5_vl._order(1, rows, columns)
-    for q in item.questions:
-        label = lexicon.label.get(("scenes", q.category, q.answer))
-        if label is None or not items.single(q):
-            continue
-        marked = np.zeros(rows * columns, dtype=bool)
-        marked[raster] = batch.labels[:, label].numpy()
-        left, top, right, bottom = (edge / qwen2_5_vl.PATCH for edge in q.boxes[0][1:])
-        inside = marked.reshape(rows, columns)[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))]
-        assert inside.any()
+    batch = recipe.build(family, processor, lexicon, "scenes", [item])
     n, q = next((n, q) for n, q in enumerate(item.questions) if q.category == "reading")
     targets = (batch.targets[0] != IGNORE) & (batch.block[0] == n)
     seen = batch.focus[0][targets].float()  # [" ", letters, end] x prefix
@@ -303,27 +327,30 @@ def test_labels_lie_where_the_boxes_are(qwen):
     assert places == sorted(places)
     assert seen[-1].sum() == 0
     assert not batch.focus[0, :, ~(batch.kinds[0] > 0)].any()
+    for letter in q.answer:
+        first = len(lexicon.labels) + lexicon.characters.index(letter)
+        assert batch.labels[:, [first, first + len(lexicon.characters)]].any()
 
 
 def _reads(item):
     return any(q.category == "reading" for q in item.questions)
 
 
-def test_qwen_recipe_learns(qwen):
+def test_recipe_learns(untrained, lexicon):
     """A few steps on one batch: the loss on answers falls far below where it began."""
-    lexicon, processor, _ = qwen
+    family, processor, _ = untrained
     tok = processor.tokenizer
-    net = qwen2_5_vl.model(tok)
+    net = family.model(tok)
     net.set_attn_implementation("zoo_packed")
-    recipe = qwen2_5_vl.Recipe()
-    heads = qwen2_5_vl.Heads(net.config.vision_config.hidden_size, lexicon)
-    one = qwen2_5_vl.build(tok, lexicon, "scenes", [offline.get("scenes").item("train", 0, 2)])
-    data = type("One", (), {"lexicon": lexicon, "__getitem__": lambda self, index: one})()
+    settings = recipe.Recipe()
+    heads = recipe.Heads(net.config.vision_config.hidden_size, lexicon)
+    one = recipe.build(family, processor, lexicon, "scenes", [offline.get("scenes").item("train", 0, 2)])
+    data = type("One", (), {"family": family, "lexicon": lexicon, "__getitem__": lambda self, index: one})()
     words = tok(list(lexicon.content), return_tensors="pt")["input_ids"][:, 0]
-    some = qwen2_5_vl.optimisers({net: 1.0, heads: 1.0}, recipe)
+    some = recipe.optimisers({net: 1.0, heads: 1.0}, settings)
     losses = []
     for step in range(8):
-        loss, answer = qwen2_5_vl.question_loss(step, data, net, heads, words, recipe)
+        loss, answer = recipe.question_loss(step, data, net, heads, words, settings)
         losses.append(answer["scenes"])
         for optimiser in some:
             optimiser.zero_grad()

@@ -14,6 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Bundled tiny models and the recipe
 RECIPES = {  # model -> modules of `vtok.zoo` that train it, judge it, and write its card
     "vtok-tiny-llava-next": ("train", "evaluate", "card"),
     "vtok-tiny-qwen2.5-vl": ("qwen2_5_vl", "judge", "task_card"),
+    "vtok-tiny-internvl": ("internvl", "judge", "task_card"),
 }
 Name = Annotated[str, typer.Argument(help="Name of a bundled model.")]
 Folder = Annotated[Path | None, typer.Option(help="Model folder; the bundled one if left out.")]

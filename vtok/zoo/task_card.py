@@ -10,18 +10,6 @@ from vtok.zoo import judge, tables
 from vtok.zoo.card import usage
 from vtok.zoo.tables import percent, table
 
-FRONT = """---
-license: apache-2.0
-language: en
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- qwen2_5_vl
-- vtok
-- tiny
-- synthetic
----
-"""
 GUESSES = ("chance", "majority", "question_only")
 
 
@@ -29,13 +17,53 @@ def _share(row: dict) -> list[str]:
     return [f"**{percent(row['accuracy'])}**", f"{percent(row['low'])} to {percent(row['high'])}"]
 
 
+def _front(kind: str) -> str:
+    return f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- {kind}
+- vtok
+- tiny
+- synthetic
+---
+"""
+
+
+def _qwen(vision: dict, text: dict, processor: dict) -> str:
+    patch, merge = vision["patch_size"], vision["spatial_merge_size"]
+    full = " and ".join(str(n) for n in vision["fullatt_block_indexes"])
+    return f"""- vision: native resolution, patches of {patch} pixels, {merge} x {merge} of them a token,
+  {vision["temporal_patch_size"]} frames of a clip a token; {vision["depth"]} layers of {vision["hidden_size"]},
+  attention in windows of {vision["window_size"]} pixels but for layers {full}
+- language: {text["num_hidden_layers"]} layers of {text["hidden_size"]}, {text["num_attention_heads"]} heads,
+  M-RoPE with sections {text["rope_parameters"]["mrope_section"]}; every word it was taught is one token, all else is
+  spelled"""
+
+
+def _internvl(vision: dict, text: dict, processor: dict) -> str:
+    side, patch, tokens = vision["image_size"][0], vision["patch_size"][0], processor["image_seq_length"]
+    tiles = processor["image_processor"]["max_patches"]
+    return f"""- vision: a picture is spread over 1 to {tiles} tiles of {side} x {side} pixels, a thumbnail where
+  there are several; a frame of a clip is one tile; InternViT with CLS, {vision["num_hidden_layers"]} layers of
+  {vision["hidden_size"]}, patches of {patch} pixels; by pixel shuffle {tokens} tokens a tile
+- language: Qwen2 decoder, {text["num_hidden_layers"]} layers of {text["hidden_size"]},
+  {text["num_attention_heads"]} heads; every word it was taught is one token, all else is spelled"""
+
+
+ARCHITECTURES = {"qwen2_5_vl": ("A Qwen2.5-VL", _qwen), "internvl": ("An InternVL", _internvl)}
+
+
 def write(folder: Path) -> Path:
     """Write README.md of a model folder and return its path."""
     name = folder.name
-    result, made, config = (
-        json.loads((folder / f"{part}.json").read_text()) for part in ("eval", "training", "config")
+    result, made, config, processor = (
+        json.loads((folder / f"{part}.json").read_text()) for part in ("eval", "training", "config", "processor_config")
     )
-    vision, text, recipe, overall = config["vision_config"], config["text_config"], made["recipe"], result["overall"]
+    recipe, overall = made["recipe"], result["overall"]
+    family, described = ARCHITECTURES[config["model_type"]]
     megabytes = (folder / "model.safetensors").stat().st_size / 1e6
     known = tasks()
     by_task = table(
@@ -71,22 +99,15 @@ def write(folder: Path) -> Path:
     listed = "\n".join(
         f"- `{key}`: {known[key].title}, version {row['version']}" for key, row in result["tasks"].items()
     )
-    patch, merge = vision["patch_size"], vision["spatial_merge_size"]
-    full = " and ".join(str(n) for n in vision["fullatt_block_indexes"])
-    card = f"""{FRONT}
+    card = f"""{_front(config["model_type"])}
 # {name}
 
-A Qwen2.5-VL of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained
+{family} of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained
 from scratch on a CPU by `vtok zoo train {name}`. It answers short questions about small pictures, pages, charts and
 clips, well enough that what a visual-token compressor throws away shows as a wrong answer. It is there to test, teach
 and demonstrate such methods on a laptop, offline, in seconds. It is of no use for anything else.
 
-- vision: native resolution, patches of {patch} pixels, {merge} x {merge} of them a token,
-  {vision["temporal_patch_size"]} frames of a clip a token; {vision["depth"]} layers of {vision["hidden_size"]},
-  attention in windows of {vision["window_size"]} pixels but for layers {full}
-- language: {text["num_hidden_layers"]} layers of {text["hidden_size"]}, {text["num_attention_heads"]} heads,
-  M-RoPE with sections {text["rope_parameters"]["mrope_section"]}; every word it was taught is one token, all else is
-  spelled
+{described(config["vision_config"], config["text_config"], processor)}
 
 ## Use
 

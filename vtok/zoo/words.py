@@ -22,11 +22,23 @@ def is_word(piece: str) -> bool:
     return text.isascii() and (len(text) == 1 or (text.isalpha() and not text.isupper()))
 
 
+def chatml(image: str, video: str) -> str:
+    """A chat template of ChatML with what stands for a picture and for a clip."""
+    # tests `type` rather than the presence of a key: datasets fill absent keys of content parts with None
+    return (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ ' ' if m['role'] == 'assistant' else '\n' }}"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}" + image + "{% elif c['type'] == 'video' %}" + video + "{% else %}"
+        "{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+
+
 def tokenizer(
-    words: Iterable[str], special: tuple[str, ...], end: str, pad: str, template: str, length: int = 4096
+    words: Iterable[str], special: tuple[str, ...], end: str, pad: str, template: str, length: int = 4096, **named: str
 ) -> PreTrainedTokenizerFast:
     """A tokenizer with a token for each of `words` (ASCII pieces, with the space before them), each of `special`, and
-    each byte. Left-padding; `end` and `pad` are among `special`."""
+    each byte. Left-padding; `end` and `pad` are among `special`, and so are those `named` for a processor."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     known = dict.fromkeys([*special, *alphabet, *(word.replace(" ", "Ġ") for word in words)])
     ids = {token: i for i, token in enumerate(known)}
@@ -46,4 +58,5 @@ def tokenizer(
         padding_side="left",
         model_max_length=length,
         chat_template=template,
+        extra_special_tokens=named,
     )

@@ -1,0 +1,126 @@
+"""vtok-tiny-internvl: tiles of one size and a thumbnail, InternViT with CLS, 2 x 2 pixel shuffle."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+)
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+from vtok.eval.task import Item
+from vtok.zoo import recipe
+from vtok.zoo.architecture import prepare
+from vtok.zoo.items import Lexicon
+from vtok.zoo.recipe import SPECIAL, Batch, Family, Plane, Recipe
+from vtok.zoo.words import chatml, tokenizer
+
+__all__ = ["FAMILY", "NAME", "Recipe", "train"]
+
+NAME = "vtok-tiny-internvl"
+TILE, PATCH, MERGE = 128, 8, 2  # pixels a tile, pixels a patch, patches a token's side
+GRID = TILE // PATCH
+TILES = 4  # of a picture, at most, without its thumbnail
+FRAMES = 32  # of a clip, whose numbers are words
+TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+
+class InternVL(Family):
+    merge = MERGE**2
+    image, video = "<IMG_CONTEXT>\n", "<video>\n"
+
+    def processor(self, lexicon: Lexicon) -> InternVLProcessor:
+        template = chatml(self.image, self.video)
+        words = (*lexicon.words, *(f"Frame{n + 1}" for n in range(FRAMES)), ":")
+        special = (*SPECIAL, *TOKENS.values())
+        tok = tokenizer(words, special, end="<|im_end|>", pad="<|endoftext|>", template=template, **TOKENS)
+        pixels = {"size": {"height": TILE, "width": TILE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        images = GotOcr2ImageProcessor(**pixels, crop_to_patches=True, max_patches=TILES)
+        videos = InternVLVideoProcessor(**pixels)
+        return InternVLProcessor(images, tok, videos, image_seq_length=(GRID // MERGE) ** 2, chat_template=template)
+
+    def model(self, tok, seed: int = 0) -> InternVLForConditionalGeneration:
+        ids = {"bos_token_id": None, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
+        vision = {
+            "num_hidden_layers": 6,
+            "hidden_size": 160,
+            "intermediate_size": 480,
+            "num_attention_heads": 5,
+            "attention_bias": True,
+            "image_size": TILE,
+            "patch_size": PATCH,
+            "layer_scale_init_value": 1.0,  # the usual 0.1 is for towers of many layers
+        }
+        text = {
+            "model_type": "qwen2",
+            "vocab_size": -(-len(tok) // 64) * 64,
+            "hidden_size": 192,
+            "intermediate_size": 384,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            **ids,
+        }
+        config = InternVLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=tok.convert_tokens_to_ids(TOKENS["context_image_token"]),
+            image_seq_length=(GRID // MERGE) ** 2,
+            downsample_ratio=1 / MERGE,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(seed)
+        net = InternVLForConditionalGeneration(config)
+        # transformers starts them at 0, where all patches of a colour are one
+        torch.nn.init.normal_(net.model.vision_tower.embeddings.position_embeddings, std=0.02)
+        return prepare(net, ids, max_new_tokens=12)
+
+    def tower(self, net):
+        return torch.nn.ModuleList([net.model.vision_tower, net.model.multi_modal_projector])
+
+    def planes(self, item: Item) -> list[Plane]:
+        """Of a picture its tiles and, if they are several, its thumbnail; of a clip one a frame."""
+        planes = []
+        for n, image in enumerate(item.images):
+            columns, rows = (1, 1)
+            if item.media == "image":
+                columns, rows = get_optimal_tiled_canvas(image.size[::-1], (TILE, TILE), 1, TILES)
+            planes.append(_plane(n, image.size, rows, columns))
+            if rows * columns > 1:
+                planes.append(_plane(n, image.size, 1, 1, sharp=False))
+        return planes
+
+    def tower_states(self, net, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        out = net.model.get_image_features(batch.media["pixel_values"])
+        states = out.last_hidden_state[:, 1:].flatten(0, 1)  # without CLS
+        order = torch.from_numpy(_plane(0, (TILE, TILE), 1, 1).order)
+        return states.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1), out.pooler_output.flatten(0, 1)
+
+    def places(self, net, batch: Batch) -> torch.Tensor:
+        return torch.arange(batch.prefix.shape[1]).expand_as(batch.prefix)
+
+
+def _plane(n: int, size: tuple[int, int], rows: int, columns: int, sharp: bool = True) -> Plane:
+    """The patches of rows x columns tiles that picture or frame n, of `size` (width, height), is stretched over."""
+    scale = columns * GRID / size[0], rows * GRID / size[1]
+    index = np.arange(rows * columns * GRID**2).reshape(rows, GRID // MERGE, MERGE, columns, GRID // MERGE, MERGE)
+    order = index.transpose(0, 3, 1, 4, 2, 5).ravel()
+    return Plane(range(n, n + 1), rows * GRID, columns * GRID, scale, order, sharp)
+
+
+FAMILY = InternVL()
+train = partial(recipe.train, FAMILY)
