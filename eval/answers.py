@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,19 @@ def answer(model: Any, processor: Any, item: Item, instruction: str = "", tokens
         )
         for q in item.questions
     ]
-    inputs = processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **media)
-    inputs = inputs.to(model.device, model.dtype)
+    inputs = encode(processor, prompts, **media).to(model.device, model.dtype)
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def encode(processor: Any, prompts: Sequence[str], **media: Any) -> Any:
+    """What a model is given: a row a prompt, padded on the left.
+
+    A template that writes the beginning-of-sequence token leaves the tokenizer none to add.
+    """
+    bos = processor.tokenizer.bos_token
+    if bos is not None and prompts[0].startswith(bos):
+        media["add_special_tokens"] = False
+    return processor(text=list(prompts), padding=True, padding_side="left", return_tensors="pt", **media)

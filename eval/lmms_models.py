@@ -39,6 +39,7 @@ from vtok import zoo
 from vtok.demo import open_picture
 from vtok.errors import InvalidValue, UnknownName, Unsupported, VtokError
 from vtok.eval import lmms_plan
+from vtok.eval.answers import encode
 from vtok.eval.machine import PeakMemory
 from vtok.eval.video import Sampling, open_clip
 from vtok.patching import Patch
@@ -367,11 +368,7 @@ class _Vtok(lmms):
             media["videos"] = [list(clip.frames) for clip in clips]
             media["video_metadata"] = [clip.metadata for clip in clips]
             media["do_sample_frames"] = False
-        bos = self.processor.tokenizer.bos_token
-        if bos is not None and prompts[0].startswith(bos):
-            media["add_special_tokens"] = False
-        inputs = self.processor(text=prompts, padding=True, return_tensors="pt", **media)
-        return inputs.to(self.device, self.model.dtype)
+        return encode(self.processor, prompts, **media).to(self.device, self.model.dtype)
 
     def _answer(self, asked: list[Conversation], gen_kwargs: list[dict[str, Any]]) -> list[GenerationResult]:
         how, until = self._generation(gen_kwargs[0])

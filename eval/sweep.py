@@ -224,13 +224,18 @@ def run(
     if share.rank == 0:
         for cell in wanted:
             mend(out / cell.file)
+        _write_summary(model, about, wanted, refused, len(items), out)
     share.wait()
-    summary = {"about": about | {"items": len(items), "machine": describe(model.device.type, about["dtype"])}}
-    summary["cells"] = summarise({cell: read(out / cell.file) for cell in wanted}, len(items))
+    return json.loads((out / "sweep.json").read_text())
+
+
+def _write_summary(
+    model: Any, about: dict[str, Any], wanted: list[Cell], refused: dict[Cell, str], count: int, out: Path
+) -> None:
+    summary = {"about": about | {"items": count, "machine": describe(model.device.type, about["dtype"])}}
+    summary["cells"] = summarise({cell: read(out / cell.file) for cell in wanted}, count)
     summary["refused"] = [{"method": c.method, "budget": c.budget, "reason": why} for c, why in refused.items()]
-    if share.rank == 0:
-        (out / "sweep.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+    (out / "sweep.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def test_set(task: Task) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """`vtok eval`: resumable cells, paired summaries, and a run that compresses nothing is no result."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -8,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 import vtok
 from vtok import cli, zoo
 from vtok.errors import InvalidValue, UnknownName
-from vtok.eval import sweep
+from vtok.eval import answers, sweep
 from vtok.eval.sweep import Cell
 from vtok.eval.task import tasks
 
@@ -68,6 +70,20 @@ def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
     assert again["cells"] == whole["cells"]
     assert json.loads((out / "sweep.json").read_text())["cells"][1]["method"] == "uniform"
     assert run(out) and len(asked) == 7  # nothing is done twice
+
+
+def test_a_template_that_begins_the_sequence_leaves_none_to_add(loaded):
+    """As with hub checkpoints whose tokenizer adds the token of its own."""
+    processor = copy.deepcopy(loaded[1])
+    tok, item = processor.tokenizer, next(iter(TASK.held_out(1)))
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tok.bos_token_id)]
+    )
+    images = [list(item.images)] * 2
+    assert tok("USER: a")["input_ids"][0] == tok.bos_token_id
+    for texts in (["<s>USER: <image>\na", "<s>USER: <image>\na b"], ["USER: <image>\na", "USER: <image>\na b"]):
+        ids = answers.encode(processor, texts, images=images)["input_ids"]
+        assert (ids == tok.bos_token_id).sum(1).tolist() == [1, 1]
 
 
 def test_results_of_other_weights_are_not_mixed(loaded, tmp_path):
@@ -142,6 +158,18 @@ def test_a_broken_compressor_shows(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(vtok.GlobalCom2, "select", wrong)
     broken = sweep.run(model, processor, NAME, TASK, ["globalcom2"], [0.25], count, tmp_path / "wrong")["cells"][1]
     assert broken["interval"][1] < right["accuracy"]
+
+
+def test_several_models_have_a_folder_each(tmp_path):
+    copied = tmp_path / "other-model"
+    shutil.copytree(zoo.path(NAME), copied)
+    words = ["eval", "--methods", "uniform", "--budgets", "0.25", "--tasks", "scenes", "--items", "1", "--model"]
+    result = CliRunner().invoke(cli.app, [*words, f"{NAME},{copied}", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    found = {file.parent.relative_to(tmp_path / "out").as_posix() for file in tmp_path.glob("out/**/sweep.json")}
+    assert found == {f"{NAME}/scenes", "other-model/scenes"}
+    result = CliRunner().invoke(cli.app, [*words, f"{NAME},there/{NAME}", "--out", str(tmp_path / "clash")])
+    assert result.exit_code != 0 and "one folder" in " ".join(result.output.split())
 
 
 def test_two_processes_give_what_one_gives(tmp_path):

@@ -250,7 +250,9 @@ def _markdown(rows: list[dict[str, str]]) -> str:
 @app.command(name="eval")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder of results; call again with the same one to go on after a kill.")],
-    model: Annotated[str, typer.Option(help="A bundled model, a local folder, or a repository of the hub.")] = MODEL,
+    model: Annotated[
+        str, typer.Option(help="Bundled models, local folders or repositories of the hub, separated by commas.")
+    ] = MODEL,
     tasks: Annotated[
         str | None, typer.Option(help="Offline tasks separated by commas; all that the model takes if left out.")
     ] = None,
@@ -265,21 +267,36 @@ def evaluate(
 ) -> None:
     """Exact match of every method at every budget on the offline tasks, paired with the dense model.
 
-    Several processes share the work: accelerate launch --num_processes 2 -m vtok.cli eval --out DIR
+    Results lie in OUT/TASK, those of several models in OUT/MODEL/TASK. Several processes share the work:
+    accelerate launch --num_processes 2 -m vtok.cli eval --out DIR
     """
+    from transformers.utils import logging
+
+    from vtok.eval import sweep
+
+    logging.disable_progress_bar()
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    named = _names(model)
+    folders = {name: out / Path(name).name if len(named) > 1 else out for name in named}
+    if len({*folders.values()}) < len(named):
+        raise InvalidValue(f"The models {model} would write to one folder: evaluate them apart.")
+    share = sweep.Share.of_accelerate()
+    for name, folder in folders.items():
+        _evaluate(name, folder, tasks, methods, _numbers(budgets, float, "--budgets"), items, share)
+
+
+def _evaluate(
+    model: str, out: Path, tasks: str | None, methods: str | None, budgets: list[float], items: int | None, share
+) -> None:
+    """`vtok eval` of one model."""
     from vtok import adapter as adapters
     from vtok import demo, zoo
     from vtok.eval import sweep, task
 
-    shares = _numbers(budgets, float, "--budgets")
     chosen = list(task.tasks().values()) if tasks is None else [task.get(name) for name in _names(tasks)]
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    share = sweep.Share.of_accelerate()
-    if threads:
-        torch.set_num_threads(threads)
     network, processor = demo.load(model)
     takes = adapters.find(network)[1].encoders
     console = Console(quiet=share.rank > 0)
@@ -293,8 +310,8 @@ def evaluate(
         instruction = "" if model in zoo.names() else work.instruction
         names = None if methods is None else _names(methods)
         folder = out / work.name
-        summary = sweep.run(network, processor, model, work, names, shares, count, folder, share, instruction)
-        console.print(f"\n{work.title} ({work.name}), {summary['about']['items']} items", style="bold")
+        summary = sweep.run(network, processor, model, work, names, budgets, count, folder, share, instruction)
+        console.print(f"\n{model}: {work.title} ({work.name}), {summary['about']['items']} items", style="bold")
         console.print(sweep.table(summary))
         for row in summary["refused"]:
             told = f"not run: {row['method']} at {row['budget']:g}: {row['reason']}"
