@@ -8,7 +8,7 @@ from typing import Any
 
 from vtok.errors import InvalidValue
 from vtok.eval.bench import DENSE, IDENTITY, bars
-from vtok.zoo.tables import table
+from vtok.markdown import table
 
 HEAD = """# Speed
 

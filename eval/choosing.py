@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtok import zoo
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
 from vtok.eval import task
-from vtok.eval.results import WORTH, summaries
-from vtok.eval.sweep import BASELINES, DENSE
+from vtok.eval.evidence import Evidence, Kept, mean, read
+from vtok.eval.results import WORTH
+from vtok.eval.sweep import BASELINES
+from vtok.markdown import paragraph, percent, table
 from vtok.patching import available
-from vtok.zoo.tables import percent, table
 
 AT = 0.25  # the budget at which families and kinds of question are compared; that of the default method
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Accuracy as a part of the dense model's, and its 95 % interval."""
-
-    share: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{percent(self.share)} ({percent(self.low)} to {percent(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -45,33 +30,6 @@ class Choice:
 
     def __str__(self) -> str:
         return _code(self.method) + (f" or {_or(_code(name) for name in self.tied)}" if self.tied else "")
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One task of one model."""
-
-    model: str
-    family: str  # "" where it is not known
-    task: str
-    about: dict[str, Any]
-    dense: dict[str, Any]
-    cells: dict[tuple[str, float], dict[str, Any]]
-
-    @property
-    def telling(self) -> bool:
-        """Whether the dense model is above chance beyond its interval."""
-        chances = [task.get(self.task).chance(category) for category in self.dense["categories"]]
-        return self.dense["interval"][0] > sum(chances) / len(chances)
-
-    @property
-    def budgets(self) -> list[float]:
-        return sorted({budget for _, budget in self.cells}, reverse=True)
-
-    def kept(self, method: str, budget: float) -> Kept:
-        row, dense = self.cells[method, budget], self.dense["accuracy"]
-        low, high = row["to_dense"]["interval"]
-        return Kept(row["accuracy"] / dense, 1 + low / dense, 1 + high / dense)
 
 
 def write(folder: str | Path, out: str | Path) -> Path:
@@ -87,7 +45,7 @@ def write(folder: str | Path, out: str | Path) -> Path:
 
 def page(folder: str | Path) -> str:
     """The page, from all summaries in a folder (see `results.summaries`)."""
-    found = [_evidence(summary) for summary in summaries(folder)]
+    found = read(folder)
     if not found:
         raise InvalidValue(f"{folder} holds no summaries of `vtok eval`: sweep.json, or sweep/TASK.json of a model.")
     return "\n".join([HEAD, _decision(found), _engines(found), _families(found), _proof(found)])
@@ -103,21 +61,6 @@ and their intervals overlap; that errs towards calling methods equal. *Not good*
 """
 
 
-def _evidence(summary: dict[str, Any]) -> Evidence:
-    about, rows = summary["about"], summary["cells"]
-    cells = {(row["method"], row["budget"]): row for row in rows if row["method"] != DENSE}
-    dense = next(row for row in rows if row["method"] == DENSE)
-    return Evidence(about["model"], _family(about["model"]), about["task"], about, dense, cells)
-
-
-def _family(model: str) -> str:
-    """Of a bundled model; of others the summary does not tell."""
-    if model not in zoo.names():
-        return ""
-    kind = json.loads((zoo.path(model) / "config.json").read_text())["model_type"]
-    return next(name for name, facts in available()["adapters"].items() if kind in facts["model_types"])
-
-
 def choose(found: Sequence[Evidence], budget: float, fits: Callable[[str], bool] = lambda _: True) -> Choice | None:
     """The best method by mean over the telling evidence at a budget, of those that fit and ran on all of it."""
     there = [e for e in found if e.telling and budget in e.budgets]
@@ -128,14 +71,6 @@ def choose(found: Sequence[Evidence], budget: float, fits: Callable[[str], bool]
     best = max(names, key=lambda name: means[name].share)
     tied = [name for name in names if name != best and means[name].high >= means[best].low]
     return Choice(best, means[best], tuple(sorted(tied, key=lambda name: -means[name].share)))
-
-
-def mean(kept: Sequence[Kept]) -> Kept:
-    """Of independent test sets: the squares of half-widths add up."""
-    share = sum(k.share for k in kept) / len(kept)
-    below = math.hypot(*(k.share - k.low for k in kept)) / len(kept)
-    above = math.hypot(*(k.high - k.share for k in kept)) / len(kept)
-    return Kept(share, share - below, share + above)
 
 
 # --- decisions
@@ -188,7 +123,7 @@ def _baselines(found: Sequence[Evidence], budgets: Sequence[float]) -> str:
         if name not in BASELINES and rivals and all(rival["interval"][0] <= 0 for rival in rivals):
             weak.append(name)
     listed = f"{_names(weak)}. They are" if weak else "none. Such methods would be"
-    return _wrapped(
+    return paragraph(
         f"No better than the best of the baselines ({_names(BASELINES)}) at any budget on any task, beyond the "
         f"interval: {listed} not worth their cost on these models."
     )
@@ -256,7 +191,7 @@ def _families(found: Sequence[Evidence]) -> str:
         "Bundled models are tiny and see drawn scenes: their redundancy is not that of photos, and their few layers "
         "tell against methods that act within the decoder. No checkpoint of billions of parameters has been measured."
     )
-    return f"## By family\n\n{_wrapped(words)}\n\n{_left(head, rows)}\n"
+    return f"## By family\n\n{paragraph(words)}\n\n{_left(head, rows)}\n"
 
 
 # --- evidence
@@ -267,7 +202,7 @@ def _proof(found: Sequence[Evidence]) -> str:
 
 
 def _of_task(e: Evidence) -> str:
-    names = list(dict.fromkeys(name for name, _ in e.cells))
+    names = list(dict.fromkeys(name for name, budget in e.cells if budget in e.budgets))
     middle = AT if AT in e.budgets else e.budgets[0]
     order = lambda name: (-e.cells[name, middle]["accuracy"] if (name, middle) in e.cells else 0, name)
     best = {budget: choose([e], budget) for budget in e.budgets}
@@ -292,7 +227,7 @@ def _of_task(e: Evidence) -> str:
     )
     source = f"`{machine['command']}`, commit {machine['commit']}, {machine['machine']}, {e.about['dtype']}."
     title = f"### {e.model}: {e.task}"
-    return "\n\n".join([title, _wrapped(counted), table(head, rows), *kinds, _wrapped(source)]) + "\n"
+    return "\n\n".join([title, paragraph(counted), table(head, rows), *kinds, paragraph(source)]) + "\n"
 
 
 def _kinds(e: Evidence, budget: float) -> list[str]:
@@ -314,10 +249,6 @@ def _names(names: Sequence[str] | Any) -> str:
 
 def _code(name: str) -> str:
     return f"`{name}`"
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _or(texts: Any) -> str:

@@ -14,7 +14,6 @@ from vtok.eval.answers import answer
 from vtok.eval.results import FILTER, Model, Results, headline
 from vtok.eval.sweep import BASELINES, DENSE, Cell
 from vtok.eval.task import Item
-from vtok.patching import patch
 
 FRAMES = 4  # of a clip's planes of tokens, in a row
 WIDTH, SCALE = 1000, 0.55  # of a drawing in the page: pixels, and part of those that were drawn, both at most
@@ -98,7 +97,7 @@ def panels(model: Any, processor: Any, item: Item, methods: Sequence[str], budge
 
     answers = []
     for method in methods:
-        with patch(model, method, budget=budget) as handle:
+        with Cell(method, budget).patch(model) as handle:
             said = answer(model, processor, item, instruction)
             trace = handle.trace
             answers.append(ask(method, trace, said[0], sum(trace.n_visual)))

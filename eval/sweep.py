@@ -28,11 +28,12 @@ from vtok.errors import InvalidValue, UnknownName, VtokError
 from vtok.eval.answers import answer
 from vtok.eval.machine import describe
 from vtok.eval.task import Item, Task
-from vtok.patching import patch
+from vtok.patching import Patch, patch
 from vtok.zoo.evaluate import TEST_SEED
 
 DENSE = "dense"
 BASELINES = ("random", "pool", "downsample")  # what a method has to beat
+OPTIONS = {"tome": {"carry": True}}  # without which a method has no budget
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Cell:
     @property
     def file(self) -> str:
         return f"{self.method}@{self.budget:g}.jsonl"
+
+    def patch(self, model: Any) -> Patch:
+        return patch(model, self.method, budget=self.budget, **OPTIONS.get(self.method, {}))
 
 
 def training_free() -> list[str]:
@@ -71,7 +75,7 @@ def refusal(model: Any, cell: Cell) -> str | None:
     if cell.method == DENSE:
         return None
     try:
-        patch(model, cell.method, budget=cell.budget).remove()
+        cell.patch(model).remove()
     except VtokError as error:
         return str(error)
     return None
@@ -119,7 +123,7 @@ def run_cell(
     """
     done = read(path)
     own = path if share.world == 1 else path.with_suffix(f".{share.rank}{path.suffix}")
-    with patch(model, cell.method, budget=cell.budget) if cell.method != DENSE else nullcontext() as handle:
+    with cell.patch(model) if cell.method != DENSE else nullcontext() as handle:
         for item in items[share.rank :: share.world]:
             if item.index not in done:
                 began = time.perf_counter()

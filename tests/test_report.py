@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from vtok import cli, zoo
 from vtok.errors import InvalidValue
-from vtok.eval import choosing, results
+from vtok.eval import choosing, evidence, results
 from vtok.eval.sweep import Cell
 from vtok.eval.task import Item, Question
 
@@ -273,7 +273,7 @@ def summed(folder, target):
 def test_choices_by_hand(several, tmp_path):
     for task in ("scenes", "needle", "existence"):
         summed(several / task, tmp_path / "some-model" / "sweep" / f"{task}.json")
-    found = [choosing._evidence(summary) for summary in results.summaries(tmp_path)]
+    found = evidence.read(tmp_path)
     assert [(e.task, e.telling) for e in found] == [("existence", False), ("needle", True), ("scenes", True)]
     choice = choosing.choose(found, 0.5)
     shares = [
@@ -289,8 +289,8 @@ def test_choices_by_hand(several, tmp_path):
 
 
 def test_intervals_of_means():
-    a, b = choosing.Kept(0.8, 0.7, 0.9), choosing.Kept(0.6, 0.4, 0.8)
-    mean = choosing.mean([a, b])
+    a, b = evidence.Kept(0.8, 0.7, 0.9), evidence.Kept(0.6, 0.4, 0.8)
+    mean = evidence.mean([a, b])
     assert mean.share == pytest.approx(0.7)
     assert mean.high - mean.share == pytest.approx((0.1**2 + 0.2**2) ** 0.5 / 2)
 

@@ -1,5 +1,6 @@
 """The bundled model and its data: deterministic, disjoint, loadable without vtok, and right often enough."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from vtok.zoo import (
     recipe,
     scenes,
     sources,
+    tables,
     train,
 )
 from vtok.zoo.packed import IGNORE
@@ -168,6 +170,33 @@ def test_card_is_what_the_command_writes(tmp_path):
     copy = tmp_path / NAME
     shutil.copytree(zoo.path(NAME), copy)
     assert card.write(copy).read_text() == (zoo.path(NAME) / "README.md").read_text()
+
+
+def _summary(task, dense, kept, to_baseline):
+    """What `vtok eval` writes about one method at a quarter and at all tokens."""
+    row = {"n": 100, "interval": [dense - 0.05, dense + 0.05], "categories": {offline.get(task).categories[0]: dense}}
+    rows = [row | {"method": "dense", "budget": 1.0, "accuracy": dense}]
+    for budget, accuracy, agreement in ((1.0, dense, 1.0), (0.25, kept, 0.8)):
+        lost = {"difference": accuracy - dense, "interval": [accuracy - dense - 0.02, accuracy - dense + 0.02]}
+        rows.append(row | {"method": "divprune", "budget": budget, "accuracy": accuracy, "to_dense": lost})
+        rows[-1] |= {"mean_keep": budget, "flops": budget, "agreement": agreement}
+        rows[-1]["to_baseline"] = {"baseline": "random", "difference": to_baseline, "interval": [to_baseline, 0.2]}
+    about = {"model": "other", "task": task, "items": 50}
+    return {"about": about, "cells": rows, "refused": []}
+
+
+def test_card_counts_the_tasks_that_tell_something(tmp_path):
+    """Two tasks well above chance and one below it, which is shown but not in the mean."""
+    told = {"scenes": (0.8, 0.6, 0.1), "documents": (0.5, 0.45, -0.1), "existence": (0.5, 0.1, -0.1)}
+    (tmp_path / "sweep").mkdir()
+    for task, numbers in told.items():
+        (tmp_path / "sweep" / f"{task}.json").write_text(json.dumps(_summary(task, *numbers)))
+    lines = tables.compressed(tmp_path).splitlines()
+    assert "| method | mean keep | FLOPs | of dense | `documents` | `existence` | `scenes` |" in lines
+    assert "| dense | 1.000 | 1.00 | 100.0 | 50.0 | 50.0 | 80.0 |" in lines
+    # (0.45 / 0.5 + 0.6 / 0.8) / 2, and half of the root of (0.02 / 0.5)^2 + (0.02 / 0.8)^2 on either side
+    assert "| `divprune` | 0.250 | 0.25 | 82.5 (80.1 to 84.9) | 45.0 | 10.0 | **60.0** |" in lines
+    assert "At 100 % all methods give every answer" in " ".join(lines)
 
 
 def test_bundled_model_answers_the_demo_without_vtok():

@@ -6,8 +6,8 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from vtok.markdown import percent, table
 from vtok.zoo import DEMO_ANSWER, DEMO_QUESTION, scenes, sources, tables
-from vtok.zoo.tables import percent, table
 
 FRONT = """---
 license: apache-2.0

@@ -22,8 +22,8 @@ from vtok.eval.checkpoints import (
     layouts,
     media,
 )
+from vtok.markdown import table
 from vtok.selection import Layout, Plane
-from vtok.zoo.tables import table
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
 AT = 0.25  # at which the commands run

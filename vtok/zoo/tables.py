@@ -1,123 +1,108 @@
 """The tables of a model card that tell what compression costs the model, from the JSON files in its folder.
 
-sweep.json of `vtok eval`, bench.json of `vtok bench`, psigmoid.json and gsearch.json (trace.json of `vtok search`),
-tokenflex.json of examples/train_tokenflex.py. A file that is not there is a section that is not there.
+sweep.json or sweep/TASK.json of `vtok eval`, bench.json of `vtok bench`, psigmoid.json and gsearch.json (trace.json of
+`vtok search`), tokenflex.json of examples/train_tokenflex.py. A file that is not there is a section that is not there.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from vtok.eval.evidence import Evidence, mean, read
 from vtok.eval.sweep import BASELINES
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    """Markdown; all columns but the first to the right."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+from vtok.markdown import paragraph, percent, table
 
 
 def compressed(folder: Path) -> str:
     """All sections, each ending in an empty line."""
-    return _methods(folder) + _searches(folder) + _tokenflex(folder)
+    return _methods(folder) + _selection(folder / "bench.json") + _searches(folder) + _tokenflex(folder)
 
 
 def _methods(folder: Path) -> str:
-    """What `vtok eval` measured, from sweep.json of the folder; nothing where there is none."""
-    file = folder / "sweep.json"
+    """What `vtok eval` measured; nothing where there is no summary."""
+    found = read(folder)
+    if not found:
+        return ""
+    budgets = sorted({budget for e in found for budget in e.budgets}, reverse=True)
+    parts = [f"### {100 * budget:g} % of the tokens\n\n{_at_budget(found, budget)}" for budget in budgets]
+    refused = {f"- `{r['method']}` at {100 * r['budget']:g} %: {r['reason']}": None for e in found for r in e.refused}
+    if refused:
+        parts.append("Not run:\n\n" + "\n".join(refused))
+    asked = ", ".join(f"{e.dense['n']:,} of `{e.task}`" for e in found)
+    words = (
+        "Exact match in percent of every training-free method of vtok at the same budget: the mean over decoder layers "
+        "of kept over all visual tokens is at most that, as far as the method can go (*mean keep* is what it was). "
+        f"Questions: {asked}. *Of dense*: accuracy as a part of the dense model's, in percent, the mean over the tasks "
+        "that the dense model answers better than chance, with its 95 % interval (paired bootstrap over items). FLOPs: "
+        "of encoder and prefill, as a fraction of the dense ones, by formula, the mean over tasks. Bold: better than "
+        f"each of {', '.join(f'`{b}`' for b in BASELINES)} at this budget, beyond the interval of the paired "
+        "difference to the best of them. Methods inside the decoder pay for the first layers, which see all tokens, "
+        "and rank by layers so early that they have hardly read the question: eight layers tell against them. "
+        f"Intervals of each task: docs/choosing.md. {_whole(found)}"
+    )
+    names, items = ",".join(e.task for e in found), max(e.about["items"] for e in found)
+    told = (
+        f"Reproduce: `vtok eval --out DIR --model {folder.name} --tasks {names} --items {items}`, `--budgets` as "
+        "above; it writes DIR/TASK/sweep.json."
+    )
+    return "\n\n".join(["## Compressed", paragraph(words), *parts, paragraph(told)]) + "\n\n"
+
+
+def _whole(found: Sequence[Evidence]) -> str:
+    """What became of the answers where nothing was to be dropped."""
+    rows = [row for e in found for (_, budget), row in e.cells.items() if budget == 1]
+    if not rows:
+        return ""
+    changed = sorted({row["method"] for row in rows if row["agreement"] < 1})
+    which = f"all methods but {', '.join(f'`{name}`' for name in changed)}" if changed else "all methods"
+    return f"At 100 % {which} give every answer of the dense model."
+
+
+def _at_budget(found: Sequence[Evidence], budget: float) -> str:
+    telling = [e for e in found if e.telling]
+    lines = []
+    for name in dict.fromkeys(name for e in found for name, b in e.cells if b == budget):
+        rows = {e.task: e.cells[name, budget] for e in found if (name, budget) in e.cells}
+        whole = telling and all(e.task in rows for e in telling)
+        kept = mean([e.kept(name, budget) for e in telling]) if whole else None
+        average = {key: sum(row[key] for row in rows.values()) / len(rows) for key in ("mean_keep", "flops")}
+        told = [f"`{name}`", f"{average['mean_keep']:.3f}", f"{average['flops']:.2f}", kept or ""]
+        told += [_accuracy(rows[e.task]) if e.task in rows else "" for e in found]
+        lines.append((-kept.share if kept else 0, name, told))
+    dense = ["dense", "1.000", "1.00", "100.0", *(percent(e.dense["accuracy"]) for e in found)]
+    head = ["method", "mean keep", "FLOPs", "of dense", *(f"`{e.task}`" for e in found)]
+    return table(head, [dense, *(told for *_, told in sorted(lines, key=lambda line: line[:2]))])
+
+
+def _accuracy(row: dict) -> str:
+    text = percent(row["accuracy"])
+    return f"**{text}**" if row["method"] not in BASELINES and row["to_baseline"]["interval"][0] > 0 else text
+
+
+def _selection(file: Path) -> str:
+    """How long choosing takes, from what `vtok bench --out` wrote; nothing without."""
     if not file.is_file():
         return ""
-    sweep = json.loads(file.read_text())
-    times = _selection_times(folder / "bench.json")
-    dense = next(row for row in sweep["cells"] if row["method"] == "dense")
-    rows = [row for row in sweep["cells"] if row is not dense]
-    parts = [
-        f"### {100 * budget:g} % of the tokens\n\n{_at_budget([row for row in rows if row['budget'] == budget], times)}"
-        for budget in sorted({row["budget"] for row in rows}, reverse=True)
-    ]
-    if sweep["refused"]:
-        reasons = [f"- `{i['method']}` at {100 * i['budget']:g} %: {i['reason']}" for i in sweep["refused"]]
-        parts.append("Not run:\n\n" + "\n".join(reasons))
-    told = _told(folder / "bench.json")
-    count, baselines = sweep["about"]["items"], ", ".join(f"`{b}`" for b in BASELINES)
-    tables = "\n\n".join(parts)
-    return f"""## Compressed
-
-Every training-free method of vtok at the same budget: the mean over decoder layers of kept over all visual
-tokens is at most that (*mean keep* is what it was). {dense["n"]:,} questions on the first {count} held-out scenes; the
-dense model has {percent(dense["accuracy"])} % on them. *To dense* and *to best baseline* (of {baselines}, at this
-budget) are paired differences in points with 95 % intervals (bootstrap over scenes). FLOPs: of encoder and
-prefill, as a fraction of the dense ones, by formula. Methods inside the decoder pay for the first layers, which see
-all tokens, and rank by layers so early that they have hardly read the question: eight layers tell against them.{told}
-
-{tables}
-
-Reproduce: `vtok eval --out DIR --model {folder.name} --tasks scenes --items {count}`; it writes DIR/scenes/sweep.json.
-
-"""
-
-
-def _selection_times(file: Path) -> dict[int, dict[str, float]]:
-    """Visual tokens -> method -> milliseconds of its selection at a quarter of the tokens, from what `vtok bench --out`
-    wrote; empty without."""
-    if not file.is_file():
-        return {}
-    return {
-        result["visual_tokens"]: {
+    result = json.loads(file.read_text())
+    about = result["machine"]
+    times = {
+        each["visual_tokens"]: {
             row["method"]: 1e3 * row["selection_seconds"]["median"]
-            for row in result["variants"].values()
+            for row in each["variants"].values()
             if row["method"] and row["keep"] == 0.25
         }
-        for result in json.loads(file.read_text())["results"]
+        for each in result["results"]
     }
-
-
-def _told(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    about = json.loads(file.read_text())["machine"]
-    return f"""
-*Select at N*: milliseconds of the selection alone at keep=0.25, on the demo's picture of N visual tokens
-({about["threads"]} threads of {about["machine"]}, `{about["command"]}`). At larger sizes: docs/speed.md."""
-
-
-def _at_budget(rows: list[dict], times: dict[int, dict[str, float]]) -> str:
-    head = [
-        "method",
-        "mean keep",
-        "exact match %",
-        "95 % interval",
-        "to dense",
-        "to best baseline",
-        "as dense %",
-        "FLOPs",
-    ]
-    lines = [
-        [
-            f"`{row['method']}`",
-            f"{row['mean_keep']:.3f}",
-            f"**{percent(row['accuracy'])}**",
-            "{} to {}".format(*map(percent, row["interval"])),
-            _range(row["to_dense"]),
-            _range(row["to_baseline"]) if "to_baseline" in row else "",
-            percent(row["agreement"]),
-            f"{row['flops']:.2f}",
-            *(f"{of[row['method']]:.1f}" if row["method"] in of else "" for of in times.values()),
-        ]
-        for row in sorted(rows, key=lambda row: -row["accuracy"])
-    ]
-    drawn = table(head, lines)
-    baselines = [row for row in rows if row["method"] in BASELINES]
-    if not baselines:
-        return drawn
-    best = max(baselines, key=lambda row: row["accuracy"])["method"]
-    weak = [f"`{row['method']}`" for row in rows if row not in baselines and row["to_baseline"]["interval"][0] <= 0]
-    return f"{drawn}\n\nNo better than `{best}`, within the interval: {', '.join(weak) or 'none'}."
+    names = sorted({name for of in times.values() for name in of})
+    rows = [[f"`{name}`", *(f"{of[name]:.1f}" if name in of else "" for of in times.values())] for name in names]
+    words = (
+        "Milliseconds of the selection alone at keep=0.25, on pictures of so many visual tokens "
+        f"({about['threads']} threads of {about['machine']}, `{about['command']}`). At larger sizes: docs/speed.md."
+    )
+    drawn = table(["method", *(f"{count} tokens" for count in times)], rows)
+    return f"## Selection\n\n{paragraph(words)}\n\n{drawn}\n\n"
 
 
 def _range(row: dict) -> str:

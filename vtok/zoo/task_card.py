@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from vtok.eval.task import tasks
+from vtok.markdown import percent, table
 from vtok.zoo import judge, tables
 from vtok.zoo.card import usage
-from vtok.zoo.tables import percent, table
 
 GUESSES = ("chance", "majority", "question_only")
 
