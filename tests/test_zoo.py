@@ -365,6 +365,24 @@ def _reads(item):
     return any(q.category == "reading" for q in item.questions)
 
 
+def test_a_borrowed_decoder_answers_as_its_owner(lexicon):
+    """The same words without a picture, through another vocabulary and without M-RoPE: the same states."""
+    models = []
+    for seed, family in enumerate(FAMILIES.values()):
+        tok = family.processor(lexicon).tokenizer
+        models.append((family.model(tok, seed).eval(), tok))
+    (owner, owner_tok), (net, tok) = models
+    recipe.borrow(net, tok, owner, owner_tok)
+    net.model.language_model.rotary_emb.inv_freq = owner.model.language_model.rotary_emb.inv_freq  # another base
+    states = []
+    for model, words in ((owner, owner_tok), (net, tok)):
+        ids = words("<|im_start|>user\nWhich shape is red?<|im_end|>", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            states.append(model.model(input_ids=ids).last_hidden_state)
+    assert tok.get_vocab() != owner_tok.get_vocab()
+    torch.testing.assert_close(*states, rtol=0, atol=1e-5)
+
+
 def test_recipe_learns(untrained, lexicon):
     """A few steps on one batch: the loss on answers falls far below where it began."""
     family, processor, _ = untrained

@@ -29,7 +29,9 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     """And what it writes loads through the Auto classes, is judged, and gets its card."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    recipe = family.Recipe(tasks={"scenes": (1.0, 1), "charts": (1.0, 2)}, words=8, tower_steps=2, steps=3, parts=1)
+    recipe = family.Recipe(
+        tasks={"scenes": (1.0, 1), "charts": (1.0, 2)}, words=8, tower_steps=2, steps=3, parts=1, decoder=""
+    )
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     lines = []
     family.train(whole, recipe, workers=1, check=1, log=lines.append)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -19,7 +21,7 @@ from vtok.eval.task import Item
 from vtok.zoo import recipe
 from vtok.zoo.architecture import prepare
 from vtok.zoo.items import Lexicon
-from vtok.zoo.recipe import SPECIAL, Batch, Family, Plane, Recipe
+from vtok.zoo.recipe import SPECIAL, Batch, Family, Plane
 from vtok.zoo.words import chatml, tokenizer
 
 __all__ = ["FAMILY", "NAME", "Recipe", "train"]
@@ -35,6 +37,14 @@ TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
+
+
+@dataclass(frozen=True)
+class Recipe(recipe.Recipe):
+    tasks: Mapping[str, tuple[float, int]] = field(
+        default_factory=lambda: recipe.Recipe().tasks | {"video": (2.0, 2)}  # its clips are long
+    )
+    decoder: str = "vtok-tiny-qwen2.5-vl"
 
 
 class InternVL(Family):
@@ -71,6 +81,7 @@ class InternVL(Family):
             "num_hidden_layers": 8,
             "num_attention_heads": 3,
             "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-5,  # that of the Qwen2.5-VL whose decoder it borrows
             "max_position_embeddings": 4096,
             "tie_word_embeddings": True,
             **ids,

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vtok import zoo
 from vtok.eval import task as offline
 from vtok.eval.task import Box, Item, Question, Task
 from vtok.show import Clip
@@ -66,6 +67,7 @@ class Recipe:
     dense_weight: float = 0.2  # of the dense loss in stage 2
     word_weight: float = 0.5  # of the loss that ties visual tokens to words
     focus_weight: float = 0.5  # of the loss that teaches two heads where to look
+    decoder: str = ""  # bundled model whose decoder to begin with; a fresh one if empty
 
 
 class Family(ABC):
@@ -428,6 +430,20 @@ def rate(step: int, total: int, recipe: Recipe) -> float:
     return min(1.0, (step + 1) / recipe.warmup, (total - step) / max(1.0, recipe.cooldown * total))
 
 
+@torch.no_grad()
+def borrow(net, tok, other, other_tok) -> None:
+    """Give a model the decoder of another: all its layers, and the embeddings of the tokens that both know.
+
+    It can then read and answer from the first step, and has to learn only to see.
+    """
+    mine, theirs = net.model.language_model, other.model.language_model
+    for part in ("layers", "norm"):
+        getattr(mine, part).load_state_dict(getattr(theirs, part).state_dict())
+    known = other_tok.get_vocab()
+    both = {token: row for token, row in tok.get_vocab().items() if token in known}
+    mine.embed_tokens.weight[list(both.values())] = theirs.embed_tokens.weight[[known[token] for token in both]]
+
+
 def _lexicon(recipe: Recipe, file: Path) -> Lexicon:
     """The lexicon that the run began with: a resumed run has its words, whatever became of the tasks."""
     if not file.exists():
@@ -447,6 +463,9 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
     lexicon = _lexicon(recipe, loop.state_file(out).with_name("lexicon.json"))
     kit = family.processor(lexicon)
     net = family.model(kit.tokenizer, recipe.seed)
+    if recipe.decoder:
+        other, other_kit = zoo.load(recipe.decoder)
+        borrow(net, kit.tokenizer, other, other_kit.tokenizer)
     net.set_attn_implementation("zoo_packed")
     net.share_memory()
     heads = Heads(net.config.vision_config.hidden_size, lexicon).share_memory()
