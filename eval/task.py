@@ -83,6 +83,15 @@ class Task:
             first = {q.category: q for q in reversed(item.questions)}
             yield replace(item, questions=tuple(first[c] for c in self.categories if c in first))
 
+    def items_of(self, questions: int) -> int:
+        """How many items of the fixed test set hold so many questions; all of them if they hold fewer."""
+        held = 0
+        for n, item in enumerate(self.held_out()):
+            held += len(item.questions)
+            if held >= questions:
+                return n + 1
+        return self.count
+
 
 def normal(text: str) -> str:
     return text.strip().removesuffix(".").strip().casefold()

@@ -160,6 +160,20 @@ def test_a_broken_compressor_shows(loaded, tmp_path, monkeypatch):
     assert broken["interval"][1] < right["accuracy"]
 
 
+def test_as_many_items_as_hold_so_many_questions(tmp_path):
+    held = [len(item.questions) for item in TASK.held_out(5)]
+    assert TASK.items_of(sum(held[:3])) == 3
+    assert TASK.items_of(sum(held[:3]) + 1) == 4
+    assert TASK.items_of(10**6) == TASK.count
+    words = ["eval", "--methods", "uniform", "--budgets", "0.25", "--tasks", "scenes", "--out", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, [*words, "--questions", str(held[0] + 1)])
+    assert result.exit_code == 0, result.output
+    about = json.loads((tmp_path / "scenes" / "sweep.json").read_text())["about"]
+    assert about["items"] == 2
+    result = CliRunner().invoke(cli.app, [*words, "--questions", "9", "--items", "2"])
+    assert result.exit_code != 0 and "give one of them" in " ".join(result.output.split())
+
+
 def test_several_models_have_a_folder_each(tmp_path):
     copied = tmp_path / "other-model"
     shutil.copytree(zoo.path(NAME), copied)

@@ -181,7 +181,7 @@ def _summary(task, dense, kept, to_baseline):
         rows.append(row | {"method": "divprune", "budget": budget, "accuracy": accuracy, "to_dense": lost})
         rows[-1] |= {"mean_keep": budget, "flops": budget, "agreement": agreement}
         rows[-1]["to_baseline"] = {"baseline": "random", "difference": to_baseline, "interval": [to_baseline, 0.2]}
-    about = {"model": "other", "task": task, "items": 50}
+    about = {"model": "other", "task": task, "items": 50, "machine": {"command": "vtok eval --out DIR"}}
     return {"about": about, "cells": rows, "refused": []}
 
 

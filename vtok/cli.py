@@ -263,6 +263,9 @@ def evaluate(
         str, typer.Option(help="Mean shares of visual tokens a decoder layer sees, separated by commas.")
     ] = "0.5,0.25,0.1,0.05",
     items: Annotated[int | None, typer.Option(min=1, help="Test items of each task; all if left out.")] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Instead: of each task as many items as hold so many questions.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
 ) -> None:
     """Exact match of every method at every budget on the offline tasks, paired with the dense model.
@@ -272,41 +275,46 @@ def evaluate(
     """
     from transformers.utils import logging
 
-    from vtok.eval import sweep
+    from vtok.eval import sweep, task
 
     logging.disable_progress_bar()
     if threads:
         import torch
 
         torch.set_num_threads(threads)
+    if items is not None and questions is not None:
+        raise InvalidValue("--items and --questions both say how much of a task to run: give one of them.")
     named = _names(model)
     folders = {name: out / Path(name).name if len(named) > 1 else out for name in named}
     if len({*folders.values()}) < len(named):
         raise InvalidValue(f"The models {model} would write to one folder: evaluate them apart.")
     share = sweep.Share.of_accelerate()
+    known = task.tasks()
+    counts = {
+        work.name: work.items_of(questions) if questions else min(items or work.count, work.count)
+        for work in (known.values() if tasks is None else map(task.get, _names(tasks)))
+    }
     for name, folder in folders.items():
-        _evaluate(name, folder, tasks, methods, _numbers(budgets, float, "--budgets"), items, share)
+        _evaluate(name, folder, counts, tasks is not None, methods, _numbers(budgets, float, "--budgets"), share)
 
 
 def _evaluate(
-    model: str, out: Path, tasks: str | None, methods: str | None, budgets: list[float], items: int | None, share
+    model: str, out: Path, counts: dict[str, int], asked: bool, methods: str | None, budgets: list[float], share
 ) -> None:
-    """`vtok eval` of one model."""
+    """`vtok eval` of one model. counts: items of each task; asked: whether the tasks were named."""
     from vtok import adapter as adapters
     from vtok import demo, zoo
     from vtok.eval import sweep, task
 
-    chosen = list(task.tasks().values()) if tasks is None else [task.get(name) for name in _names(tasks)]
     network, processor = demo.load(model)
     takes = adapters.find(network)[1].encoders
     console = Console(quiet=share.rank > 0)
-    for work in chosen:
+    for work, count in ((task.get(name), count) for name, count in counts.items()):
         if work.media not in takes:
-            if tasks is not None:
+            if asked:
                 raise InvalidValue(f"{work.name} shows a {work.media}, and {model} takes: {', '.join(takes)}.")
             console.print(f"not run: {work.name} shows a {work.media}, and {model} takes: {', '.join(takes)}")
             continue
-        count = None if items is None else min(items, work.count)
         instruction = "" if model in zoo.names() else work.instruction
         names = None if methods is None else _names(methods)
         folder = out / work.name

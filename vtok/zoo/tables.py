@@ -42,12 +42,12 @@ def _methods(folder: Path) -> str:
         "and rank by layers so early that they have hardly read the question: eight layers tell against them. "
         f"Intervals of each task: docs/choosing.md. {_whole(found)}"
     )
-    names, items = ",".join(e.task for e in found), max(e.about["items"] for e in found)
-    told = (
-        f"Reproduce: `vtok eval --out DIR --model {folder.name} --tasks {names} --items {items}`, `--budgets` as "
-        "above; it writes DIR/TASK/sweep.json."
-    )
+    told = f"Reproduce: {', '.join(dict.fromkeys(_command(e) for e in found))}; it writes DIR/TASK/sweep.json."
     return "\n\n".join(["## Compressed", paragraph(words), *parts, paragraph(told)]) + "\n\n"
+
+
+def _command(e: Evidence) -> str:
+    return f"`{e.about['machine']['command']}`"
 
 
 def _whole(found: Sequence[Evidence]) -> str:
