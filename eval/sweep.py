@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vtok import adapter as adapters
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue, UnknownName, VtokError
 from vtok.eval.answers import answer
@@ -33,7 +34,7 @@ from vtok.zoo.evaluate import TEST_SEED
 
 DENSE = "dense"
 BASELINES = ("random", "pool", "downsample")  # what a method has to beat
-OPTIONS = {"tome": {"carry": True}}  # without which a method has no budget
+BUDGETED = {"tome": {"carry": True}}  # the parameters without which a method has no budget
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,21 @@ class Cell:
         return f"{self.method}@{self.budget:g}.jsonl"
 
     def patch(self, model: Any) -> Patch:
-        return patch(model, self.method, budget=self.budget, **OPTIONS.get(self.method, {}))
+        return patch(model, self.method, budget=self.budget, **options(model, self.method))
 
 
 def training_free() -> list[str]:
     """Names of the compressors that need no weights of their own, baselines first."""
     names = [name for name, cls in load_all().items() if not cls.trained]
     return sorted(names, key=lambda name: (name not in BASELINES, name))
+
+
+def options(model: Any, method: str) -> dict[str, Any]:
+    """What a method has to be told to run on this model at a budget."""
+    vlm, adapter = adapters.find(model)
+    cls = load_all()[method]
+    lacking = sorted((cls.needs - adapter.available(vlm)) & cls.optional.keys())
+    return BUDGETED.get(method, {}) | {key: value for need in lacking for key, value in cls.optional[need].items()}
 
 
 def cells(methods: Sequence[str] | None, budgets: Sequence[float]) -> list[Cell]:
@@ -238,6 +247,9 @@ def _write_summary(
 ) -> None:
     summary = {"about": about | {"items": count, "machine": describe(model.device.type, about["dtype"])}}
     summary["cells"] = summarise({cell: read(out / cell.file) for cell in wanted}, count)
+    for row in summary["cells"]:
+        if row["method"] != DENSE and (told := options(model, row["method"])):
+            row["options"] = told
     summary["refused"] = [{"method": c.method, "budget": c.budget, "reason": why} for c, why in refused.items()]
     (out / "sweep.json").write_text(json.dumps(summary, indent=1) + "\n")
 

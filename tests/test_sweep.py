@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from contract import tiny
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
@@ -212,3 +213,13 @@ def test_two_processes_give_what_one_gives(tmp_path):
             line.pop("seconds"), line.pop("selection_seconds", None)
         assert one == other
     assert done.stdout.count("wrote ") == 1
+
+
+def test_methods_get_the_options_that_a_model_needs(tmp_path):
+    """Those for encoders without CLS, and those without which there is no budget."""
+    model, clip = tiny("qwen2_5_vl")[0], zoo.load(NAME)[0]
+    assert sweep.options(model, "visionzip") == sweep.options(model, "tcc") == {"importance": "received"}
+    assert sweep.options(clip, "visionzip") == sweep.options(clip, "divprune") == {}
+    assert sweep.options(clip, "tome") == {"carry": True}
+    assert sweep.refusal(model, Cell("visionzip", 0.25)) is None
+    assert "crops" in sweep.refusal(model, Cell("globalcom2", 0.25))

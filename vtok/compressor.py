@@ -42,7 +42,7 @@ class Compressor:
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
     adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
     text_guided: ClassVar[bool] = False
-    optional: ClassVar[frozenset[str]] = frozenset()  # the needs that a parameter can make go away
+    optional: ClassVar[dict[str, dict[str, Any]]] = {}  # need -> the parameters that make it go away
     hints: ClassVar[dict[str, str]] = {}  # need -> what to tell a user whose model does not provide it
     merges: ClassVar[bool] = False  # True if kept tokens get new features, through which gradient must flow
     masks: ClassVar[bool] = False  # True if `bias()` may give something

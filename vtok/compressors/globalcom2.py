@@ -48,7 +48,7 @@ class GlobalCom2(Compressor):
     needs = frozenset({"crops", "cls_attention"})
     paper = "Global Compression Commander, arXiv 2501.05179"
 
-    optional = frozenset({"cls_attention"})
+    optional = {"cls_attention": {"score_source": "neg_cos_mean"}}
     hints = {"cls_attention": "For encoders without CLS there is score_source='neg_cos_mean'."}
 
     tau: float = 10.0

@@ -59,7 +59,7 @@ class TCC(Compressor):
     stage = "pre_llm"
     needs = frozenset({"encoder_keys", "cls_probs"})
     paper = "Token-level Correlation-guided Compression (TCC), arXiv 2407.14439"
-    optional = frozenset({"cls_probs"})
+    optional = {"cls_probs": {"importance": "received"}}
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     adaptive = True
     merges = True

@@ -43,7 +43,7 @@ class VisionZip(Compressor):
     stage = "pre_llm"
     needs = frozenset({"cls_probs", "encoder_keys"})
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467"
-    optional = frozenset({"cls_probs"})
+    optional = {"cls_probs": {"importance": "received"}}
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     merges = True
 

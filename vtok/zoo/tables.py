@@ -28,6 +28,14 @@ def _methods(folder: Path) -> str:
     budgets = sorted({budget for e in found for budget in e.budgets}, reverse=True)
     parts = [f"### {100 * budget:g} % of the tokens\n\n{_at_budget(found, budget)}" for budget in budgets]
     refused = {f"- `{r['method']}` at {100 * r['budget']:g} %: {r['reason']}": None for e in found for r in e.refused}
+    told = {
+        name: ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
+        for e in found
+        for (name, _), row in e.cells.items()
+        if "options" in row
+    }
+    if told:
+        parts.append(f"Run as {', '.join(f'`{name}({said})`' for name, said in sorted(told.items()))}.")
     if refused:
         parts.append("Not run:\n\n" + "\n".join(refused))
     asked = ", ".join(f"{e.dense['n']:,} of `{e.task}`" for e in found)
@@ -42,8 +50,8 @@ def _methods(folder: Path) -> str:
         "and rank by layers so early that they have hardly read the question: eight layers tell against them. "
         f"Intervals of each task: docs/choosing.md. {_whole(found)}"
     )
-    told = f"Reproduce: {', '.join(dict.fromkeys(_command(e) for e in found))}; it writes DIR/TASK/sweep.json."
-    return "\n\n".join(["## Compressed", paragraph(words), *parts, paragraph(told)]) + "\n\n"
+    command = f"Reproduce: {', '.join(dict.fromkeys(_command(e) for e in found))}; it writes DIR/TASK/sweep.json."
+    return "\n\n".join(["## Compressed", paragraph(words), *parts, paragraph(command)]) + "\n\n"
 
 
 def _command(e: Evidence) -> str:
