@@ -466,6 +466,7 @@ def _provenance(results: Results) -> str:
         "Model": about["model"],
         "Weights": f"{about['weights']} (first 12 hex digits of a SHA-256 of all of them)",
         "Test set": f"version {test['version']}, seed {test['seed']}, first {about['items']} items, drawn offline",
+        "Options": ", ".join(sweep.calls(results.rows.values())) or "none",
         "Commit": f"{machine['commit']}{' (with local changes)' if machine['commit'].endswith('+') else ''}",
         "Machine": machine.get("machine", "unknown"),
         "Threads, load": f"{machine.get('threads', 'unknown')}, {machine.get('load', 'unknown')}",

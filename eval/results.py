@@ -1,7 +1,7 @@
 """What `vtok eval` measured, read back from its folders, and the numbers that reports make of it.
 
-Every number is computed here from the answers in the folders' JSON lines; of a sweep.json only the list of cells, what
-was refused and the provenance are taken. Nothing in a folder is changed.
+Every number is computed here from the answers in the folders' JSON lines; of a sweep.json only the list of cells with
+their options, what was refused and the provenance are taken. Nothing in a folder is changed.
 """
 
 from __future__ import annotations
@@ -215,6 +215,8 @@ def _load(folder: Path) -> Results:
             lacks = f"{short[0].file} lacks items" if short else "only the dense model was run"
             raise InvalidValue(f"The results in {folder} are not complete ({lacks}): call `vtok eval` again.")
         rows = dict(zip(cells, sweep.summarise(lines, count)))
+        for cell, row in zip(cells, summary["cells"]):
+            rows[cell] |= {key: row[key] for key in ("options",) if key in row}
     except FileNotFoundError as error:
         raise InvalidValue(f"{folder} lacks {Path(error.filename).name}, which its sweep.json sums up.") from error
     except (OSError, UnicodeDecodeError, KeyError, TypeError, IndexError, StopIteration, json.JSONDecodeError) as error:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,17 @@ def options(model: Any, method: str) -> dict[str, Any]:
     cls = load_all()[method]
     lacking = sorted((cls.needs - adapter.available(vlm)) & cls.optional.keys())
     return BUDGETED.get(method, {}) | {key: value for need in lacking for key, value in cls.optional[need].items()}
+
+
+def calls(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Methods that had to be told something, as in "tome(carry=True)"."""
+    return sorted(
+        {
+            f"{row['method']}({', '.join(f'{key}={value!r}' for key, value in row['options'].items())})"
+            for row in rows
+            if "options" in row
+        }
+    )
 
 
 def cells(methods: Sequence[str] | None, budgets: Sequence[float]) -> list[Cell]:

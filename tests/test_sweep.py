@@ -223,3 +223,5 @@ def test_methods_get_the_options_that_a_model_needs(tmp_path):
     assert sweep.options(clip, "tome") == {"carry": True}
     assert sweep.refusal(model, Cell("visionzip", 0.25)) is None
     assert "crops" in sweep.refusal(model, Cell("globalcom2", 0.25))
+    told = {"method": "tcc", "options": {"importance": "received"}}
+    assert sweep.calls([told, told, {"method": "fastv"}]) == ["tcc(importance='received')"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtok.eval.evidence import Evidence, mean, read
-from vtok.eval.sweep import BASELINES
+from vtok.eval.sweep import BASELINES, calls
 from vtok.markdown import paragraph, percent, table
 
 
@@ -28,14 +28,8 @@ def _methods(folder: Path) -> str:
     budgets = sorted({budget for e in found for budget in e.budgets}, reverse=True)
     parts = [f"### {100 * budget:g} % of the tokens\n\n{_at_budget(found, budget)}" for budget in budgets]
     refused = {f"- `{r['method']}` at {100 * r['budget']:g} %: {r['reason']}": None for e in found for r in e.refused}
-    told = {
-        name: ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
-        for e in found
-        for (name, _), row in e.cells.items()
-        if "options" in row
-    }
-    if told:
-        parts.append(f"Run as {', '.join(f'`{name}({said})`' for name, said in sorted(told.items()))}.")
+    if told := calls(row for e in found for row in e.cells.values()):
+        parts.append(f"Run as {', '.join(f'`{call}`' for call in told)}.")
     if refused:
         parts.append("Not run:\n\n" + "\n".join(refused))
     asked = ", ".join(f"{e.dense['n']:,} of `{e.task}`" for e in found)
