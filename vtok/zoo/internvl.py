@@ -24,9 +24,6 @@ from vtok.zoo.items import Lexicon
 from vtok.zoo.recipe import SPECIAL, Batch, Family, Plane
 from vtok.zoo.words import chatml, tokenizer
 
-__all__ = ["FAMILY", "NAME", "Recipe", "train"]
-
-NAME = "vtok-tiny-internvl"
 TILE, PATCH, MERGE = 128, 8, 2  # pixels a tile, pixels a patch, patches a token's side
 GRID = TILE // PATCH
 TILES = 4  # of a picture, at most, without its thumbnail

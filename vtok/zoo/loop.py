@@ -89,6 +89,7 @@ def fit(
         for optimiser, saved in zip(optimisers, state["optimisers"] or ()):
             optimiser.load_state_dict(saved)
         team = Team(workers, weights, stage.loss)
+        torch.set_num_threads(workers)  # for the optimisers, while the team waits
         clock = saved = began = time.time()
         sums: dict[str, list[float]] = {}
         for step in range(state["step"], stage.steps):
@@ -125,6 +126,7 @@ def fit(
             if done == stop_after:
                 break
         team.stop()
+        torch.set_num_threads(1)  # the next team is forked
         if done == stop_after:
             return
 

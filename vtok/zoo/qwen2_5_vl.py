@@ -24,9 +24,8 @@ from vtok.zoo.packed import attend
 from vtok.zoo.recipe import SPECIAL, Batch, Family, Plane, Recipe, grouped
 from vtok.zoo.words import chatml, tokenizer
 
-__all__ = ["FAMILY", "NAME", "Recipe", "train"]
+__all__ = ["FAMILY", "Recipe", "train"]
 
-NAME = "vtok-tiny-qwen2.5-vl"
 PATCH, MERGE, FRAMES = 8, 2, 2  # pixels a patch, patches a token's side, frames a patch
 WINDOW = 64  # pixels
 # Temporal positions a second. With more, those of a clip at 4 frames a second lie beyond the end of a short question,
@@ -106,9 +105,8 @@ class Qwen(Family):
 
     def tower_states(self, net, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """What the tower computes, without its loop over windows."""
-        visual, kind = net.model.visual, _kind(batch)
-        pixels = batch.media["pixel_values" + kind["pixels"]]
-        grids = [tuple(grid) for grid in batch.media[kind["grids"]].tolist()]
+        visual, (pixels, named) = net.model.visual, _media(batch)
+        grids = [tuple(grid) for grid in batch.media[named].tolist()]
         cuts = [_windows(grid) for grid in grids]
         before = np.cumsum([0] + [len(order) for order, _ in cuts])
         order = torch.cat([torch.tensor(cut) + int(n) for (cut, _), n in zip(cuts, before)])  # of tokens
@@ -131,21 +129,22 @@ class Qwen(Family):
         return x.unflatten(0, (-1, MERGE**2))[back].flatten(0, 1), visual.merger(x)[back]
 
     def places(self, net, batch: Batch) -> torch.Tensor:
-        kind = _kind(batch)
+        _, named = _media(batch)
+        seconds = batch.media.get("second_per_grid_ts")
         return net.model.get_rope_index(
             batch.prefix,
             batch.kinds,
-            **{kind["grids"]: batch.media[kind["grids"]]},
-            second_per_grid_ts=batch.media.get("second_per_grid_ts"),
+            **{named: batch.media[named]},
+            second_per_grid_ts=seconds,
             attention_mask=batch.there,
         )[0]
 
 
-def _kind(batch: Batch) -> dict[str, str]:
-    """What the processor calls a batch's pixels and grids."""
+def _media(batch: Batch) -> tuple[torch.Tensor, str]:
+    """Pixels of a batch, [S, pixels of a patch], and what the processor calls its grids."""
     if "pixel_values" in batch.media:
-        return {"pixels": "", "grids": "image_grid_thw"}
-    return {"pixels": "_videos", "grids": "video_grid_thw"}
+        return batch.media["pixel_values"], "image_grid_thw"
+    return batch.media["pixel_values_videos"], "video_grid_thw"
 
 
 @cache

@@ -46,10 +46,10 @@ class Recipe:
     # task -> its share of the parts, and how many of its items go through the model together
     tasks: Mapping[str, tuple[float, int]] = field(
         default_factory=lambda: {
-            "scenes": (1.0, 2),
+            "scenes": (1.5, 8),
             "needle": (2.0, 2),
-            "existence": (1.0, 2),
-            "documents": (2.0, 2),
+            "existence": (1.0, 3),
+            "documents": (2.5, 2),
             "charts": (1.5, 6),
             "video": (2.0, 4),
         }
