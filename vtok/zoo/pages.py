@@ -22,7 +22,7 @@ from vtok.eval.checkpoints import (
     layouts,
     media,
 )
-from vtok.markdown import table
+from vtok.markdown import percent, table
 from vtok.selection import Layout, Plane
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
@@ -49,7 +49,10 @@ def index() -> str:
         folder = zoo.path(name)
         family = json.loads((folder / "config.json").read_text())["model_type"]
         megabytes = (folder / "model.safetensors").stat().st_size / 1e6
-        bundled.append([f"[{name}]({name}/README.md)", f"`{family}`", f"{megabytes:.1f} MB"])
+        result = json.loads((folder / "eval.json").read_text())
+        known = ", ".join(f"`{task}`" for task in result.get("tasks", ["scenes"]))
+        right = f"{percent(result['overall']['accuracy'])} % of {result['overall']['n']:,}"
+        bundled.append([f"[{name}]({name}/README.md)", f"`{family}`", f"{megabytes:.1f} MB", known, right])
     public = []
     for c in CHECKPOINTS:
         shape, photo = TextShape.of(c.build()), next(media(c))
@@ -64,7 +67,7 @@ Written by `vtok zoo pages`; do not edit.
 Trained by the recipes of `vtok zoo train`; weights, processor and measured tables are in the folder and in the wheel:
 `model, processor = vtok.zoo.load(NAME)`.
 
-{table(["model", "family", "weights"], bundled)}
+{table(["model", "family", "weights", "trained on", "held-out questions answered"], bundled)}
 
 ## Public checkpoints
 
