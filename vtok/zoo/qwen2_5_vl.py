@@ -49,7 +49,8 @@ class Qwen(Family):
             "image_mean": [0.5] * 3,
             "image_std": [0.5] * 3,
         }
-        images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
+        images = Qwen2VLImageProcessor(**pixels)
+        videos = Qwen2VLVideoProcessor(**pixels, cap_pixels_per_frame=True)
         return Qwen2_5_VLProcessor(images, tok, videos, chat_template=template)
 
     def model(self, tok, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:

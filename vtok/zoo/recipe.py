@@ -55,8 +55,8 @@ class Recipe:
         }
     )
     words: int = 400  # training items of each task, whose words the model knows
-    tower_steps: int = 2000  # stage 1: dense labels
-    steps: int = 2850  # stage 2: questions
+    tower_steps: int = 1200  # stage 1: dense labels
+    steps: int = 1600  # stage 2: questions
     parts: int = 6  # a step
     lr: float = 2e-3  # of AdamW
     matrix_lr: float = 3e-3  # of Muon, scaled to updates of AdamW's size

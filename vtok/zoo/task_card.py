@@ -94,6 +94,7 @@ def write(folder: Path) -> Path:
             for answer, said, n in judge.mistakes(pairs)
         ],
     )
+    begun = f"from the decoder of `{recipe['decoder']}`" if recipe["decoder"] else "from scratch"
     weakest = sorted(result["categories"], key=lambda c: result["categories"][c]["accuracy"])[:3]
     weak = ", ".join(f"`{c}` ({percent(result['categories'][c]['accuracy'])} %)" for c in weakest)
     listed = "\n".join(
@@ -103,7 +104,7 @@ def write(folder: Path) -> Path:
 # {name}
 
 {family} of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained
-from scratch on a CPU by `vtok zoo train {name}`. It answers short questions about small pictures, pages, charts and
+{begun} on a CPU by `vtok zoo train {name}`. It answers short questions about small pictures, pages, charts and
 clips, well enough that what a visual-token compressor throws away shows as a wrong answer. It is there to test, teach
 and demonstrate such methods on a laptop, offline, in seconds. It is of no use for anything else.
 
@@ -118,7 +119,7 @@ video_metadata=[{{"fps": 4.0, "total_num_frames": 8, "frames_indices": list(rang
 
 ## Accuracy
 
-{overall["n"]} held-out questions, each asked alone, greedy: **{percent(overall["accuracy"])} % exact match**
+{overall["n"]:,} held-out questions, each asked alone, greedy: **{percent(overall["accuracy"])} % exact match**
 (95 % interval {percent(overall["low"])} to {percent(overall["high"])}, bootstrap over items).
 
 {by_task}
