@@ -1,4 +1,4 @@
-"""What the contract tests share: tiny models, awkward batches, and the oracle "pruning is masking"."""
+"""What the tests share: tiny models, awkward batches, the oracle "pruning is masking", and what an error is."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def tiny(family: str, attention: str = "sdpa"):
     generation.eos_token_id, generation.pad_token_id = None, token("<|endoftext|>")
     generation.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i in placeholder_ids(model)]
     return model, processor
+
+
+def double(model, inputs):
+    """In float64 rounding cannot hide a mistake."""
+    return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def placeholder_ids(model: nn.Module) -> list[int]:
@@ -165,3 +170,11 @@ class Entered:
             trace = self.patch.trace
             self.embeds = trace.rows_at(0).restore(kwargs["inputs_embeds"].detach(), trace.length)
             self.embeds.levels = self.levels
+
+
+def one_line_error(code, output, complaint):
+    """Of the command line: bad input ends with exit code 2 and one sentence that has `complaint`."""
+    lines = output.strip().split("\n")
+    assert code == 2, output
+    assert len(lines) == 1 and lines[0].startswith("vtok: "), output
+    assert complaint in lines[0]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from contract import one_line_error
 from PIL import Image, ImageFile
 from typer.testing import CliRunner
 
@@ -162,13 +163,6 @@ def test_bad_models_are_one_line(run, tmp_path):
     one_line_error(*run(model=tmp_path), "could not be loaded")
     (tmp_path / "config.json").write_text("{}")
     one_line_error(*run(model=tmp_path), "could not be loaded")
-
-
-def one_line_error(code, output, complaint):
-    lines = output.strip().split("\n")
-    assert code == 2, output
-    assert len(lines) == 1 and lines[0].startswith("vtok: "), output
-    assert complaint in lines[0]
 
 
 def test_pictures_of_all_kinds_are_read(tmp_path):

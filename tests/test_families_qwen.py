@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from contract import Entered, Masked, batch, mark, mixed, picture, tiny
+from contract import Entered, Masked, batch, double, mark, mixed, picture, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -44,11 +44,6 @@ def everything(processor, side="left"):
     """Pictures and clips in one batch, one sample with both, one with neither."""
     prompts = ["a @ then # what moves?", "no picture at all", "# and @ yes", "@"]
     return media(processor, prompts, [picture(64, 96, 1), picture(96, 64, 2)], [4, 2, 6], side)
-
-
-def double(model, inputs):
-    """In float64 rounding cannot hide a mistake."""
-    return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def logits(model, inputs, **extra):

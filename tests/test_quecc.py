@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, mixed, picture, placeholder_ids, tiny
+from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, double, mixed, picture, placeholder_ids, tiny
 from torch import nn
 
 import vtok
@@ -294,10 +294,9 @@ def expected_tokens(model, projector, inputs, patch, sample_text):
 def test_tokens_are_the_projectors():
     """What enters the language model, against the module called by hand on the tower's and decoder's outputs."""
     model, processor = tiny("llava")
-    # float64: the random weights blow rounding up, on some processors beyond 1e-5
-    model, projector = model.double(), randomise(projector_for(model, 2, layers=(0, 1, -2, -1), heads=4)).double()
     inputs = batch(processor, ["some # What colour is it?"], [picture(56, 56)])
-    inputs["pixel_values"] = inputs["pixel_values"].double()
+    model, inputs = double(model, inputs)  # the random weights blow rounding up, on some processors beyond 1e-5
+    projector = randomise(projector_for(model, 2, layers=(0, 1, -2, -1), heads=4)).double()
     image = inputs["input_ids"][0] == model.config.image_token_id
     behind = inputs["input_ids"][:, int(image.nonzero()[-1]) + 1 :]
     stop = behind[0, -2:].tolist()

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from contract import picture, tiny
+from contract import one_line_error, picture, tiny
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -250,13 +250,6 @@ def run(home, *args, model="llava", image=True):
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
-
-
-def one_line_error(code, output, complaint):
-    lines = output.strip().split("\n")
-    assert code == 2, output
-    assert len(lines) == 1 and lines[0].startswith("vtok: "), output
-    assert complaint in lines[0]
 
 
 def test_the_command_writes_and_tells(home):
