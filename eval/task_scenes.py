@@ -1,4 +1,4 @@
-"""Photos with coloured shapes, a small label, a handwritten digit and a plot: the questions of the bundled model.
+"""Photos with coloured shapes, a small label, a handwritten digit and a plot: the questions of vtok-tiny-llava-next.
 
 Made by `vtok.zoo.scenes`, pixel for pixel: crops of the photos that scikit-image and scikit-learn ship, darkened or
 brightened, with two to six shapes, a label of two or three letters, a digit of scikit-learn's digits and a plot of a

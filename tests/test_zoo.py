@@ -30,6 +30,7 @@ from vtok.zoo import (
     tables,
     train,
 )
+from vtok.zoo.muon import Muon
 from vtok.zoo.packed import IGNORE
 from vtok.zoo.words import pieces, tokenizer
 
@@ -409,6 +410,24 @@ def test_recipe_learns(untrained, lexicon):
         for optimiser in some:
             optimiser.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_muon_is_that_of_torch():
+    """Three steps on tall, wide and square matrices; torch's are in bfloat16."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(24, 96), (96, 24), (48, 48), (24, 96)]
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
+    settings = {"lr": 0.01, "weight_decay": 0.05}
+    both = Muon(ours, **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for pair in zip(ours, theirs):
+            grad = torch.randn(pair[0].shape, generator=random)
+            for weight in pair:
+                weight.grad = grad
+        for optimiser in both:
+            optimiser.step()
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 0.02 * b.norm()
 
 
 def test_training_resumes():

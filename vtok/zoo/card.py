@@ -138,7 +138,7 @@ stored).
 ## Training
 
 {made["pictures"]:,} pictures with {made["questions"]:,} questions in {made["seconds"] / 60:.0f} minutes in
-{made["workers"]} processes of one CPU thread (bfloat16 autocast), AdamW at {recipe["lr"]:g} with cosine
+{made["workers"]} processes of one CPU thread ({made["dtype"]}), AdamW at {recipe["lr"]:g} with cosine
 decay. First the tower alone, on what lies in every patch ({recipe["tower_steps"]} steps of
 {recipe["tower_batch"]} pictures), then everything ({recipe["steps"]} steps of {recipe["batch"]}): the loss
 on the answers, plus {recipe["dense_weight"]} of the dense loss and of a loss that pulls each visual token

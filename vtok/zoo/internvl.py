@@ -41,6 +41,8 @@ class Recipe(recipe.Recipe):
     tasks: Mapping[str, tuple[float, int]] = field(
         default_factory=lambda: recipe.Recipe().tasks | {"video": (2.0, 2)}  # its clips are long
     )
+    tower_steps: int = 600
+    steps: int = 950
     decoder: str = "vtok-tiny-qwen2.5-vl"
 
 

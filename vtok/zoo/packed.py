@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from vtok.zoo.loop import DTYPE
+
 IGNORE = -100
 PREFIX, PADDING = -2, -1  # in place of a question's number
 HEARD, WATCHED = 2, 4  # decoder layers whose first heads are taught what was asked about and where that is
@@ -58,7 +60,7 @@ def visible(block: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
     start = prefix.shape[1]
     seen = (block[:, :, None] == everything[:, None]) | (everything[:, None] == PREFIX)  # [B, Q, P + Q]
     seen &= places[start:, None] >= places
-    return torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))[:, None]
+    return torch.zeros(seen.shape, dtype=DTYPE).masked_fill(~seen, float("-inf"))[:, None]
 
 
 def pack(rows: list[list[Encoded]], looks: list[list[np.ndarray]], pad: int) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from vtok.eval.task import Item
 from vtok.zoo import recipe
 from vtok.zoo.architecture import prepare
 from vtok.zoo.items import Lexicon
+from vtok.zoo.loop import DTYPE
 from vtok.zoo.packed import attend
 from vtok.zoo.recipe import SPECIAL, Batch, Family, Plane, Recipe, grouped
 from vtok.zoo.words import chatml, tokenizer
@@ -118,7 +119,7 @@ class Qwen(Family):
             raster = torch.from_numpy(grouped(h, w, MERGE)).repeat(t)
             places.append(torch.stack([raster // w, raster % w], dim=-1))
         places = torch.cat(places).unflatten(0, (-1, MERGE**2))[order].flatten(0, 1)  # [S, 2]
-        cos, sin = (table.to(torch.bfloat16)[:, None, None] for table in visual.rotary_pos_emb(pixels, places))
+        cos, sin = (table.to(DTYPE)[:, None, None] for table in visual.rotary_pos_emb(pixels, places))
         x = F.linear(
             pixels.unflatten(0, (-1, MERGE**2))[order].flatten(0, 1), visual.patch_embed.proj.weight.flatten(1)
         )
@@ -167,7 +168,7 @@ def _chunks(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
     sizes = torch.tensor(lengths)
     starts, places = sizes.cumsum(0) - sizes, torch.arange(max(lengths))
     filled = places < sizes[:, None]
-    mask = torch.zeros(filled.shape, dtype=torch.bfloat16).masked_fill(~filled, float("-inf"))[:, None, None]
+    mask = torch.zeros(filled.shape, dtype=DTYPE).masked_fill(~filled, float("-inf"))[:, None, None]
     return (starts[:, None] + places).where(filled, starts[:, None]), None if filled.all() else mask
 
 

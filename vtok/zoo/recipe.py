@@ -26,6 +26,7 @@ from vtok.eval.task import Box, Item, Question, Task
 from vtok.show import Clip
 from vtok.zoo import items, loop
 from vtok.zoo.items import Lexicon
+from vtok.zoo.muon import Muon
 from vtok.zoo.packed import IGNORE, PADDING, PREFIX, Encoded, focus_loss, pack, share_loss, visible
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of ChatML
@@ -361,7 +362,7 @@ def word_loss(features: torch.Tensor, words: torch.Tensor, truth: torch.Tensor) 
 def tower_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
     """Loss of one part of stage 1, and what the log says of it."""
     batch = data[index]
-    with torch.autocast("cpu", torch.bfloat16):
+    with loop.autocast():
         states, features = data.family.tower_states(net, batch)
         dense = dense_loss(heads, states, batch, data.lexicon)
         named = word_loss(features, net.get_input_embeddings()(words), batch.words)
@@ -372,7 +373,7 @@ def tower_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tensor, 
 def question_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
     """The same of stage 2."""
     batch = data[index]
-    with torch.autocast("cpu", torch.bfloat16):
+    with loop.autocast():
         states, features = data.family.tower_states(net, batch)
         dense = dense_loss(heads, states, batch, data.lexicon)
         named = word_loss(features, net.get_input_embeddings()(words), batch.words)
@@ -390,7 +391,7 @@ def accuracy(family: Family, net, batches: Sequence[Batch]) -> dict[str, float]:
     """Exact match per task and category; teacher-forced, which for greedy decoding is the same."""
     right: dict[str, list[bool]] = {}
     for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16):
+        with loop.autocast():
             states = question_states(family, net, family.tower_states(net, batch)[1], batch)
             best = net.lm_head(states).argmax(-1)
         good = (best == batch.targets) | (batch.targets == IGNORE)
@@ -416,9 +417,7 @@ def optimisers(modules: Mapping[nn.Module, float], recipe: Recipe) -> list[torch
                 outer.append({"params": some, "weight_decay": recipe.decay * many, "peak": recipe.lr * scale})
     found = [torch.optim.AdamW(outer, lr=recipe.lr, betas=(0.9, 0.98))]
     if inner:
-        found.append(
-            torch.optim.Muon(inner, lr=recipe.matrix_lr, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw")
-        )
+        found.append(Muon(inner, lr=recipe.matrix_lr, weight_decay=recipe.decay))
     return found
 
 

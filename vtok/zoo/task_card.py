@@ -143,7 +143,7 @@ The commonest of each category.
 ## Training
 
 {made["pictures"]:,} pictures and clips with {made["questions"]:,} questions in {made["seconds"] / 3600:.1f} hours in
-{made["workers"]} processes of one CPU thread (bfloat16 autocast), Muon at {recipe["matrix_lr"]:g} and AdamW at
+{made["workers"]} processes of one CPU thread ({made["dtype"]}), Muon at {recipe["matrix_lr"]:g} and AdamW at
 {recipe["lr"]:g}, the last {100 * recipe["cooldown"]:.0f} % of each stage falling to 0. First the tower alone, on what
 lies in every patch ({recipe["tower_steps"]} steps of {recipe["parts"]} parts), then everything ({recipe["steps"]}
 steps): the loss on the answers, {recipe["dense_weight"]} of the dense loss, {recipe["word_weight"]} of a loss that

@@ -163,7 +163,7 @@ def accuracy(model, prefix, data: batches.Steps) -> dict[str, float]:
     right: dict[str, list[bool]] = {c: [] for c in scenes.CATEGORIES}
     for step in range(len(data)):
         batch = data[step]
-        with torch.autocast("cpu", torch.bfloat16):
+        with loop.autocast():
             features = visual_tokens(model, tower_states(model, batch.views))
             best = question_logits(model, prefix, features, batch).argmax(-1)
         good = (best == batch.targets) | (batch.targets == IGNORE)
@@ -194,7 +194,7 @@ def rate(step: int, total: int, recipe: Recipe) -> float:
 def tower_loss(index: int, data: batches.Steps, model, heads: Heads, **_):
     """Loss of one part of stage 1, and what the log says of it."""
     batch = data[index]
-    with torch.autocast("cpu", torch.bfloat16):
+    with loop.autocast():
         dense = dense_loss(heads, tower_states(model, batch.views), batch.labels)
     return dense, {"pictures": len(batch.views), "dense": dense.item()}
 
@@ -202,7 +202,7 @@ def tower_loss(index: int, data: batches.Steps, model, heads: Heads, **_):
 def question_loss(index: int, data: batches.Steps, model, heads: Heads, prefix, words, nouns, recipe: Recipe):
     """The same of stage 2."""
     batch = data[index]
-    with torch.autocast("cpu", torch.bfloat16):
+    with loop.autocast():
         states = tower_states(model, batch.views)
         features = visual_tokens(model, states)
         dense = dense_loss(heads, states, batch.labels)

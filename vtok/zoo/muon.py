@@ -1,0 +1,48 @@
+"""Muon for small models on CPU: `torch.optim.Muon` works in bfloat16 and matrix by matrix, which takes longer there
+than all the gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+from vtok.zoo.loop import DTYPE
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
+
+
+def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Matrices [N, R, C] with their singular values moved to about 1, by Newton-Schulz iteration."""
+    a, b, c = QUINTIC
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(DTYPE)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide is matrices else x.mT).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, scaled to updates of AdamW's size (0.2 root mean square).
+
+    Jordan et al., "Muon"; the scale is of Liu et al., arXiv 2502.16982, section 2.2. All parameters are matrices.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for weight in group["params"]:
+                shapes[weight.shape].append(weight)
+            for shape, weights in shapes.items():
+                grads = [weight.grad for weight in weights]
+                means = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+                steps = orthogonal(torch.stack(torch._foreach_lerp(grads, means, group["momentum"])))
+                for weight, update in zip(weights, steps):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
