@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from lmms_eval.api.model import lmms
 from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -36,18 +35,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 import vtok
 from vtok import adapter as adapters
 from vtok import zoo
-from vtok.demo import open_picture
 from vtok.errors import InvalidValue, UnknownName, Unsupported, VtokError
 from vtok.eval import lmms_plan
-from vtok.eval.answers import encode
+from vtok.eval.lmms_prompts import Conversation, Prompts, question
 from vtok.eval.machine import PeakMemory
-from vtok.eval.video import Sampling, open_clip
+from vtok.eval.video import Sampling
 from vtok.patching import Patch
-from vtok.show import Clip
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
 PHASES = ("encoder", "selection", "prefill", "decode")
-IMAGE_MARK = "<image>"  # stands for a picture in the prompts of some tasks
 
 
 class RunFailed(BaseException):
@@ -55,16 +51,6 @@ class RunFailed(BaseException):
 
     No `Exception`, since the command line of lmms-eval prints those and exits with code 0.
     """
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What the model is told. In `turns` a part {"type": "image"} or {"type": "video"} stands for the next of its
-    `pictures` or `clips`."""
-
-    turns: list[dict[str, Any]]
-    pictures: tuple[Image.Image, ...]
-    clips: tuple[Clip, ...]
 
 
 class Phases:
@@ -145,7 +131,6 @@ class _Vtok(lmms):
             raise InvalidValue("Which model? pretrained=PATH among the --model_args says it.")
         plan = lmms_plan.plan(compressor, keep, budget, config, **options)
         self.batch_size = _batch_size(batch_size)
-        self.sampling = Sampling(nframes, fps, max_frames)
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import Accelerator
@@ -161,6 +146,11 @@ class _Vtok(lmms):
         self.processor.tokenizer.padding_side = "left"
         vlm, self._adapter = adapters.find(self.model)
         self._core = self._adapter.core(vlm)
+        sampling = Sampling(nframes, fps, max_frames)
+        self._warn = functools.cache(logger.warning)  # each once
+        self._prompts = Prompts(
+            self.processor, self._adapter.family, "video" in self._adapter.encoders, sampling, self._warn
+        )
         self._phases = Phases(self._core.language_model, self.device)
         self._setting = {
             "vtok": vtok.__version__,
@@ -168,12 +158,11 @@ class _Vtok(lmms):
             "weights": self._source,
             "dtype": str(self.model.dtype),
             "attention": self.model.config._attn_implementation,
-            "sampling": asdict(self.sampling),
+            "sampling": asdict(sampling),
             "pixels": [min_pixels, max_pixels],
             "system_prompt": self.system_prompt,
         }
         self._begin()
-        self._warned: set[str] = set()
         self.patch: Patch | None = None
         self._apply(plan)
 
@@ -256,7 +245,7 @@ class _Vtok(lmms):
             context, target, to_visual = requests[i].args[:3]
             doc = self._doc(requests[i].args)
             continuation = target if isinstance(target, str) else str(target(doc))
-            return _question(to_visual(doc), context), continuation
+            return question(to_visual(doc), context), continuation
 
         return self._run(requests, prepare, self._score)
 
@@ -286,7 +275,7 @@ class _Vtok(lmms):
                         for i in batch:
                             with _named([requests[i]]):
                                 messages, extra = prepare(i)
-                                asked.append((self._conversation(messages), extra))
+                                asked.append((self._told(messages), extra))
                         with _named([requests[i] for i in batch]):
                             done = work(*map(list, zip(*asked)))
                         for i, result in zip(batch, done):
@@ -310,69 +299,17 @@ class _Vtok(lmms):
         doc_id, task, split = arguments[-3:]
         return self.task_dict[task][split][doc_id]
 
-    def _conversation(self, messages: Iterable[dict[str, Any]]) -> Conversation:
-        turns, pictures, clips = [], [], []
-        marks = {getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")} - {None}
-        for message in messages:
-            parts = message["content"]
-            content: list[dict[str, Any]] = []
-            for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
-                kind = part["type"]
-                if kind == "text":
-                    text = part["text"]
-                    for mark in marks:  # a word of the task's, and no picture
-                        text = text.replace(mark, "")
-                    content.append({"type": "text", "text": text})
-                elif kind == "image":
-                    pictures.append(_picture(part.get("url", part.get("image"))))
-                    content.append({"type": "image"})
-                elif kind == "video":
-                    clip = self._clip(part)
-                    if "video" in self._adapter.encoders:
-                        clips.append(clip)
-                        content.append({"type": "video"})
-                    else:
-                        self._warn(f"{self._adapter.family} reads no clips: their frames are shown to it as pictures.")
-                        pictures += clip.frames
-                        content += [{"type": "image"}] * len(clip.frames)
-                else:
-                    raise Unsupported(f"A prompt holds {kind}, which {self._adapter.family} cannot read.")
-            turns.append({"role": message["role"], "content": content})
-        return Conversation(self._apply_system_prompt(turns, self.system_prompt), tuple(pictures), tuple(clips))
+    def _told(self, messages: Iterable[dict[str, Any]]) -> Conversation:
+        conversation = self._prompts.conversation(messages)
+        return replace(conversation, turns=self._apply_system_prompt(conversation.turns, self.system_prompt))
 
-    def _clip(self, part: dict[str, Any]) -> Clip:
-        source, start, end = part.get("url", part.get("video")), part.get("start_time"), part.get("end_time")
-        fps = part.get("fps")
-        if isinstance(source, dict):  # what a task's doc_to_visual gives: a piece of a file, or frames and their rate
-            start, end = source.get("video_start", start), source.get("video_end", end)
-            fps = source.get("fps", fps)
-            source = source.get("url") or source.get("path") or source.get("video")
-        return open_clip(source, self.sampling, start, end, fps)
-
-    def _warn(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            logger.warning(text)
+    def _inputs(self, asked: Sequence[Conversation]) -> Any:
+        return self._prompts.encode(asked).to(self.device, self.model.dtype)
 
     # ---- the model ---------------------------------------------------------------------------------------------
-    def _encode(self, asked: Sequence[Conversation]) -> Any:
-        """The model's inputs, a row a conversation, padded on the left, on the model's device."""
-        if getattr(self.processor, "chat_template", None) is None:
-            raise Unsupported("This checkpoint's processor has no chat template, so the question cannot be put.")
-        template = functools.partial(self.processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        prompts = [template(conversation.turns) for conversation in asked]
-        media: dict[str, Any] = {}
-        if pictures := [list(conversation.pictures) for conversation in asked if conversation.pictures]:
-            media["images"] = pictures
-        if clips := [clip for conversation in asked for clip in conversation.clips]:
-            media["videos"] = [list(clip.frames) for clip in clips]
-            media["video_metadata"] = [clip.metadata for clip in clips]
-            media["do_sample_frames"] = False
-        return encode(self.processor, prompts, **media).to(self.device, self.model.dtype)
-
     def _answer(self, asked: list[Conversation], gen_kwargs: list[dict[str, Any]]) -> list[GenerationResult]:
         how, until = self._generation(gen_kwargs[0])
-        inputs = self._encode(asked)
+        inputs = self._inputs(asked)
         length = inputs["input_ids"].shape[1]
         self._phases.begin()
         with torch.inference_mode():
@@ -433,7 +370,7 @@ class _Vtok(lmms):
         return int(content[-1]) + 1 if len(content) else 0
 
     def _score(self, asked: list[Conversation], continuations: list[str]) -> list[GenerationResult]:
-        inputs = dict(self._encode(asked))
+        inputs = dict(self._inputs(asked))
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         prompts = [row[valid] for row, valid in zip(ids, mask)]
         tokenizer = self.processor.tokenizer
@@ -546,7 +483,7 @@ class VtokSimple(_Vtok):
 
     def _messages(self, arguments: tuple) -> list[dict[str, Any]]:
         context, _, to_visual = arguments[:3]
-        return _question(to_visual(self._doc(arguments)), context)
+        return question(to_visual(self._doc(arguments)), context)
 
     def _round(self, arguments: tuple, said: list[str], state: Any) -> tuple[list[dict[str, Any]], Any] | None:
         to_text, doc = arguments[3], self._doc(arguments)
@@ -554,7 +491,7 @@ class VtokSimple(_Vtok):
         if not isinstance(told, tuple):
             return None
         visuals, text, ended, _, state = told
-        return None if ended else (_question(visuals, text), state)
+        return None if ended else (question(visuals, text), state)
 
 
 _GENERATION = GenerationConfig()
@@ -573,37 +510,6 @@ def _named(requests: Sequence[Instance]) -> Iterator[None]:
 def _gen_kwargs(arguments: tuple) -> dict[str, Any]:
     """Of a request, in whichever place: they are its only dict."""
     return next((argument for argument in arguments if isinstance(argument, dict)), {})
-
-
-def _question(visuals: Any, text: str) -> list[dict[str, Any]]:
-    """One turn of the user: the pictures and clips, then the text; or each where the text has a mark for it."""
-    parts = [_part(visual) for visual in (visuals or ())]
-    pieces = text.split(IMAGE_MARK)
-    if parts and len(pieces) == len(parts) + 1:
-        content = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
-        for part, piece in zip(parts, pieces[1:]):
-            content += [part, {"type": "text", "text": piece}] if piece else [part]
-    else:
-        content = [*parts, {"type": "text", "text": "".join(pieces)}]
-    return [{"role": "user", "content": content}]
-
-
-def _part(visual: Any) -> dict[str, Any]:
-    if isinstance(visual, Image.Image):
-        return {"type": "image", "url": visual}
-    if isinstance(visual, str) and Path(visual).suffix.lower() in Image.registered_extensions():
-        return {"type": "image", "url": visual}
-    if isinstance(visual, dict) and "array" in visual:
-        return {"type": "audio", "url": visual}
-    return {"type": "video", "url": visual}
-
-
-def _picture(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if isinstance(source, str | Path):
-        return open_picture(source)
-    raise InvalidValue(f"A picture is an image or the path of one, not {type(source)}.")
 
 
 def _batch_size(value: int | str) -> int:

@@ -6,6 +6,7 @@ import base64
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vtok.compressor import load_all
@@ -40,7 +41,7 @@ def page(models: Sequence[Model], drawings: Mapping[str, Sequence[str]], galleri
     bodies = "".join(f'<article class=tab id="{name}">{body}</article>\n' for name, body in tabs)
     named = ", ".join(html.escape(model.name) for model in models)
     variables = [";".join(f"--{name}:{pair[i]}" for name, pair in THEME.items()) for i in (0, 1)]
-    style = f":root{{{variables[0]}}}@media(prefers-color-scheme:dark){{:root{{{variables[1]}}}}}{CSS}"
+    style = f":root{{{variables[0]}}}@media(prefers-color-scheme:dark){{:root{{{variables[1]}}}}}{_file('report.css')}"
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -56,10 +57,14 @@ def page(models: Sequence[Model], drawings: Mapping[str, Sequence[str]], galleri
 {_tabs(models) if len(tabs) > 1 else ""}
 <main>
 {bodies}</main>
-<script>{JS}</script>
+<script>{_file("report.js")}</script>
 </body>
 </html>
 """
+
+
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def key(model: Model, results: Results | None = None) -> str:
@@ -540,138 +545,3 @@ def _count(n: int, noun: str) -> str:
 def _list(names: Iterable[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
-
-
-CSS = """
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Noto Sans","DejaVu Sans",sans-serif;font-variant-numeric:tabular-nums lining-nums}
-main{max-width:1240px;margin:auto;padding:0 clamp(16px,4vw,40px)}
-header{padding-top:clamp(24px,5vw,56px)}
-.tabs{position:sticky;top:0;z-index:3;background:var(--paper);border-bottom:1px solid var(--line);margin:0;gap:0;
-display:block;padding:0 clamp(16px,4vw,40px)}
-.tabs div{max-width:1160px;margin:auto;display:flex;gap:4px;align-items:baseline;overflow-x:auto;white-space:nowrap}
-.tabs b{font-weight:500;color:var(--soft);margin-right:10px}
-.tabs a{padding:10px 9px 8px;border-bottom:2px solid transparent;color:var(--ink)}
-.tabs a:hover{text-decoration:none;border-color:var(--line)}
-.tabs a[aria-current]{border-color:var(--c1);color:var(--c1)}
-.js .tab,.js .at{display:none}.js .tab.on,.js .at.on{display:block}
-.js .tab:only-of-type{display:block}
-.tab{scroll-margin-top:240px}section{scroll-margin-top:60px}
-.pick{display:none}.js .pick{display:flex;flex-wrap:wrap;gap:6px;align-items:center;font-size:14px;color:var(--soft)}
-.js .at h3{display:none}
-.pick button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--line);border-radius:8px;
-padding:4px 11px;cursor:pointer}
-.pick button[aria-pressed=true]{background:var(--ink);border-color:var(--ink);color:var(--paper)}
-h1,h2,h3{font-family:"Iowan Old Style",Charter,"Palatino Linotype",Palatino,"Noto Serif",Georgia,serif;line-height:1.2;
-text-wrap:balance;font-weight:600}
-h1{font-size:clamp(25px,4.1vw,42px);letter-spacing:-.012em;font-weight:400;max-width:25em;margin:.35em 0 .5em}
-h1 b{font-weight:700}
-h2{font-size:clamp(21px,2.5vw,28px);margin:0 0 .5em}
-h3{font-size:17px;margin:2em 0 .5em}
-p{max-width:70ch;margin:0 0 1em}
-.over{color:var(--soft);font-size:14px;letter-spacing:.02em;margin:0}
-.dek{color:var(--soft);font-size:17px}
-.note{color:var(--soft);font-size:14px;margin:.6em 0 .6em}
-section{padding-top:clamp(28px,4vw,48px);margin-top:clamp(28px,4vw,48px);border-top:1px solid var(--line)}
-main{padding-bottom:80px}
-nav{display:flex;flex-wrap:wrap;gap:4px 20px;font-size:14px;margin-top:28px}
-a{color:var(--c1);text-decoration:none}a:hover{text-decoration:underline}
-.tiles{list-style:none;display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr));gap:12px;
-padding:0;margin:28px 0 0}
-.tiles li{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px;display:grid}
-.tiles span{color:var(--soft);font-size:14px}.tiles b{font-size:20px}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:20px 28px}
-.pair>*{min-width:0}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px}
-figure svg{display:block;width:100%;height:auto;overflow:visible}
-figure svg text{font-family:inherit!important}
-svg .m{transition:opacity .15s}
-.picking svg .m{opacity:.1}.picking svg .m.on{opacity:1}
-tr.on>*{background:color-mix(in srgb,var(--c1) 12%,var(--card))}
-.shots{display:grid;gap:20px}
-.shots img{display:block;max-width:100%;max-height:600px;margin:auto;border-radius:4px}
-figcaption{font-size:14px;color:var(--soft);margin-top:8px}
-.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;
--webkit-overflow-scrolling:touch}
-table{border-collapse:separate;border-spacing:0;width:100%;font-size:14px;line-height:1.35}
-th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-tbody tr:last-child>*{border-bottom:0}
-th:first-child{text-align:left;position:sticky;left:0;background:var(--card);font-weight:500;z-index:1}
-thead th{font-weight:500;color:var(--soft);vertical-align:bottom;padding:0}
-thead button{all:unset;box-sizing:border-box;cursor:pointer;padding:9px 10px 7px;width:100%}
-thead button:hover,thead [aria-sort] button{color:var(--ink)}
-thead button:focus-visible{outline:2px solid var(--c1);outline-offset:-2px}
-[aria-sort=ascending] button::after{content:" ↑"}[aria-sort=descending] button::after{content:" ↓"}
-td small,thead small,td i{color:var(--soft);font-size:12px;font-style:normal}
-thead small{display:block}
-.base th:first-child{font-style:italic;color:var(--soft)}
-.whisker{position:relative;display:block;width:90px;height:14px;background:linear-gradient(var(--line),var(--line))
-center/100% 1px no-repeat}
-.whisker *{position:absolute}
-.whisker u{top:0;bottom:0;border-left:1.5px solid var(--ink)}
-.whisker i{top:5px;height:4px;border-radius:2px;background:var(--c1);opacity:.45}
-.whisker b{top:3px;width:8px;height:8px;margin-left:-4px;border-radius:50%;background:var(--c1)}
-.heat th,.heat td{padding:6px 8px}.heat thead th{padding:0}.heat thead button{padding:9px 8px 7px}
-.heat td{border:1px solid var(--card);border-radius:5px;text-align:center;
-background:color-mix(in oklab,var(--loss) calc(var(--lost,0%)*.72),var(--card))}
-.heat thead th{text-align:center}.heat thead th:first-child{text-align:left}
-.heat .fixed>*{color:var(--soft);font-size:13px}
-dl{display:grid;grid-template-columns:minmax(0,17em) minmax(0,1fr);gap:6px 24px;margin:0 0 1em;font-size:15px}
-dt{font-weight:500}dd{margin:0;color:var(--soft);overflow-wrap:anywhere}
-@media(max-width:640px){.shots figure{overflow-x:auto}.shots img{max-width:none}
-dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.7em}figure{padding:8px 6px}
-th,td{padding:6px 8px}}
-@media print{nav,.js .pick{display:none}.js .tab,.js .at,.js .at h3{display:block}section{break-inside:avoid-page}}
-"""
-
-JS = """
-for (const table of document.querySelectorAll('table')) {
-  table.tHead.addEventListener('click', event => {
-    const head = event.target.closest('th');
-    if (!head || !event.target.closest('button')) return;
-    const column = head.cellIndex, named = column === 0;
-    const way = head.getAttribute('aria-sort') === (named ? 'ascending' : 'descending') ? -1 : 1;
-    const value = row => named ? row.cells[0].textContent : -Number(row.cells[column].dataset.v);
-    const rows = [...table.tBodies[0].rows].filter(row => row.dataset.m);
-    rows.sort((a, b) => way * (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0));
-    table.tBodies[0].append(...rows);
-    for (const other of head.parentNode.cells) other.removeAttribute('aria-sort');
-    head.setAttribute('aria-sort', (way > 0) === named ? 'ascending' : 'descending');
-  });
-}
-const tabs = [...document.querySelectorAll('.tab')];
-const open = () => {
-  const at = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  const tab = at && at.closest('.tab') || tabs[0];
-  for (const one of tabs) one.classList.toggle('on', one === tab);
-  for (const link of document.querySelectorAll('.tabs a'))
-    link.hash.slice(1) === tab.id ? link.setAttribute('aria-current', 'page') : link.removeAttribute('aria-current');
-  const link = document.querySelector('.tabs [aria-current]');
-  if (link) link.parentNode.scrollLeft = link.offsetLeft - link.parentNode.offsetLeft - 40;
-  if (at === tab) scrollTo({top: 0, behavior: 'instant'}); else if (at) at.scrollIntoView({behavior: 'instant'});
-};
-addEventListener('hashchange', open);
-open();
-document.addEventListener('click', event => {
-  const button = event.target.closest('.pick button');
-  if (!button) return;
-  const from = button.getBoundingClientRect().top, budget = button.dataset.b;
-  for (const group of document.querySelectorAll('.budgets')) {
-    const parts = [...group.querySelectorAll('[data-b]')];
-    if (!parts.some(one => one.dataset.b === budget)) continue;
-    for (const one of parts)
-      one.tagName === 'BUTTON' ? one.setAttribute('aria-pressed', one.dataset.b === budget)
-                               : one.classList.toggle('on', one.dataset.b === budget);
-  }
-  scrollBy({top: button.getBoundingClientRect().top - from, behavior: 'instant'});
-});
-const pick = event => {
-  const at = event.target.closest && event.target.closest('[data-m]');
-  document.body.classList.toggle('picking', !!at);
-  for (const one of document.querySelectorAll('[data-m]'))
-    one.classList.toggle('on', !!at && one.dataset.m === at.dataset.m);
-};
-for (const kind of ['pointerover', 'pointerdown']) document.addEventListener(kind, pick);
-"""

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 import vtok
 from vtok.cli import app
 from vtok.errors import InvalidValue, UnknownName, Unsupported
-from vtok.eval import lmms_models, lmms_plan, lmms_tasks, video
+from vtok.eval import lmms_models, lmms_plan, lmms_prompts, lmms_tasks, video
 from vtok.eval.lmms_entry import manifests
 from vtok.eval.lmms_models import RunFailed, VtokChat, VtokSimple
 from vtok.eval.task import Item, Question, Task
@@ -331,10 +331,10 @@ def test_likelihoods_choose_by_the_prompt_alone(method):
     docs = [LABEL | {"target": target} for target in (" AHK", " P", " red cross")]
     found = likelihoods(simple, docs)
     assert found[0][1] is True and found[0][0] < found[1][0] < found[2][0]
-    conversation = simple._conversation(messages(LABEL))
+    conversation = simple._told(messages(LABEL))
     for doc, (loss, _) in zip(docs, found):
         answer = simple.processor.tokenizer(doc["target"], add_special_tokens=False)["input_ids"]
-        inputs = simple._encode([conversation])
+        inputs = simple._inputs([conversation])
         total, length = 0.0, inputs["input_ids"].shape[1]
         with torch.no_grad():
             out = simple.model(**inputs, use_cache=True)
@@ -396,13 +396,13 @@ def test_a_task_of_clips(saved, manager, monkeypatch):
     model = VtokChat(saved("qwen2_5_vl"), "none", nframes=4, batch_size=2)
     seen = []
     see = video.open_clip
-    monkeypatch.setattr(lmms_models, "open_clip", lambda *given: seen.append(see(*given)) or seen[-1])
+    monkeypatch.setattr(lmms_prompts, "open_clip", lambda *given: seen.append(see(*given)) or seen[-1])
     (task,) = lmms_tasks.build(["film"])
     how = {"bootstrap_iters": 0, "task_manager": manager, "batch_size": 1}
     run = evaluator.simple_evaluate(model=model, tasks=[task], **how)
     assert [(len(clip.frames), clip.fps) for clip in seen] == [(4, 3.2)] * 2
     assert run["samples"]["vtok_film"][0]["doc"]["question"] == f"When?\n{made.instruction}"
-    assert model._conversation(lmms_models._question(task.doc_to_visual(task.test_docs()[0]), "?")).clips == (seen[0],)
+    assert model._told(lmms_prompts.question(task.doc_to_visual(task.test_docs()[0]), "?")).clips == (seen[0],)
     with pytest.raises(InvalidValue, match="yes or no"):
         lmms_tasks.build(["film"], yes_no=True)
 
