@@ -42,7 +42,7 @@ class Recipe(recipe.Recipe):
         default_factory=lambda: recipe.Recipe().tasks | {"video": (2.0, 2)}  # its clips are long
     )
     tower_steps: int = 600
-    steps: int = 950
+    steps: int = 800
     decoder: str = "vtok-tiny-qwen2.5-vl"
 
 

@@ -22,6 +22,8 @@ Encoded = tuple[tuple[int, ...], int]  # token ids of a question and its answer,
 
 def attend(query, key, value, mask=None):
     """Softmax attention of scaled queries; `mask` is additive."""
+    if mask is None and query.dtype is torch.float32:
+        return F.scaled_dot_product_attention(query, key, value, scale=1.0)
     scores = query @ key.transpose(-1, -2)  # [B, H, Q, K]
     if mask is not None:
         scores = scores + mask
@@ -29,7 +31,8 @@ def attend(query, key, value, mask=None):
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention as plain tensor operations: on CPU in bfloat16 twice as fast, both ways, as SDPA's kernel.
+    """Attention as plain tensor operations: on CPU in bfloat16 twice as fast, both ways, as SDPA's kernel. Without a
+    mask in float32 the kernel takes half as long.
 
     `attention_mask`, if any, is additive [B, 1, Q, P + Q] and tells what the last Q tokens see; the P before
     them form the prefix, which is causal and never looks at them.
