@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from vtok import zoo
 from vtok.eval import task as offline
 from vtok.zoo import internvl, judge, loop, qwen2_5_vl, task_card, train
 
@@ -30,7 +31,7 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     recipe = family.Recipe(
-        tasks={"scenes": (1.0, 1), "charts": (1.0, 2)}, words=8, tower_steps=2, steps=3, parts=1, decoder=""
+        tasks={"scenes": (1.0, 1), "charts": (1.0, 2)}, words=8, tower_steps=2, steps=3, parts=1, start=""
     )
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     lines = []
@@ -55,3 +56,19 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     text = task_card.write(halves).read_text()
     assert text.startswith("---\nlicense: apache-2.0\n")
     assert all(f"`{key}`" in text for key in result["categories"])
+
+
+def test_task_training_goes_on_from_a_bundled_model(tmp_path):
+    """At a learning rate of 0, with another vocabulary: its tower, its decoder, and what is known of its training."""
+    name, out = "vtok-tiny-qwen2.5-vl", tmp_path / "on"
+    settings = {"tasks": {"charts": (1.0, 1)}, "words": 8, "tower_steps": 0, "steps": 1, "parts": 1}
+    recipe = qwen2_5_vl.Recipe(**settings, start=name, lr=0.0, matrix_lr=0.0)
+    qwen2_5_vl.train(out, recipe, workers=1, check=1, log=lambda line: None)
+    own, _ = zoo.load(name)
+    found = torch.load(loop.state_file(out))["model"]
+    same = {key: value for key, value in own.state_dict().items() if "embed_tokens" not in key and "lm_head" not in key}
+    assert any("visual" in key for key in same) and any("language_model" in key for key in same)
+    for key, value in same.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=0)
+    made = json.loads((out / "training.json").read_text())
+    assert made["before"] == json.loads((zoo.path(name) / "training.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -40,12 +41,21 @@ def train(
     name: Name,
     out: Annotated[Path, typer.Option(help="Hub folder to write; the state to resume from lies beside it.")],
     seed: int = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of the question stage; the recipe's if left out.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Bundled model whose weights to begin with; as the recipe says if left out.")
+    ] = None,
+    tower_steps: Annotated[int | None, typer.Option(help="Steps of the tower's stage, likewise.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the question stage, likewise.")] = None,
     workers: Annotated[int, typer.Option(help="Processes of one CPU thread.")] = 2,
 ) -> None:
-    """Train a bundled model from scratch. Call again after a kill to go on."""
+    """Train a bundled model by its recipe. Call again after a kill to go on."""
     recipe = _module(name, 0)
-    settings = {"seed": seed} | ({"steps": steps} if steps else {})
+    given = {"start": start, "tower_steps": tower_steps, "steps": steps}
+    settings = {"seed": seed} | {key: value for key, value in given.items() if value is not None}
+    if unknown := settings.keys() - {field.name for field in fields(recipe.Recipe)}:
+        raise typer.BadParameter(f"the recipe of {name} has no {', '.join(unknown)}")
+    if start:
+        _folder(start, None)
     recipe.train(out, recipe.Recipe(**settings), workers, log=typer.echo)
 
 

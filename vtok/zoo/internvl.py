@@ -43,7 +43,7 @@ class Recipe(recipe.Recipe):
     )
     tower_steps: int = 600
     steps: int = 800
-    decoder: str = "vtok-tiny-qwen2.5-vl"
+    start: str = "vtok-tiny-qwen2.5-vl"
 
 
 class InternVL(Family):

@@ -46,6 +46,7 @@ class Trained:
     recipe: Any  # a dataclass with the settings
     optimisers: Callable[[Mapping[nn.Module, float]], list[torch.optim.Optimizer]]  # each group with its "peak" rate
     rate: Callable[[int, int], float]  # share of the peak learning rate at a step of so many
+    before: dict[str, Any] | None = None  # training.json of the weights that it begins with
 
 
 def fit(
@@ -81,6 +82,7 @@ def fit(
             made = {k: state[k] for k in (*COUNTS, "seconds", "step")}
             made |= {"recipe": asdict(trained.recipe), "parameters": sum(p.numel() for p in model.parameters())}
             made |= {"workers": workers, "torch": torch.__version__, "dtype": str(DTYPE).removeprefix("torch.")}
+            made |= {"before": trained.before} if trained.before else {}
             (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
 
     for number, stage in enumerate(stages):

@@ -68,7 +68,7 @@ class Recipe:
     dense_weight: float = 0.2  # of the dense loss in stage 2
     word_weight: float = 0.5  # of the loss that ties visual tokens to words
     focus_weight: float = 0.5  # of the loss that teaches two heads where to look
-    decoder: str = ""  # bundled model whose decoder to begin with; a fresh one if empty
+    start: str = ""  # bundled model whose weights to begin with, its decoder's if of another family; fresh if empty
 
 
 class Family(ABC):
@@ -462,9 +462,13 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
     lexicon = _lexicon(recipe, loop.state_file(out).with_name("lexicon.json"))
     kit = family.processor(lexicon)
     net = family.model(kit.tokenizer, recipe.seed)
-    if recipe.decoder:
-        other, other_kit = zoo.load(recipe.decoder)
+    before = None
+    if recipe.start:
+        other, other_kit = zoo.load(recipe.start)
         borrow(net, kit.tokenizer, other, other_kit.tokenizer)
+        if type(other) is type(net):
+            family.tower(net).load_state_dict(family.tower(other).state_dict())
+            before = json.loads((zoo.path(recipe.start) / "training.json").read_text())
     net.set_attn_implementation("zoo_packed")
     net.share_memory()
     heads = Heads(net.config.vision_config.hidden_size, lexicon).share_memory()
@@ -484,5 +488,6 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
             partial(question_loss, data=data[1], **known), check=partial(accuracy, family, net, held),
         ),
     ]  # fmt: skip
-    trained = loop.Trained(net, heads, kit, recipe, partial(optimisers, recipe=recipe), partial(rate, recipe=recipe))
+    how = partial(optimisers, recipe=recipe), partial(rate, recipe=recipe)
+    trained = loop.Trained(net, heads, kit, recipe, *how, before)
     loop.fit(trained, stages, out, workers, **options)

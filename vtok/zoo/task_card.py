@@ -94,7 +94,16 @@ def write(folder: Path) -> Path:
             for answer, said, n in judge.mistakes(pairs)
         ],
     )
-    begun = f"from the decoder of `{recipe['decoder']}`" if recipe["decoder"] else "from scratch"
+    runs = [made]  # the last first; each began with the weights of the next
+    while "before" in runs[-1]:
+        runs.append(runs[-1]["before"])
+    owner = runs[-1]["recipe"]["start"]
+    begun = f"from the decoder of `{owner}`" if owner else "from scratch"
+    pictures, questions, seconds = (sum(run[k] for run in runs) for k in ("pictures", "questions", "seconds"))
+    tower_steps, steps = (
+        " + ".join(f"{run['recipe'][k]:,}" for run in reversed(runs)) for k in ("tower_steps", "steps")
+    )
+    chain = f"It was {len(runs)} runs, each from the weights of the one before.\n" if len(runs) > 1 else ""
     weakest = sorted(result["categories"], key=lambda c: result["categories"][c]["accuracy"])[:3]
     weak = ", ".join(f"`{c}` ({percent(result['categories'][c]['accuracy'])} %)" for c in weakest)
     listed = "\n".join(
@@ -142,15 +151,15 @@ The commonest of each category.
 
 ## Training
 
-{made["pictures"]:,} pictures and clips with {made["questions"]:,} questions in {made["seconds"] / 3600:.1f} hours in
+{pictures:,} pictures and clips with {questions:,} questions in {seconds / 3600:.1f} hours in
 {made["workers"]} processes of one CPU thread ({made["dtype"]}), Muon at {recipe["matrix_lr"]:g} and AdamW at
 {recipe["lr"]:g}, the last {100 * recipe["cooldown"]:.0f} % of each stage falling to 0. First the tower alone, on what
-lies in every patch ({recipe["tower_steps"]} steps of {recipe["parts"]} parts), then everything ({recipe["steps"]}
+lies in every patch ({tower_steps} steps of {recipe["parts"]} parts), then everything ({steps}
 steps): the loss on the answers, {recipe["dense_weight"]} of the dense loss, {recipe["word_weight"]} of a loss that
 pulls each visual token towards the embeddings of the words for what it shows, and {recipe["focus_weight"]} of one that
 teaches two heads where to look. What lies where is told by the boxes of the questions. The questions of a picture share
 a sequence, each blind to the others. The run can be killed and called again; its data is a function of seed and step.
-{made.get("note", "")}
+{chain}{made.get("note", "")}
 ## Data
 
 The training splits of the offline tasks (`vtok tasks list`), judged on their test splits, which share no photo, series,
