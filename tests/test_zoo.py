@@ -38,6 +38,7 @@ NAME = "vtok-tiny-llava-next"
 FLOORS = {  # exact match on the first items of some tasks
     NAME: (("scenes",), 14, 0.80),
     "vtok-tiny-qwen2.5-vl": (tuple(offline.tasks()), 8, 0.72),
+    "vtok-tiny-internvl": (tuple(offline.tasks()), 8, 0.46),
 }
 SPLITS = sources.SPLITS
 
