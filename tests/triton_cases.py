@@ -260,6 +260,8 @@ def test_ranks(shape, dtype, options):
 
 def test_ranks_of_nothing_and_of_any_size():
     query, key, valid = attention(SHAPES[1], FULL, seed=12)
+    # Exact products, since a scale of 300 enlarges their rounding.
+    query, key = (inside((4 * x).round() / 4) for x in (query, key))
     anchor = torch.tensor([82, 82], device=DEVICE)
     valid[1] = False
     for scaling in (0.35, 300.0, 0.0):
