@@ -31,6 +31,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -40,7 +43,7 @@ class Muon(torch.optim.Optimizer):
                 shapes[weight.shape].append(weight)
             for shape, weights in shapes.items():
                 grads = [weight.grad for weight in weights]
-                means = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+                means = [self.state[w]["momentum"] for w in weights]
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
                 steps = orthogonal(torch.stack(torch._foreach_lerp(grads, means, group["momentum"])))
                 for weight, update in zip(weights, steps):
