@@ -137,10 +137,7 @@ def run_cell(
     share: Share = Share(),
     instruction: str = "",
 ) -> None:
-    """Ask about this process's share of the items that are not answered yet; append a line for each to its file.
-
-    Raises `AssertionError` if a method dropped nothing, since its numbers would be those of the dense model.
-    """
+    """Ask about this process's share of the items that are not answered yet; append a line for each to its file."""
     done = read(path)
     own = path if share.world == 1 else path.with_suffix(f".{share.rank}{path.suffix}")
     with cell.patch(model) if cell.method != DENSE else nullcontext() as handle:
@@ -153,8 +150,6 @@ def run_cell(
                 line["right"] = [task.score(q.answer, text) for q, text in zip(item.questions, said)]
                 if handle is not None:
                     trace = handle.trace
-                    if cell.budget < 1 and trace.mean_keep >= 1:
-                        raise AssertionError(f"{cell.method} at {cell.budget} dropped nothing on item {item.index}.")
                     flops = trace.flops()
                     sums = {kind: sum(flops[kind][phase] for phase in ("encoder", "prefill")) for kind in flops}
                     line |= {"mean_keep": trace.mean_keep, "selection_seconds": trace.selection_seconds}
@@ -162,6 +157,11 @@ def run_cell(
                 with own.open("a") as file:
                     file.write(json.dumps(line) + "\n")
             step()
+
+
+def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
+    """Of how many of a cell's items the method dropped nothing although told to, as GlobalCom2 of one without crops."""
+    return sum(line["mean_keep"] >= 1 for line in lines.values()) if cell.budget < 1 else 0
 
 
 def _parts(path: Path) -> list[Path]:
@@ -208,8 +208,10 @@ def run(
     """Run what is missing of one task in the folder `out`, with a progress bar, and return the summary, also written to
     its sweep.json.
 
-    count: of the test items, or None for all. Raises `InvalidValue` if `out` holds the results of other weights or
-    another test set, and `Unsupported` if the model cannot take the task's media.
+    count: of the test items, or None for all. A cell that left some items whole is listed as refused: it is above its
+    budget. Raises `InvalidValue` if `out` holds the results of other weights or another test set, `Unsupported` if the
+    model cannot take the task's media, and `AssertionError` if a method dropped nothing of any item, since its numbers
+    would be those of the dense model.
     """
     out.mkdir(parents=True, exist_ok=True)
     about = {
@@ -244,6 +246,8 @@ def run(
             bar.update(whole, description=f"{task.name}: {cell.method} at {cell.budget:g}")
             step = lambda: bar.advance(whole)
             run_cell(model, processor, task, items, cell, out / cell.file, step, share, instruction)
+            if untouched(cell, read(out / cell.file)) == len(items):
+                raise AssertionError(f"{cell.method} at {cell.budget:g} dropped nothing of any item of {task.name}.")
     share.wait()
     if share.rank == 0:
         for cell in wanted:
@@ -257,7 +261,12 @@ def _write_summary(
     model: Any, about: dict[str, Any], wanted: list[Cell], refused: dict[Cell, str], count: int, out: Path
 ) -> None:
     summary = {"about": about | {"items": count, "machine": describe(model.device.type, about["dtype"])}}
-    summary["cells"] = summarise({cell: read(out / cell.file) for cell in wanted}, count)
+    lines = {cell: read(out / cell.file) for cell in wanted}
+    for cell in wanted:
+        if whole := untouched(cell, lines[cell]):
+            refused = refused | {cell: f"It leaves {whole} of the {count} items whole, and so is above the budget."}
+            del lines[cell]
+    summary["cells"] = summarise(lines, count)
     for row in summary["cells"]:
         if row["method"] != DENSE and (told := options(model, row["method"])):
             row["options"] = told

@@ -108,6 +108,15 @@ def test_what_cannot_be_patched_is_listed_and_a_no_op_is_refused(loaded, tmp_pat
     assert not vtok.patching._PATCHES.get(model.model)
 
 
+def test_a_cell_that_leaves_some_items_whole_is_above_its_budget(tmp_path):
+    """InternVL shows small charts in one view, and GlobalCom2 leaves a picture without crops whole."""
+    name = "vtok-tiny-internvl"
+    summary = sweep.run(*zoo.load(name), name, tasks()["charts"], ["globalcom2", "uniform"], [0.5], 3, tmp_path)
+    assert [row["method"] for row in summary["cells"]] == ["dense", "uniform"]
+    (row,) = summary["refused"]
+    assert row["method"] == "globalcom2" and row["reason"].startswith("It leaves 1 of the 3 items whole")
+
+
 def test_names_and_budgets():
     with pytest.raises(UnknownName, match="no-such"):
         sweep.cells(["no-such"], [0.5])
