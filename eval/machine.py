@@ -35,8 +35,19 @@ def describe(device: str, dtype: str) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
     }
+
+
+def command() -> str:
+    """What started this process, and those that share its work, as one would type it."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # None of a script
+    program = Path(sys.argv[0]).name if module is None else f"-m {module.name}"
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        program = f"torchrun --nproc_per_node {processes} {program}"
+    elif module is not None:
+        program = f"python {program}"
+    return " ".join([program, *sys.argv[1:]])
 
 
 def commit() -> str:

@@ -1,7 +1,7 @@
 """The sweep behind `vtok eval`: accuracy of every method at every budget on offline tasks.
 
 A task has a folder of its own, in it one file of JSON lines a cell (method at budget), and one line an item, so that a
-run that was killed goes on where it stopped. Several processes (`accelerate launch`) share the items of a cell, write a
+run that was killed goes on where it stopped. Several processes (`torchrun`) share the items of a cell, write a
 file each, and in the end make one of them. `summarise` makes of all lines the numbers that cards and reports show;
 accuracy differences are paired, with intervals from a bootstrap over items.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -110,12 +111,12 @@ class Share:
 
     @staticmethod
     def of_accelerate() -> Share:
-        """That of a process that `accelerate launch` started; one of one in all others."""
+        """That of a process that `torchrun` or `accelerate launch` started; one of one in all others."""
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return Share()
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())  # else it takes this process for the only one
         return Share(state.process_index, state.num_processes)
 
     def wait(self) -> None:

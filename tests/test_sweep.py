@@ -207,7 +207,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     (two / "uniform@0.25.jsonl").write_text(second)
     (two / "uniform@0.25.1.jsonl").write_text(first + third[:20])
     (two / "dense@1.jsonl").unlink()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vtok.cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "vtok.cli"]
     done = subprocess.run([*launch, *words, str(tmp_path / "two")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in two.iterdir()) == sorted(
@@ -222,6 +222,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
             line.pop("seconds"), line.pop("selection_seconds", None)
         assert one == other
     assert done.stdout.count("wrote ") == 1
+    typed = json.loads((two / "sweep.json").read_text())["about"]["machine"]["command"]
+    assert typed == " ".join(["torchrun --nproc_per_node 2 -m vtok.cli", *words, str(tmp_path / "two")])
 
 
 def test_methods_get_the_options_that_a_model_needs(tmp_path):

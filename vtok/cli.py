@@ -271,7 +271,7 @@ def evaluate(
     """Exact match of every method at every budget on the offline tasks, paired with the dense model.
 
     Results lie in OUT/TASK, those of several models in OUT/MODEL/TASK. Several processes share the work:
-    accelerate launch --num_processes 2 -m vtok.cli eval --out DIR
+    torchrun --nproc_per_node 2 -m vtok.cli eval --out DIR
     """
     from transformers.utils import logging
 
