@@ -139,6 +139,11 @@ class _Vtok(lmms):
                 raise InvalidValue("device_map spreads one model over devices: run it in one process.")
             self.accelerator = Accelerator()
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+            if self._world_size == 1:
+                raise InvalidValue(
+                    f"Of {os.environ['WORLD_SIZE']} processes accelerate takes each for the only one, since there is no "
+                    "GPU: set ACCELERATE_USE_CPU=true."
+                )
             device = str(self.accelerator.device)
         self.model, self.processor, self._source = _load(pretrained, device, device_map, dtype, attn_implementation)
         self.device = self.model.device

@@ -538,6 +538,37 @@ def test_export_and_the_command_line(tmp_path):
     assert "vtok_offline" in done.stdout and "avg_prefill_seconds" in done.stdout
 
 
+def test_two_processes_give_what_one_gives(tmp_path):
+    words = ["tasks", "export", str(tmp_path / "tasks"), "scenes", "--count", "4", "--plain"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    given = {
+        "--model": "vtok",
+        "--model_args": f"pretrained={BUNDLED},compressor=divprune,keep=0.25",
+        "--tasks": "vtok_scenes",
+        "--include_path": str(tmp_path / "tasks"),
+        "--limit": "6",
+        "--device": "cpu",
+    }
+    clean = os.environ | {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(out: str, *launch: str, **more: str) -> subprocess.CompletedProcess:
+        words = ["-m", "lmms_eval", *(w for pair in given.items() for w in pair), "--output_path", str(tmp_path / out)]
+        command = [sys.executable, *launch, *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean | more, timeout=300)
+
+    two = "-m", "torch.distributed.run", "--nproc_per_node", "2"
+    found = []
+    for done, out in ((run("one"), "one"), (run("two", *two, ACCELERATE_USE_CPU="true"), "two")):
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(next((tmp_path / out).rglob("*_results.json")).read_text()))
+    one, other = found
+    assert one["results"] == other["results"] and one["n-samples"] == other["n-samples"]
+    for key in ("total_gen_tokens", "avg_n_kept", "avg_input_tokens"):
+        assert one["throughput"][key] == other["throughput"][key]
+    refused = run("refused", *two)
+    assert refused.returncode != 0 and "set ACCELERATE_USE_CPU=true" in refused.stderr
+
+
 # ---- clips -----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
