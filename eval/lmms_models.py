@@ -141,7 +141,7 @@ class _Vtok(lmms):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             if self._world_size == 1:
                 raise InvalidValue(
-                    f"Of {os.environ['WORLD_SIZE']} processes accelerate takes each for the only one, since there is no "
+                    f"Of {os.environ['WORLD_SIZE']} processes accelerate takes each for the only one without a "
                     "GPU: set ACCELERATE_USE_CPU=true."
                 )
             device = str(self.accelerator.device)
