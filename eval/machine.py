@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ def command() -> str:
     return " ".join([program, *sys.argv[1:]])
 
 
+@cache
 def commit() -> str:
-    """The short hash of the checkout that this file is in, "+" behind it where files differ; or "unknown"."""
+    """The short hash of the checkout that this file is in, "+" behind it where files differ; or "unknown". As it was
+    when first asked: what runs was read then, whatever has been checked out since."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:

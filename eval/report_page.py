@@ -22,6 +22,7 @@ from vtok.eval.results import (
     busy,
     filtered,
     headline,
+    not_run,
     overall,
     paired,
     tied,
@@ -437,12 +438,7 @@ def _not_run(results: Results) -> str:
 
 def _left_out(results: Results) -> list[tuple[str, str]]:
     """(what, why) of all that was not run."""
-    budgets: dict[tuple[str, str], list[float]] = {}
-    for item in results.refused:
-        reason = item["reason"].replace(f"budget of {item['budget']:g}", "budget of that size")
-        reason = reason.replace(f"mean keep of {item['budget']:g}", "mean keep of that size")
-        budgets.setdefault((item["method"], reason), []).append(item["budget"])
-    out = [(f"{method} at {_list(map(_percent, at))}", why) for (method, why), at in budgets.items()]
+    out = [(f"{method} at {_list(map(_percent, at))}", why) for (method, why), at in not_run(results.refused).items()]
     ran = {cell.method for cell in results.rows} | {item["method"] for item in results.refused}
     untried: dict[bool, list[str]] = {False: [], True: []}
     for name, cls in load_all().items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -193,6 +193,17 @@ def summaries(folder: str | Path) -> list[dict[str, Any]]:
                 raise InvalidValue(f"{file} is no summary that `vtok eval` of this version wrote.") from error
             found.append(summary)
     return sorted(found, key=lambda summary: (summary["about"]["model"], summary["about"]["task"]))
+
+
+def not_run(refused: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[float]]:
+    """(method, why) -> budgets, of the `refused` of a sweep.json; reasons that differ in the budget alone are one."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in refused:
+        why = row["reason"]
+        for words in ("budget of", "mean keep of"):
+            why = why.replace(f"{words} {row['budget']:g}", f"{words} that size")
+        found.setdefault((row["method"], why), []).append(row["budget"])
+    return found
 
 
 def _summary(folder: Path) -> Path:

@@ -28,7 +28,7 @@ from vtok import adapter as adapters
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue, UnknownName, VtokError
 from vtok.eval.answers import answer
-from vtok.eval.machine import describe
+from vtok.eval.machine import commit, describe
 from vtok.eval.task import Item, Task
 from vtok.patching import Patch, patch
 from vtok.zoo.evaluate import TEST_SEED
@@ -214,6 +214,7 @@ def run(
     model cannot take the task's media, and `AssertionError` if a method dropped nothing of any item, since its numbers
     would be those of the dense model.
     """
+    commit()  # is remembered as it is now
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "model": name,

@@ -31,6 +31,7 @@ FACES = (
     ("cmss10.ttf", 12),
 )
 PAPER = ((255, 255, 255), (250, 246, 232), (238, 244, 252), (242, 250, 240))
+INKS = ((10, 10, 10), (20, 30, 90), (90, 20, 20))
 NAMES = ("Adams", "Baker", "Clark", "Evans", "Green", "Hill", "King", "Lopez", "Moore", "Reed", "Stone", "Young")
 CITIES = ("Berlin", "Cairo", "Delhi", "Lima", "London", "Madrid", "Oslo", "Paris", "Quito", "Rome", "Seoul", "Tokyo")
 GOODS = ("Bread", "Cups", "Flour", "Lamps", "Nails", "Paint", "Paper", "Pens", "Rope", "Soap", "Tea", "Wire")
@@ -88,7 +89,7 @@ def item(split: str, seed: int, index: int) -> Item:
     kind = KINDS[index % len(KINDS)]
     size = SIZES[int(rng.integers(len(SIZES)))]
     paper = PAPER[int(rng.integers(len(PAPER)))]
-    ink = ((10, 10, 10), (20, 30, 90), (90, 20, 20))[int(rng.choice(3, p=(0.7, 0.15, 0.15)))]
+    ink = INKS[int(rng.choice(3, p=(0.7, 0.15, 0.15)))]
     page = Page(rng, Image.new("RGB", size, paper), *FACES[int(rng.integers(len(FACES)))], ink, [])
     {"invoice": _invoice, "form": _form, "table": _table, "letter": _letter}[kind](page, split)
     questions = tuple(page.asked[i] for i in rng.permutation(len(page.asked)))

@@ -190,13 +190,22 @@ def test_card_counts_the_tasks_that_tell_something(tmp_path):
     told = {"scenes": (0.8, 0.6, 0.1), "documents": (0.5, 0.45, -0.1), "existence": (0.5, 0.1, -0.1)}
     (tmp_path / "sweep").mkdir()
     for task, numbers in told.items():
-        (tmp_path / "sweep" / f"{task}.json").write_text(json.dumps(_summary(task, *numbers)))
+        summary = _summary(task, *numbers)
+        why = "a budget of {:g} is too small", "It cannot."
+        summary["refused"] = [{"method": "fastv", "budget": b, "reason": why[0].format(b)} for b in (0.1, 0.05)]
+        summary["refused"] += [{"method": "dart", "budget": 0.1, "reason": why[1]}] if task != "scenes" else []
+        (tmp_path / "sweep" / f"{task}.json").write_text(json.dumps(summary))
     lines = tables.compressed(tmp_path).splitlines()
     assert "| method | mean keep | FLOPs | of dense | `documents` | `existence` | `scenes` |" in lines
     assert "| dense | 1.000 | 1.00 | 100.0 | 50.0 | 50.0 | 80.0 |" in lines
     # (0.45 / 0.5 + 0.6 / 0.8) / 2, and half of the root of (0.02 / 0.5)^2 + (0.02 / 0.8)^2 on either side
     assert "| `divprune` | 0.250 | 0.25 | 82.5 (80.1 to 84.9) | 45.0 | 10.0 | **60.0** |" in lines
     assert "At 100 % all methods give every answer" in " ".join(lines)
+    refused = [line for line in lines if line.startswith("- ")]
+    assert refused == [
+        "- `dart` at 10 % on `documents`, `existence`: It cannot.",
+        "- `fastv` at 10, 5 %: a budget of that size is too small",
+    ]
 
 
 @pytest.mark.parametrize("name", zoo.names())

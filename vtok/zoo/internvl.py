@@ -41,6 +41,7 @@ class Recipe(recipe.Recipe):
     tasks: Mapping[str, tuple[float, int]] = field(
         default_factory=lambda: recipe.Recipe().tasks | {"video": (2.0, 2)}  # its clips are long
     )
+    tower_tasks: Mapping[str, tuple[float, int]] = field(default_factory=lambda: {"text": (4.0, 8)})
     tower_steps: int = 600
     steps: int = 800
     start: str = "vtok-tiny-qwen2.5-vl"

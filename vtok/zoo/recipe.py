@@ -24,7 +24,7 @@ from vtok import zoo
 from vtok.eval import task as offline
 from vtok.eval.task import Box, Item, Question, Task
 from vtok.show import Clip
-from vtok.zoo import items, loop
+from vtok.zoo import items, loop, text
 from vtok.zoo.items import Lexicon
 from vtok.zoo.muon import Muon
 from vtok.zoo.packed import IGNORE, PADDING, PREFIX, Encoded, focus_loss, pack, share_loss, visible
@@ -38,6 +38,7 @@ READ = {
     ("documents", "number"): 2,
     ("documents", "cell"): 2,
     ("documents", "total"): 2,
+    ("text", "letter"): 0,
 }
 
 
@@ -55,6 +56,8 @@ class Recipe:
             "video": (2.0, 4),
         }
     )
+    # likewise what the first stage has besides, of tasks and of `text`
+    tower_tasks: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     words: int = 400  # training items of each task, whose words the model knows
     tower_steps: int = 1200  # stage 1: dense labels
     steps: int = 1600  # stage 2: questions
@@ -116,7 +119,7 @@ class Batch:
     task: str
     media: dict[str, Any]  # as the processor has them
     labels: torch.Tensor  # bool [S, labels and characters]
-    words: torch.Tensor  # bool [S / merge, content words] that each visual token shows
+    words: torch.Tensor  # bool [S / merge, content words and characters] that each visual token shows
     prefix: torch.Tensor  # [B, P] ids up to the questions, padded on the right
     kinds: torch.Tensor  # [B, P] 0 = text, 1 = image, 2 = video
     there: torch.Tensor  # bool [B, P], False = padding
@@ -202,9 +205,9 @@ def _annotate(
     item: Item, task: str, lexicon: Lexicon, rows: list[Encoded], ground: Ground, merge: int
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """labels [S, ...], words [S / merge, ...] and, for each question, what to look at for each token of its answer."""
-    size = len(lexicon.labels)
+    size, known = len(lexicon.labels), len(lexicon.content)
     labels = np.zeros((ground.size, size + 2 * len(lexicon.characters)), dtype=bool)
-    words = np.zeros((ground.size // merge, len(lexicon.content)), dtype=bool)
+    words = np.zeros((ground.size // merge, known + len(lexicon.characters)), dtype=bool)
     looks = []
 
     def tokens(patches: np.ndarray) -> np.ndarray:
@@ -221,16 +224,18 @@ def _annotate(
             label = lexicon.label.get((task, q.category, q.answer))
             if label is not None:
                 labels[seen, label] = True
-            for word in (*items.naming(q.text), *items.pieces(f" {q.answer}")):
+            read = (task, q.category) in READ
+            for word in (*items.naming(q.text), *(() if read else items.pieces(f" {q.answer}"))):
                 if word in lexicon.named:
                     words[tokens(seen), lexicon.named[word]] = True
-            if (task, q.category) in READ:
+            if read:
                 spelled = len(ids) - prompt == len(q.answer) + 2
                 for i, (letter, box) in enumerate(items.letters(q, READ[task, q.category])):
                     patch, half = ground.letter(box)
                     if letter in lexicon.characters:
                         n = lexicon.characters.index(letter)
                         labels[patch, size + half * len(lexicon.characters) + n] = True
+                        words[tokens(patch), known + n] = True
                     if spelled:
                         look[1 + i] = tokens(patch)
         looks.append(look)
@@ -280,11 +285,13 @@ def build(family: Family, kit, lexicon: Lexicon, task: str, some: Sequence[Item]
 class Parts:
     """The batch of every part of a training step: a function of seed and index, so a resumed run sees the same."""
 
-    def __init__(self, family: Family, kit, lexicon: Lexicon, recipe: Recipe, split: str, seed: int):
-        self.family, self.kit, self.lexicon, self.recipe = family, kit, lexicon, recipe
-        self.split, self.seed = split, seed
-        self.tasks = [offline.get(name) for name in recipe.tasks]
-        self.shares = np.array([share for share, _ in recipe.tasks.values()])
+    def __init__(
+        self, family: Family, kit, lexicon: Lexicon, tasks: Mapping[str, tuple[float, int]], split: str, seed: int
+    ):
+        self.family, self.kit, self.lexicon, self.split, self.seed = family, kit, lexicon, split, seed
+        self.tasks = [text.TASK if name == text.TASK.name else offline.get(name) for name in tasks]
+        self.shares = np.array([share for share, _ in tasks.values()])
+        self.sizes = {name: size for name, (_, size) in tasks.items()}
 
     def __getitem__(self, index: int) -> Batch:
         pick = np.random.default_rng((self.seed, index)).choice(len(self.tasks), p=self.shares / self.shares.sum())
@@ -292,7 +299,7 @@ class Parts:
 
     def of(self, task: Task, index: int) -> Batch:
         """A batch of that task."""
-        drawn = items.draw(task, self.split, self.seed, index, self.recipe.tasks[task.name][1])
+        drawn = items.draw(task, self.split, self.seed, index, self.sizes[task.name])
         return build(self.family, self.kit, self.lexicon, task.name, drawn)
 
 
@@ -472,10 +479,11 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
     net.set_attn_implementation("zoo_packed")
     net.share_memory()
     heads = Heads(net.config.vision_config.hidden_size, lexicon).share_memory()
-    words = torch.tensor([_encode(kit.tokenizer, word)[0] for word in lexicon.content])
+    words = torch.tensor([_encode(kit.tokenizer, word)[0] for word in (*lexicon.content, *lexicon.characters)])
     known = {"net": net, "heads": heads, "words": words, "recipe": recipe}
-    data = [Parts(family, kit, lexicon, recipe, "train", recipe.seed + stage) for stage in (0, 1)]
-    val = Parts(family, kit, lexicon, recipe, "val", recipe.seed)
+    taught = recipe.tasks | recipe.tower_tasks, recipe.tasks
+    data = [Parts(family, kit, lexicon, tasks, "train", recipe.seed + n) for n, tasks in enumerate(taught)]
+    val = Parts(family, kit, lexicon, recipe.tasks, "val", recipe.seed)
     held = [val.of(task, part) for task in val.tasks for part in range(check)]
     tower, decoder = family.tower(net), net.model.language_model  # the head of the decoder is tied to its embeddings
     stages = [

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtok.eval.evidence import Evidence, mean, read
+from vtok.eval.results import not_run
 from vtok.eval.sweep import BASELINES, calls
 from vtok.markdown import paragraph, percent, table
 
@@ -27,11 +28,11 @@ def _methods(folder: Path) -> str:
         return ""
     budgets = sorted({budget for e in found for budget in e.budgets}, reverse=True)
     parts = [f"### {100 * budget:g} % of the tokens\n\n{_at_budget(found, budget)}" for budget in budgets]
-    refused = {f"- `{r['method']}` at {100 * r['budget']:g} %: {r['reason']}": None for e in found for r in e.refused}
+    refused = _refused(found)
     if told := calls(row for e in found for row in e.cells.values()):
         parts.append(f"Run as {', '.join(f'`{call}`' for call in told)}.")
     if refused:
-        parts.append("Not run:\n\n" + "\n".join(refused))
+        parts.append(f"Not run:\n\n{refused}")
     asked = ", ".join(f"{e.dense['n']:,} of `{e.task}`" for e in found)
     words = (
         "Exact match in percent of every training-free method of vtok at the same budget: the mean over decoder layers "
@@ -46,6 +47,19 @@ def _methods(folder: Path) -> str:
     )
     command = f"Reproduce: {', '.join(dict.fromkeys(_command(e) for e in found))}; it writes DIR/TASK/sweep.json."
     return "\n\n".join(["## Compressed", paragraph(words), *parts, paragraph(command)]) + "\n\n"
+
+
+def _refused(found: Sequence[Evidence]) -> str:
+    """What was not run on which tasks, and why; "" where all was."""
+    where: dict[tuple[str, tuple[float, ...], str], list[str]] = {}
+    for e in found:
+        for (method, why), budgets in not_run(e.refused).items():
+            where.setdefault((method, tuple(budgets), why), []).append(f"`{e.task}`")
+    lines = []
+    for (method, budgets, why), tasks in sorted(where.items()):
+        on = "" if len(tasks) == len(found) else f" on {', '.join(tasks)}"
+        lines.append(f"- `{method}` at {', '.join(f'{100 * budget:g}' for budget in budgets)} %{on}: {why}")
+    return "\n".join(lines)
 
 
 def _command(e: Evidence) -> str:
