@@ -28,6 +28,7 @@ from vtok.zoo import (
     scenes,
     sources,
     tables,
+    text,
     train,
 )
 from vtok.zoo.muon import Muon
@@ -279,8 +280,8 @@ def test_known_words_are_one_token_and_all_else_is_spelled():
     assert said["What red?<end>"] == ["What", "Ġred", "?", "<end>"]
     assert said[" 3AH 5 37"] == ["Ġ", "3", "A", "H", "Ġ5", "Ġ", "3", "7"]
     assert said[" re"] == ["Ġ", "r", "e"]
-    for text in ("What red?", "éß漢 \n\t  two  spaces", " a1-b2 (c)", "\u3000"):
-        assert tok.decode(tok(text)["input_ids"]) == text
+    for words in ("What red?", "éß漢 \n\t  two  spaces", " a1-b2 (c)", "\u3000"):
+        assert tok.decode(tok(words)["input_ids"]) == words
 
 
 def test_every_word_of_the_tasks_is_one_token(untrained):
@@ -376,6 +377,31 @@ def test_each_letter_looks_at_a_place_of_its_own(untrained, lexicon):
         assert batch.labels[:, [first, first + len(lexicon.characters)]].any()
 
 
+def test_pages_of_codes_label_every_letter(untrained, lexicon):
+    family, processor, _ = untrained
+    item = text.TASK.item("train", 0, 3)
+    batch = recipe.build(family, processor, lexicon, "text", [item])
+    known = [q for q in item.questions if q.answer in lexicon.characters]
+    assert len(item.questions) > 40 and len(known) > 10
+    edges = {}
+    for q in item.questions:
+        _, left, top, right, bottom = q.boxes[0]
+        inside = item.images[0].crop((int(left), int(top), int(right) + 1, int(bottom) + 1))
+        assert len(inside.getcolors()) > 1, "no ink in a letter's box"
+        assert left >= edges.get(top, 0), "a letter on another"
+        edges[top] = right
+    first, count = len(lexicon.labels), len(lexicon.characters)
+    ground = recipe.Ground(family.planes(item))
+    for q in known:
+        patch, half = ground.letter(q.boxes[0])
+        n = lexicon.characters.index(q.answer)
+        assert batch.labels[torch.from_numpy(patch), first + half * count + n].all()
+        token = torch.from_numpy(patch.reshape(-1, family.merge).any(1))
+        assert batch.words[token, len(lexicon.content) + n].all()
+    assert batch.words[:, : len(lexicon.content)].sum() == 0
+    assert recipe.shown_ids(processor.tokenizer, lexicon).shape == batch.words.shape[1:]
+
+
 def _reads(item):
     return any(q.category == "reading" for q in item.questions)
 
@@ -408,7 +434,7 @@ def test_recipe_learns(untrained, lexicon):
     heads = recipe.Heads(net.config.vision_config.hidden_size, lexicon)
     one = recipe.build(family, processor, lexicon, "scenes", [offline.get("scenes").item("train", 0, 2)])
     data = type("One", (), {"family": family, "lexicon": lexicon, "__getitem__": lambda self, index: one})()
-    words = tok(list(lexicon.content), return_tensors="pt")["input_ids"][:, 0]
+    words = recipe.shown_ids(tok, lexicon)
     some = recipe.optimisers({net: 1.0, heads: 1.0}, settings)
     losses = []
     for step in range(8):

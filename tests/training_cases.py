@@ -8,6 +8,7 @@ import torch
 from vtok import zoo
 from vtok.eval import task as offline
 from vtok.zoo import internvl, judge, loop, qwen2_5_vl, task_card, train
+from vtok.zoo.team import Team
 
 
 def test_training_resumes_where_it_stopped(tmp_path):
@@ -56,6 +57,16 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     text = task_card.write(halves).read_text()
     assert text.startswith("---\nlicense: apache-2.0\n")
     assert all(f"`{key}`" in text for key in result["categories"])
+
+
+def test_parts_that_take_longest_come_first():
+    weight = torch.nn.Parameter(torch.ones(()))
+    team = Team(1, [weight], lambda index: (index * weight, index), lambda index: index % 2)
+    team.seconds = {0: 1.0, 1: 5.0}
+    assert team.step(range(4)) == [1, 3, 0, 2]  # one worker takes them in turn
+    assert weight.grad == 1.5  # the mean over the parts
+    assert all(0 < seconds < 1 for seconds in team.seconds.values())
+    team.stop()
 
 
 def test_task_training_goes_on_from_a_bundled_model(tmp_path):

@@ -172,10 +172,13 @@ class Steps(torch.utils.data.Dataset):
     def __len__(self):
         return self.stop
 
+    def layout(self, step: int) -> int:
+        """That of all pictures of a step."""
+        layouts = 2 if step < self.narrow else len(scenes.LAYOUTS)
+        return int(np.random.default_rng((self.seed, step)).integers(layouts))
+
     def __getitem__(self, step: int) -> Batch:
         torch.set_num_threads(1)
-        layouts = 2 if step < self.narrow else len(scenes.LAYOUTS)
-        layout = int(np.random.default_rng((self.seed, step)).integers(layouts))
-        first = step * self.batch
+        first, layout = step * self.batch, self.layout(step)
         indices = [i * len(scenes.LAYOUTS) + layout for i in range(first, first + self.batch)]
         return build(self.tok, self.split, self.seed, indices)

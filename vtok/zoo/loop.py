@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ class Stage:
     parts: int  # parts a step
     modules: Mapping[nn.Module, float]  # what is trained, each with a factor on the learning rate
     loss: Callable[[int], tuple[torch.Tensor, Answer]]
+    kind: Callable[[int], Hashable]  # of a part; those of a kind take about as long
     check: Callable[[], dict[str, float]] | None = None  # accuracies on validation pictures, for the log
     check_every: int = 500
 
@@ -94,7 +95,7 @@ def fit(
             state |= {"stage": number, "step": 0, "optimisers": None}
         for optimiser, saved in zip(optimisers, state["optimisers"] or ()):
             optimiser.load_state_dict(saved)
-        team = Team(workers, weights, stage.loss)
+        team = Team(workers, weights, stage.loss, stage.kind)
         torch.set_num_threads(workers)  # for the optimisers, while the team waits
         clock = saved = began = time.time()
         sums: dict[str, list[float]] = {}

@@ -282,6 +282,11 @@ def build(family: Family, kit, lexicon: Lexicon, task: str, some: Sequence[Item]
     )
 
 
+def shown_ids(tok, lexicon: Lexicon) -> torch.Tensor:
+    """Token ids of what `Batch.words` tells of, [content words and characters]."""
+    return torch.tensor([_encode(tok, word)[0] for word in (*lexicon.content, *lexicon.characters)])
+
+
 class Parts:
     """The batch of every part of a training step: a function of seed and index, so a resumed run sees the same."""
 
@@ -293,9 +298,16 @@ class Parts:
         self.shares = np.array([share for share, _ in tasks.values()])
         self.sizes = {name: size for name, (_, size) in tasks.items()}
 
-    def __getitem__(self, index: int) -> Batch:
+    def task(self, index: int) -> Task:
+        """What a part is about."""
         pick = np.random.default_rng((self.seed, index)).choice(len(self.tasks), p=self.shares / self.shares.sum())
-        return self.of(self.tasks[int(pick)], index)
+        return self.tasks[int(pick)]
+
+    def kind(self, index: int) -> str:
+        return self.task(index).name
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.of(self.task(index), index)
 
     def of(self, task: Task, index: int) -> Batch:
         """A batch of that task."""
@@ -479,7 +491,7 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
     net.set_attn_implementation("zoo_packed")
     net.share_memory()
     heads = Heads(net.config.vision_config.hidden_size, lexicon).share_memory()
-    words = torch.tensor([_encode(kit.tokenizer, word)[0] for word in (*lexicon.content, *lexicon.characters)])
+    words = shown_ids(kit.tokenizer, lexicon)
     known = {"net": net, "heads": heads, "words": words, "recipe": recipe}
     taught = recipe.tasks | recipe.tower_tasks, recipe.tasks
     data = [Parts(family, kit, lexicon, tasks, "train", recipe.seed + n) for n, tasks in enumerate(taught)]
@@ -489,11 +501,11 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
     stages = [
         loop.Stage(
             "tower", recipe.tower_steps, recipe.parts, {tower: 1.0, heads: 1.0, decoder.embed_tokens: 1.0},
-            partial(tower_loss, data=data[0], **known),
+            partial(tower_loss, data=data[0], **known), data[0].kind,
         ),
         loop.Stage(
             "questions", recipe.steps, recipe.parts, {tower: recipe.tower_lr, heads: 1.0, decoder: 1.0},
-            partial(question_loss, data=data[1], **known), check=partial(accuracy, family, net, held),
+            partial(question_loss, data=data[1], **known), data[1].kind, partial(accuracy, family, net, held),
         ),
     ]  # fmt: skip
     how = partial(optimisers, recipe=recipe), partial(rate, recipe=recipe)

@@ -1,6 +1,7 @@
 """Data-parallel gradients on CPU: worker processes of one thread each, which share the weights.
 
-The parts of a step are taken from one queue, so a worker that other programs slow down takes fewer of them.
+The parts of a step are taken from one queue, so a worker that other programs slow down takes fewer of them; those of
+the kind that has taken longest come first, so that none waits long for the last.
 Threads inside an operation cannot do that: all wait for the slowest, which on a busy machine halves speed.
 """
 
@@ -8,17 +9,20 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import multiprocessing, nn
 
 
 class Team:
-    """`work(index)` gives the loss of a part, a scalar tensor, and anything picklable to hand back."""
+    """`work(index)` gives the loss of a part, a scalar tensor, and anything picklable to hand back. `kind(index)` tells
+    parts apart that take unlike times."""
 
-    def __init__(self, size: int, weights: list[nn.Parameter], work: Callable):
-        self.weights = weights
+    def __init__(self, size: int, weights: list[nn.Parameter], work: Callable, kind: Callable[[int], Hashable]):
+        self.weights, self.kind = weights, kind
+        self.seconds: dict[Hashable, float] = {}  # of the last part of each kind
         self.grads = torch.zeros(size, sum(w.numel() for w in weights)).share_memory_()
         context = multiprocessing.get_context("fork")
         self.tasks, self.results = context.Queue(), context.Queue()
@@ -29,12 +33,15 @@ class Team:
 
     def step(self, indices) -> list:
         """Leave the mean gradient over the parts in the weights; return what `work` handed back."""
-        for index in indices:
+        for index in sorted(indices, key=lambda index: -self.seconds.get(self.kind(index), 0.0)):
             self.tasks.put(index)
-        answers = [self.results.get() for _ in indices]
-        for answer in answers:
+        answers = []
+        for _ in indices:
+            index, seconds, answer = self.results.get()
             if isinstance(answer, Exception):
                 raise answer
+            self.seconds[self.kind(index)] = seconds
+            answers.append(answer)
         mean = (self.grads.sum(0) / len(indices)).split([w.numel() for w in self.weights])
         for weight, grad in zip(self.weights, mean):
             weight.grad = grad.view_as(weight)
@@ -61,9 +68,10 @@ def _serve(grads, weights, work, tasks, results, parent):
             continue
         if index is None:
             return
+        began = time.perf_counter()
         try:
             loss, answer = work(index)
             loss.backward()
-            results.put(answer)
         except Exception as error:
-            results.put(error)
+            answer = error
+        results.put((index, time.perf_counter() - began, answer))

@@ -244,7 +244,7 @@ def train(out: Path, recipe: Recipe, workers: int = 2, **options) -> None:
         parts = batch // recipe.part
         data = batches.Steps(tok, "train", recipe.seed + number, recipe.part, steps * parts, narrow * parts)
         work = partial(loss, data=data, **known)
-        return loop.Stage(("tower", "questions")[number], steps, parts, modules, work, **more)
+        return loop.Stage(("tower", "questions")[number], steps, parts, modules, work, data.layout, **more)
 
     stages = [
         stage(0, recipe.tower_steps, recipe.tower_batch, {tower: 1.0, heads: 1.0}, tower_loss),
