@@ -202,6 +202,16 @@ def _proof(found: Sequence[Evidence]) -> str:
 
 
 def _of_task(e: Evidence) -> str:
+    title = f"### {e.model}: {e.task}"
+    machine = e.about["machine"]
+    source = f"`{machine['command']}`, commit {machine['commit']}, {machine['machine']}, {e.about['dtype']}."
+    counted = (
+        f"{e.dense['n']:,} questions about {e.about['items']} items, of which the dense model answers "
+        f"{percent(e.dense['accuracy'])} % ({percent(e.dense['interval'][0])} to {percent(e.dense['interval'][1])})."
+    )
+    if not e.telling:
+        counted += " It is not above chance, so what a method keeps of it says nothing."
+        return "\n\n".join([title, paragraph(counted), paragraph(source)]) + "\n"
     names = list(dict.fromkeys(name for name, budget in e.cells if budget in e.budgets))
     middle = AT if AT in e.budgets else e.budgets[0]
     order = lambda name: (-e.cells[name, middle]["accuracy"] if (name, middle) in e.cells else 0, name)
@@ -216,18 +226,11 @@ def _of_task(e: Evidence) -> str:
         spent = [e.cells[name, b]["selection_seconds"] for b in e.budgets if (name, b) in e.cells]
         rows.append([f"`{name}`", *line, f"{1e3 * max(spent):.1f}"])
     head = ["method", *(f"at {100 * budget:g} %" for budget in e.budgets), "select, ms"]
-    machine = e.about["machine"]
-    told = "" if e.telling else " It is not above chance, so this decides nothing above."
-    kinds = _kinds(e, middle)
-    counted = (
-        f"{e.dense['n']:,} questions about {e.about['items']} items, of which the dense model answers "
-        f"{percent(e.dense['accuracy'])} % ({percent(e.dense['interval'][0])} to {percent(e.dense['interval'][1])})."
-        f"{told} Bold is the best at a budget, and what is no worse. *Select* is the method itself, on a batch of the "
+    counted += (
+        " Bold is the best at a budget, and what is no worse. *Select* is the method itself, on a batch of the "
         "questions about an item, at most over budgets."
     )
-    source = f"`{machine['command']}`, commit {machine['commit']}, {machine['machine']}, {e.about['dtype']}."
-    title = f"### {e.model}: {e.task}"
-    return "\n\n".join([title, paragraph(counted), table(head, rows), *kinds, paragraph(source)]) + "\n"
+    return "\n\n".join([title, paragraph(counted), table(head, rows), *_kinds(e, middle), paragraph(source)]) + "\n"
 
 
 def _kinds(e: Evidence, budget: float) -> list[str]:

@@ -288,6 +288,15 @@ def test_choices_by_hand(several, tmp_path):
     assert "| not measured |" in text and "vLLM" in text
 
 
+def test_a_task_with_no_right_answer_decides_nothing(several, tmp_path):
+    cards = tmp_path / "cards"
+    summed(several / "scenes", cards / "some-model" / "sweep" / "scenes.json")
+    summed(put(tmp_path / "never", "needle", shift=-1.0), cards / "some-model" / "sweep" / "needle.json")
+    text = choosing.page(cards)
+    assert "answers 0.0 % (0.0 to 0.0). It is not above chance" in " ".join(text.split())
+    assert text.count("| `divprune` |") == 1  # the table of the other
+
+
 def test_intervals_of_means():
     a, b = evidence.Kept(0.8, 0.7, 0.9), evidence.Kept(0.6, 0.4, 0.8)
     mean = evidence.mean([a, b])
