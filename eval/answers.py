@@ -14,6 +14,11 @@ from vtok.show import Clip
 TOKENS = 16  # of an answer at most
 
 
+def media(processor: Any) -> tuple[str, ...]:
+    """What a processor takes: "image", and "video" if it reads clips, be it as pictures, as InternVL's does."""
+    return ("image",) if getattr(processor, "video_processor", None) is None else ("image", "video")
+
+
 def answer(model: Any, processor: Any, item: Item, instruction: str = "", tokens: int = TOKENS) -> list[str]:
     """One answer a question, each asked alone, all in one batch.
 
@@ -22,14 +27,14 @@ def answer(model: Any, processor: Any, item: Item, instruction: str = "", tokens
     """
     count = len(item.questions)
     if item.media == "video":
-        if getattr(processor, "video_processor", None) is None:
+        if "video" not in media(processor):
             raise Unsupported(f"{type(processor).__name__} takes no clips.")
         content, clip = [{"type": "video"}], Clip(item.images, item.fps)
-        media = {"videos": [list(clip.frames)] * count, "video_metadata": [clip.metadata] * count}
-        media["do_sample_frames"] = False
+        shown = {"videos": [list(clip.frames)] * count, "video_metadata": [clip.metadata] * count}
+        shown["do_sample_frames"] = False
     else:
         content = [{"type": "image"}] * len(item.images)
-        media = {"images": [list(item.images)] * count}
+        shown = {"images": [list(item.images)] * count}
     prompts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [*content, {"type": "text", "text": f"{q.text} {instruction}".strip()}]}],
@@ -37,7 +42,7 @@ def answer(model: Any, processor: Any, item: Item, instruction: str = "", tokens
         )
         for q in item.questions
     ]
-    inputs = encode(processor, prompts, **media).to(model.device, model.dtype)
+    inputs = encode(processor, prompts, **shown).to(model.device, model.dtype)
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -302,12 +302,12 @@ def _evaluate(
     model: str, out: Path, counts: dict[str, int], asked: bool, methods: str | None, budgets: list[float], share
 ) -> None:
     """`vtok eval` of one model. counts: items of each task; asked: whether the tasks were named."""
-    from vtok import adapter as adapters
     from vtok import demo, zoo
     from vtok.eval import sweep, task
+    from vtok.eval.answers import media
 
     network, processor = demo.load(model)
-    takes = adapters.find(network)[1].encoders
+    takes = media(processor)
     console = Console(quiet=share.rank > 0)
     for work, count in ((task.get(name), count) for name, count in counts.items()):
         if work.media not in takes:
