@@ -30,7 +30,7 @@ def write(folder: str | Path, out: str | Path, pictures: int = 4) -> list[Path]:
     for model in models:
         if len(model.tasks) > 1:
             figures[key(model)] = drawings.of_model(model, colours)
-        for results, pictured in zip(model.tasks, gallery.draw_all(model, first, pictures)):
+        for results, pictured in zip(model.shown, gallery.draw_all(model, first, pictures)):
             figures[key(model, results)] = drawings.of_task(results, colours)
             shown[key(model, results)] = pictured
     vectors = {

@@ -22,15 +22,15 @@ Gallery = tuple[str, list[tuple[str, bytes]]]  # what to say, and (question and 
 
 
 def draw_all(model: Model, leaders: Sequence[str], count: int) -> list[Gallery]:
-    """A gallery for each of the model's tasks, of `count` pictures at most.
+    """A gallery for each of the model's tasks that have a tab, of `count` pictures at most.
 
     The model is run again on these questions; where that is not possible the words say why, and there are no pictures.
     """
     if not count:
-        return [("Left out, as asked.", [])] * len(model.tasks)
+        return [("Left out, as asked.", [])] * len(model.shown)
     if model.name not in zoo.names():
         words = f"Not drawn: {model.name} is not bundled with this version of vtok, so it cannot be run again."
-        return [(words, [])] * len(model.tasks)
+        return [(words, [])] * len(model.shown)
     about = model.tasks[0].about
     network, processor = zoo.load(model.name, dtype=about["dtype"])
     same = sweep.fingerprint(network) == about["weights"]
@@ -38,7 +38,7 @@ def draw_all(model: Model, leaders: Sequence[str], count: int) -> list[Gallery]:
         _of_task(network, processor, results, leaders, count)
         if same and results.about["test_set"] == sweep.test_set(results.task)
         else ("Not drawn: the bundled weights or the test set have changed since these results were made.", [])
-        for results in model.tasks
+        for results in model.shown
     ]
 
 

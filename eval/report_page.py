@@ -19,6 +19,7 @@ from vtok.eval.results import (
     SAME_COST,
     Model,
     Results,
+    at_all,
     busy,
     filtered,
     headline,
@@ -35,7 +36,7 @@ def page(models: Sequence[Model], drawings: Mapping[str, Sequence[str]], galleri
     """The whole page. drawings: `key` of a tab -> SVGs; galleries: `key` of a task's tab -> what to show."""
     tabs = []
     for model in models:
-        own = {key(model, results): _task(model, results, drawings, galleries) for results in model.tasks}
+        own = {key(model, results): _task(model, results, drawings, galleries) for results in model.shown}
         if len(model.tasks) > 1:
             own = {key(model): _overview(model, drawings[key(model)]), **own}
         tabs += own.items()
@@ -78,7 +79,7 @@ def _tabs(models: Sequence[Model]) -> str:
     rows = []
     for model in models:
         links = [f'<a href="#{key(model)}">overview</a>'] if len(model.tasks) > 1 else []
-        links += [f'<a href="#{key(model, results)}">{results.about["task"]}</a>' for results in model.tasks]
+        links += [f'<a href="#{key(model, results)}">{results.about["task"]}</a>' for results in model.shown]
         name = f"<b>{html.escape(model.name)}</b>" if len(models) > 1 else ""
         rows.append(f"<div>{name}{''.join(links)}</div>")
     return f"<nav class=tabs>{''.join(rows)}</nav>"
@@ -111,7 +112,7 @@ def _overall_words(model: Model, row: dict[str, Any]) -> str:
     worst, best = min(shares, key=shares.get), max(shares, key=shares.get)
     said = (
         f"With at most {_percent(row['budget'])} of the visual tokens, <b>{row['method']}</b> keeps "
-        f"<b>{_points(row['retention'])} %</b> of the dense model’s accuracy, "
+        f"<b>{_points(row['retention'])}&nbsp;%</b> of the dense model’s accuracy, "
         + (f"on average over {len(counted)} tasks" if len(counted) > 1 else f"on {counted[0].about['task']}")
     )
     detail = f"Interval {_span(row['interval'])} %"
@@ -229,7 +230,7 @@ def _headline(results: Results) -> str:
     kept = row["accuracy"] / dense["accuracy"] if dense["accuracy"] else 0.0
     said = (
         f"With at most {_percent(row['budget'])} of the visual tokens, <b>{row['method']}</b> keeps "
-        f"<b>{100 * kept:.1f} %</b> of the dense model’s accuracy"
+        f"<b>{100 * kept:.1f}&nbsp;%</b> of the dense model’s accuracy"
     )
     rival = row.get("to_baseline")
     detail = (
@@ -339,7 +340,8 @@ def _tables(results: Results, name: str) -> str:
                 )
             )
         tables[budget] = _table(head, lines, f"{name}-methods-{budget:g}") + _weak(results.at(budget))
-    return words + _budgets(tables, headline(results)["budget"])
+    unchanged = f"<p>{at_all(results.whole)}</p>" if results.whole else ""
+    return words + _budgets(tables, headline(results)["budget"]) + unchanged
 
 
 def _weak(rows: list[dict[str, Any]]) -> str:

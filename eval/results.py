@@ -32,13 +32,15 @@ class Results:
     """A complete folder of `vtok eval`: one task of one model.
 
     about, refused: as in sweep.json. lines: cell -> item -> line of its file. rows: cell -> its row of
-    `sweep.summarise`, the dense model's first.
+    `sweep.summarise`, the dense model's first. Both without what ran at a budget of 1, which spares nothing: of that
+    there is `whole`, method -> share of its answers that are those of the dense model.
     """
 
     about: dict[str, Any]
     refused: list[dict[str, Any]]
     lines: dict[Cell, dict[int, dict[str, Any]]]
     rows: dict[Cell, dict[str, Any]]
+    whole: dict[str, float]
 
     @cached_property
     def task(self) -> task.Task:
@@ -112,6 +114,11 @@ class Model:
     @property
     def telling(self) -> list[Results]:
         return [results for results in self.tasks if results.telling]
+
+    @property
+    def shown(self) -> Sequence[Results]:
+        """Those that a report gives a tab: the telling ones, or a task that is alone."""
+        return self.tasks if len(self.tasks) == 1 else self.telling
 
     @property
     def budgets(self) -> list[float]:
@@ -222,8 +229,9 @@ def _load(folder: Path) -> Results:
         about["task"], about["instruction"]
         lines = {cell: sweep.read(folder / cell.file, missing=False) for cell in cells}
         short = [cell for cell, known in lines.items() if not set(range(count)) <= set(known)]
-        if short or len(cells) < 2:
-            lacks = f"{short[0].file} lacks items" if short else "only the dense model was run"
+        spared = [cell for cell in cells if cell.budget < 1]
+        if short or not spared:
+            lacks = f"{short[0].file} lacks items" if short else "nothing was run at a budget below 1"
             raise InvalidValue(f"The results in {folder} are not complete ({lacks}): call `vtok eval` again.")
         rows = dict(zip(cells, sweep.summarise(lines, count)))
         for cell, row in zip(cells, summary["cells"]):
@@ -235,7 +243,19 @@ def _load(folder: Path) -> Results:
             f"{folder} holds a sweep.json, but not one that `vtok eval` of this version wrote with its answers beside "
             f"it ({type(error).__name__}: {error})."
         ) from error
-    return Results(about, refused, lines, rows)
+    whole = {cell.method: rows[cell]["agreement"] for cell in cells if cell.method != DENSE and cell not in spared}
+    for cell in cells:
+        if cell.method in whole and cell not in spared:
+            del lines[cell], rows[cell]
+    return Results(about, refused, lines, rows, whole)
+
+
+def at_all(whole: Mapping[str, float]) -> str:
+    """What became of the answers where nothing was to be dropped, from method -> share of them that are those of the
+    dense model; "" where nothing ran so."""
+    changed = sorted(name for name, agreement in whole.items() if agreement < 1)
+    which = f"all methods but {', '.join(changed)}" if changed else "all methods"
+    return f"At 100 % of the tokens {which} give every answer of the dense model." if whole else ""
 
 
 def front(points: Mapping[Any, tuple[float, float]], same: float = SAME_COST) -> list[Any]:

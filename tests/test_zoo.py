@@ -201,7 +201,7 @@ def test_card_counts_the_tasks_that_tell_something(tmp_path):
     assert "| dense | 1.000 | 1.00 | 100.0 | 50.0 | 50.0 | 80.0 |" in lines
     # (0.45 / 0.5 + 0.6 / 0.8) / 2, and half of the root of (0.02 / 0.5)^2 + (0.02 / 0.8)^2 on either side
     assert "| `divprune` | 0.250 | 0.25 | 82.5 (80.1 to 84.9) | 45.0 | 10.0 | **60.0** |" in lines
-    assert "At 100 % all methods give every answer" in " ".join(lines)
+    assert "At 100 % of the tokens all methods give every answer" in " ".join(lines)
     refused = [line for line in lines if line.startswith("- ")]
     assert refused == [
         "- `dart` at 10 % on `documents`, `existence`: It cannot.",

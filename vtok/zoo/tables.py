@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtok.eval.evidence import Evidence, mean, read
-from vtok.eval.results import not_run
+from vtok.eval.results import at_all, not_run
 from vtok.eval.sweep import BASELINES, calls
 from vtok.markdown import paragraph, percent, table
 
@@ -45,7 +45,7 @@ def _methods(folder: Path) -> str:
         "and rank by layers so early that they have hardly read the question: eight layers tell against them. "
         f"Intervals of each task: docs/choosing.md. {_whole(found)}"
     )
-    command = f"Reproduce: {', '.join(dict.fromkeys(_command(e) for e in found))}; it writes DIR/TASK/sweep.json."
+    command = f"Reproduce: {', '.join(dict.fromkeys(_command(e) for e in found))}; it writes sweep.json files."
     return "\n\n".join(["## Compressed", paragraph(words), *parts, paragraph(command)]) + "\n\n"
 
 
@@ -69,11 +69,11 @@ def _command(e: Evidence) -> str:
 def _whole(found: Sequence[Evidence]) -> str:
     """What became of the answers where nothing was to be dropped."""
     rows = [row for e in found for (_, budget), row in e.cells.items() if budget == 1]
-    if not rows:
-        return ""
-    changed = sorted({row["method"] for row in rows if row["agreement"] < 1})
-    which = f"all methods but {', '.join(f'`{name}`' for name in changed)}" if changed else "all methods"
-    return f"At 100 % {which} give every answer of the dense model."
+    least: dict[str, float] = {}
+    for row in rows:
+        name = f"`{row['method']}`"
+        least[name] = min(least.get(name, 1.0), row["agreement"])
+    return at_all(least)
 
 
 def _at_budget(found: Sequence[Evidence], budget: float) -> str:

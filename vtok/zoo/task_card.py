@@ -47,8 +47,9 @@ def _internvl(vision: dict, text: dict, processor: dict) -> str:
     side, patch, tokens = vision["image_size"][0], vision["patch_size"][0], processor["image_seq_length"]
     tiles = processor["image_processor"]["max_patches"]
     return f"""- vision: a picture is spread over 1 to {tiles} tiles of {side} x {side} pixels, a thumbnail where
-  there are several; a frame of a clip is one tile; InternViT with CLS, {vision["num_hidden_layers"]} layers of
-  {vision["hidden_size"]}, patches of {patch} pixels; by pixel shuffle {tokens} tokens a tile
+  there are several; a frame of a clip is one tile; InternViT, {vision["num_hidden_layers"]} layers of
+  {vision["hidden_size"]}, patches of {patch} pixels; by pixel shuffle {tokens} tokens a tile; no loss reads its CLS
+  token, by whose attention `globalcom2`, `tcc` and `visionzip` rank
 - language: Qwen2 decoder, {text["num_hidden_layers"]} layers of {text["hidden_size"]},
   {text["num_attention_heads"]} heads; every word it was taught is one token, all else is spelled"""
 
