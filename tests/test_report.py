@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,20 @@ def test_the_page_on_choosing_is_what_the_committed_results_say():
     if not written.is_file():
         pytest.skip("not a checkout")
     assert written.read_text() == choosing.page(CARDS)
+
+
+def test_the_committed_answers_are_those_of_the_cards():
+    archive = CARDS.parent / "docs" / "sweep.tar.xz"
+    if not archive.is_file():
+        pytest.skip("not a checkout")
+    with tarfile.open(archive) as answers:
+        inside = {
+            tuple(name.split("/")[1:3]): json.load(answers.extractfile(name))
+            for name in answers.getnames()
+            if name.endswith("/sweep.json")
+        }
+    cards = {(file.parts[-3], file.stem): json.loads(file.read_text()) for file in CARDS.glob("*/sweep/*.json")}
+    assert inside == cards and len(cards) > 10
 
 
 def summed(folder, target):
