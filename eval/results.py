@@ -229,8 +229,8 @@ def _load(folder: Path) -> Results:
         about["task"], about["instruction"]
         lines = {cell: sweep.read(folder / cell.file, missing=False) for cell in cells}
         short = [cell for cell, known in lines.items() if not set(range(count)) <= set(known)]
-        spared = [cell for cell in cells if cell.budget < 1]
-        if short or not spared:
+        full = [cell for cell in cells if cell.method != DENSE and cell.budget == 1]
+        if short or len(cells) == 1 + len(full):
             lacks = f"{short[0].file} lacks items" if short else "nothing was run at a budget below 1"
             raise InvalidValue(f"The results in {folder} are not complete ({lacks}): call `vtok eval` again.")
         rows = dict(zip(cells, sweep.summarise(lines, count)))
@@ -243,10 +243,9 @@ def _load(folder: Path) -> Results:
             f"{folder} holds a sweep.json, but not one that `vtok eval` of this version wrote with its answers beside "
             f"it ({type(error).__name__}: {error})."
         ) from error
-    whole = {cell.method: rows[cell]["agreement"] for cell in cells if cell.method != DENSE and cell not in spared}
-    for cell in cells:
-        if cell.method in whole and cell not in spared:
-            del lines[cell], rows[cell]
+    whole = {cell.method: rows.pop(cell)["agreement"] for cell in full}
+    for cell in full:
+        del lines[cell]
     return Results(about, refused, lines, rows, whole)
 
 

@@ -512,60 +512,53 @@ def test_the_fingerprint_sees_weights_and_files(saved, tmp_path):
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
-def test_export_and_the_command_line(tmp_path):
-    """`vtok tasks export`, then lmms-eval in a process of its own, which finds vtok by its entry point."""
+def lmms_eval(home, out, compressor, tasks, *words, launch=(), **more):
+    """What `lmms_eval` said of the tasks in HOME/tasks, and its results, which it writes to HOME/OUT, or None."""
+    given = {
+        "--model": "vtok",
+        "--model_args": f"pretrained={BUNDLED},compressor={compressor},keep=0.25",
+        "--tasks": tasks,
+        "--include_path": str(home / "tasks"),
+        "--device": "cpu",
+        "--output_path": str(home / out),
+    }
+    command = [sys.executable, *launch, "-m", "lmms_eval", *words, *(word for pair in given.items() for word in pair)]
+    env = os.environ | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=env, timeout=300)
+    file = next((home / out).rglob("*_results.json"), None)
+    return done, file and json.loads(file.read_text())
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder with tasks of `vtok tasks export` in it."""
     words = ["tasks", "export", str(tmp_path / "tasks"), "scenes", "--count", "4", "--plain"]
     written = CliRunner().invoke(app, words)
     assert written.exit_code == 0 and "vtok_scenes, vtok_scenes_yes_no" in written.output
-    given = {
-        "--model": "vtok",
-        "--model_args": f"pretrained={BUNDLED},compressor=globalcom2,keep=0.25",
-        "--tasks": "vtok_offline,vtok_yes_no",
-        "--include_path": str(tmp_path / "tasks"),
-        "--limit": "12",
-        "--batch_size": "6",
-        "--device": "cpu",
-        "--output_path": str(tmp_path / "out"),
-    }
-    words = [word for pair in given.items() for word in pair]
-    command = [sys.executable, "-m", "lmms_eval", "--force_simple", "--log_samples", *words]
-    clean = os.environ | {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean, timeout=300)
+    return tmp_path
+
+
+def test_export_and_the_command_line(exported):
+    """`vtok tasks export`, then lmms-eval in a process of its own, which finds vtok by its entry point."""
+    words = "--force_simple", "--log_samples", "--limit", "12", "--batch_size", "6"
+    done, run = lmms_eval(exported, "out", "globalcom2", "vtok_offline,vtok_yes_no", *words)
     assert done.returncode == 0, done.stderr[-2000:]
-    run = json.loads(next((tmp_path / "out").rglob("*_results.json")).read_text())
     assert run["results"]["vtok_scenes"]["acc,none"] >= 0.5
     assert 0.2 < run["throughput"]["avg_mean_keep"] <= 0.25
     assert "vtok_offline" in done.stdout and "avg_prefill_seconds" in done.stdout
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
-    words = ["tasks", "export", str(tmp_path / "tasks"), "scenes", "--count", "4", "--plain"]
-    assert CliRunner().invoke(app, words).exit_code == 0
-    given = {
-        "--model": "vtok",
-        "--model_args": f"pretrained={BUNDLED},compressor=divprune,keep=0.25",
-        "--tasks": "vtok_scenes",
-        "--include_path": str(tmp_path / "tasks"),
-        "--limit": "6",
-        "--device": "cpu",
-    }
-    clean = os.environ | {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def run(out: str, *launch: str, **more: str) -> subprocess.CompletedProcess:
-        words = ["-m", "lmms_eval", *(w for pair in given.items() for w in pair), "--output_path", str(tmp_path / out)]
-        command = [sys.executable, *launch, *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean | more, timeout=300)
-
+def test_two_processes_give_what_one_gives(exported):
+    words = "divprune", "vtok_scenes", "--limit", "6"
     two = "-m", "torch.distributed.run", "--nproc_per_node", "2"
-    found = []
-    for done, out in ((run("one"), "one"), (run("two", *two, ACCELERATE_USE_CPU="true"), "two")):
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(json.loads(next((tmp_path / out).rglob("*_results.json")).read_text()))
-    one, other = found
+    done, one = lmms_eval(exported, "one", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    done, other = lmms_eval(exported, "two", *words, launch=two, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-2000:]
     assert one["results"] == other["results"] and one["n-samples"] == other["n-samples"]
     for key in ("total_gen_tokens", "avg_n_kept", "avg_input_tokens"):
         assert one["throughput"][key] == other["throughput"][key]
-    refused = run("refused", *two)
+    refused, _ = lmms_eval(exported, "refused", *words, launch=two)
     assert refused.returncode != 0 and "set ACCELERATE_USE_CPU=true" in refused.stderr
 
 

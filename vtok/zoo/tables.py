@@ -68,11 +68,10 @@ def _command(e: Evidence) -> str:
 
 def _whole(found: Sequence[Evidence]) -> str:
     """What became of the answers where nothing was to be dropped."""
-    rows = [row for e in found for (_, budget), row in e.cells.items() if budget == 1]
     least: dict[str, float] = {}
-    for row in rows:
-        name = f"`{row['method']}`"
-        least[name] = min(least.get(name, 1.0), row["agreement"])
+    for (method, budget), row in (pair for e in found for pair in e.cells.items()):
+        if budget == 1:
+            least[f"`{method}`"] = min(least.get(f"`{method}`", 1.0), row["agreement"])
     return at_all(least)
 
 

@@ -1,6 +1,6 @@
 """Pages full of codes and numbers, which teach a vision tower to read: training material only, no task.
 
-A page of an offline task shows ten characters that its questions label; one of these shows about eighty on a tile of
+A page of an offline task shows ten characters that its questions label; one of these shows 54 to 93 on a tile of
 128 x 128 pixels, each labelled, in the typefaces, sizes and colours of those tasks.
 """
 
