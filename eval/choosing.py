@@ -22,7 +22,7 @@ AT = 0.25  # the budget at which families and kinds of question are compared; th
 
 @dataclass(frozen=True)
 class Choice:
-    """The best of some methods, and those whose intervals overlap with its own."""
+    """The best of some methods, and those whose paired difference to it has an interval that holds 0."""
 
     method: str
     kept: Kept
@@ -56,8 +56,8 @@ HEAD = f"""# Which method to take
 Written by `vtok report model_cards --choosing docs/choosing.md` from the committed results; do not edit.
 
 A *budget* is the mean over decoder layers of kept over all visual tokens, at most. *Keeps* is accuracy as a part of the
-dense model's, in percent, with the 95 % interval of the paired difference. *A or B*: B is behind A by these numbers,
-and their intervals overlap; that errs towards calling methods equal. *Not good* is less than {percent(WORTH)} %.
+dense model's, in percent, with the 95 % interval of the paired difference. *A or B*: A keeps more by these numbers,
+but the interval of the paired difference between the two holds 0. *Not good* is less than {percent(WORTH)} %.
 """
 
 
@@ -69,7 +69,7 @@ def choose(found: Sequence[Evidence], budget: float, fits: Callable[[str], bool]
         return None
     means = {name: mean([e.kept(name, budget) for e in there]) for name in names}
     best = max(names, key=lambda name: means[name].share)
-    tied = [name for name in names if name != best and means[name].high >= means[best].low]
+    tied = [name for name in names if name != best and mean([e.lead(best, name, budget) for e in there]).low <= 0]
     return Choice(best, means[best], tuple(sorted(tied, key=lambda name: -means[name].share)))
 
 

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vtok import zoo
 from vtok.eval import task
 from vtok.eval.results import summaries
-from vtok.eval.sweep import DENSE
+from vtok.eval.sweep import DENSE, interval
 from vtok.markdown import percent
 from vtok.patching import available
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Accuracy as a part of the dense model's, and its 95 % interval."""
+    """A part of the dense model's accuracy, and its 95 % interval."""
 
     share: float
     low: float
@@ -56,6 +58,18 @@ class Evidence:
         row, dense = self.cells[method, budget], self.dense["accuracy"]
         low, high = row["to_dense"]["interval"]
         return Kept(row["accuracy"] / dense, 1 + low / dense, 1 + high / dense)
+
+    def lead(self, method: str, other: str, budget: float) -> Kept:
+        """How much more a method keeps than another, paired over items."""
+        one, two = (_items(self.cells[name, budget]) for name in (method, other))
+        gain, asked = one[:, 0] - two[:, 0], one[:, 1]
+        low, high = interval(gain, asked)
+        return Kept(*(share / self.dense["accuracy"] for share in (gain.sum() / asked.sum(), low, high)))
+
+
+def _items(row: dict[str, Any]) -> np.ndarray:
+    """[items, 2] right answers and questions of each item."""
+    return np.array([list(map(int, pair.split("/"))) for pair in row["items"].split()])
 
 
 def read(folder: str | Path) -> list[Evidence]:

@@ -195,7 +195,8 @@ def summaries(folder: str | Path) -> list[dict[str, Any]]:
         for file in sorted(Path(folder).glob(pattern)):
             try:
                 summary = json.loads(file.read_text())
-                summary["about"]["task"], summary["about"]["model"], summary["cells"], summary["refused"]
+                summary["about"]["task"], summary["about"]["model"], summary["refused"]
+                [row["items"] for row in summary["cells"]]
             except (OSError, UnicodeDecodeError, KeyError, TypeError, json.JSONDecodeError) as error:
                 raise InvalidValue(f"{file} is no summary that `vtok eval` of this version wrote.") from error
             found.append(summary)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,8 @@ def run(
         for cell in wanted:
             mend(out / cell.file)
     share.wait()
+    ran = any(len(read(out / cell.file)) < len(items) for cell in wanted)
+    share.wait()  # until all have looked
     with _bar(share) as bar:
         whole = bar.add_task("", total=len(wanted) * len(items[share.rank :: share.world]))
         for cell in wanted:
@@ -251,15 +254,20 @@ def run(
     if share.rank == 0:
         for cell in wanted:
             mend(out / cell.file)
-        _write_summary(model, about, wanted, refused, len(items), out)
+        _write_summary(model, about, wanted, refused, len(items), out, ran)
     share.wait()
     return json.loads((out / "sweep.json").read_text())
 
 
 def _write_summary(
-    model: Any, about: dict[str, Any], wanted: list[Cell], refused: dict[Cell, str], count: int, out: Path
+    model: Any, about: dict[str, Any], wanted: list[Cell], refused: dict[Cell, str], count: int, out: Path, ran: bool
 ) -> None:
-    summary = {"about": about | {"items": count, "machine": describe(model.device.type, about["dtype"])}}
+    """ran: whether anything was asked in this call; if not, the provenance stays that of the call that asked."""
+    file = out / "sweep.json"
+    machine = describe(model.device.type, about["dtype"])
+    if file.exists() and not ran:
+        machine = json.loads(file.read_text())["about"]["machine"]
+    summary = {"about": about | {"items": count, "machine": machine}}
     lines = {cell: read(out / cell.file) for cell in wanted}
     for cell in wanted:
         if whole := untouched(cell, lines[cell]):
@@ -270,7 +278,7 @@ def _write_summary(
         if row["method"] != DENSE and (told := options(model, row["method"])):
             row["options"] = told
     summary["refused"] = [{"method": c.method, "budget": c.budget, "reason": why} for c, why in refused.items()]
-    (out / "sweep.json").write_text(json.dumps(summary, indent=1) + "\n")
+    file.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def test_set(task: Task) -> dict[str, int]:
@@ -309,6 +317,7 @@ def summarise(lines: dict[Cell, dict[int, dict[str, Any]]], count: int) -> list[
             c: float(np.mean([ok for ok, (_, _, category, *_) in zip(right, asked) if category == c]))
             for c in categories
         }
+        row["items"] = " ".join(f"{ok}/{n}" for ok, n in hits[cell])  # right / asked, to be paired with other cells
         row["agreement"] = float(np.mean(same))
         row["seconds"] = float(np.median([line[i]["seconds"] for i in range(count)]))
         if cell != dense:
@@ -334,8 +343,15 @@ def _difference(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 
 def interval(values: np.ndarray, counts: np.ndarray, draws: int = 4000) -> list[float]:
     """95 % bootstrap interval of sum(values) / sum(counts), items redrawn whole."""
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    return np.percentile(values[picks].sum(1) / counts[picks].sum(1), [2.5, 97.5]).tolist()
+    times = _redrawn(len(values), draws)
+    return np.percentile((times @ values) / (times @ counts), [2.5, 97.5]).tolist()
+
+
+@cache
+def _redrawn(items: int, draws: int) -> np.ndarray:
+    """[draws, items] how often each item is drawn."""
+    picks = np.random.default_rng(0).integers(items, size=(draws, items)) + items * np.arange(draws)[:, None]
+    return np.bincount(picks.ravel(), minlength=draws * items).reshape(draws, items).astype(float)
 
 
 def table(summary: dict[str, Any]) -> Table:

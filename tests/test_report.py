@@ -304,13 +304,36 @@ def test_choices_by_hand(several, tmp_path):
     assert "| not measured |" in text and "vLLM" in text
 
 
+def test_those_tied_are_paired(tmp_path):
+    """Intervals to dense that overlap, but one method is right wherever the other is and on three items more."""
+    cells = {Cell("dense", 1.0): 0.95, Cell("divprune", 0.5): 0.7, Cell("random", 0.5): 0.65}
+    place = put(tmp_path / "run", cells=cells)
+    lines = [json.loads(line) for line in (place / "divprune@0.5.jsonl").read_text().splitlines()]
+    for n, name in ((6, "fastv"), (1, "tome")):
+        worse = [
+            line | {"right": [False] * len(line["right"])} if any(line["right"]) and i < n else line
+            for i, line in enumerate(lines)
+        ]
+        (place / f"{name}@0.5.jsonl").write_text("".join(json.dumps(line) + "\n" for line in worse))
+    summary = json.loads((place / "sweep.json").read_text())
+    summary["cells"] += [{"method": name, "budget": 0.5} for name in ("fastv", "tome")]
+    (place / "sweep.json").write_text(json.dumps(summary))
+    summed(place, tmp_path / "cards" / "some-model" / "sweep" / "scenes.json")
+    (e,) = evidence.read(tmp_path / "cards")
+    assert e.kept("fastv", 0.5).high > e.kept("divprune", 0.5).low
+    lost = right(place, Cell("divprune", 0.5))[:6].sum() / right(place, Cell("dense", 1.0)).sum()
+    assert e.lead("divprune", "fastv", 0.5).share == pytest.approx(lost)
+    choice = choosing.choose([e], 0.5)
+    assert choice.method == "divprune" and "tome" in choice.tied and "fastv" not in choice.tied
+
+
 def test_a_task_with_no_right_answer_decides_nothing(several, tmp_path):
     cards = tmp_path / "cards"
     summed(several / "scenes", cards / "some-model" / "sweep" / "scenes.json")
     summed(put(tmp_path / "never", "needle", shift=-1.0), cards / "some-model" / "sweep" / "needle.json")
     text = choosing.page(cards)
     assert "answers 0.0 % (0.0 to 0.0). It is not above chance" in " ".join(text.split())
-    assert text.count("| `divprune` |") == 1  # the table of the other
+    assert text.partition("## The numbers")[2].count("| `divprune` |") == 1  # the table of the other
 
 
 def test_intervals_of_means():

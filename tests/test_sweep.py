@@ -223,8 +223,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
             line.pop("seconds"), line.pop("selection_seconds", None)
         assert one == other
     assert done.stdout.count("wrote ") == 1
-    typed = json.loads((two / "sweep.json").read_text())["about"]["machine"]["command"]
-    assert typed == " ".join(["torchrun --nproc_per_node 2 -m vtok.cli", *words, str(tmp_path / "two")])
+    typed = " ".join(["torchrun --nproc_per_node 2 -m vtok.cli", *words, str(tmp_path / "two")])
+    assert json.loads((two / "sweep.json").read_text())["about"]["machine"]["command"] == typed
+    again = CliRunner().invoke(cli.app, [*words, str(tmp_path / "two")])  # finds nothing to do, and changes nothing
+    assert again.exit_code == 0, again.output
+    assert json.loads((two / "sweep.json").read_text())["about"]["machine"]["command"] == typed
 
 
 def test_methods_get_the_options_that_a_model_needs(tmp_path):

@@ -313,7 +313,7 @@ def test_fast_tower_is_the_models(untrained, lexicon, name, index):
     batch = recipe.build(family, processor, lexicon, name, [item])
     with torch.no_grad():
         wanted = _visual_tokens(model, _asked(processor, item, item.questions[0]))
-        states, got = family.tower_states(model, batch)
+        states, got, _ = family.tower_states(model, batch)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3)  # its rotations are in bfloat16
     assert len(states) == len(batch.labels) == family.merge * len(batch.words)
     assert len(got) == len(batch.words) == (batch.kinds > 0).sum()
@@ -338,6 +338,27 @@ def test_patches_lie_where_the_planes_say(untrained, lexicon, index):
         shown.append(pixels)
     differ = (shown[0] - shown[1]).abs().mean(1) > 0.8  # of 2; scaling blurs the borders
     assert torch.equal(differ, torch.from_numpy(recipe.Ground(family.planes(item)).patches(box)))
+
+
+def test_cls_is_asked_what_its_view_shows(lexicon):
+    """Scores that begin at 0: the loss falls as that of a label rises in the views that show it, and nowhere else."""
+    family = FAMILIES["internvl"]
+    processor, heads = family.processor(lexicon), recipe.Heads(1, lexicon)
+    heads.norm = heads.cls = torch.nn.Identity()
+    item = offline.get("scenes").item("train", 0, 0)
+    batch = recipe.build(family, processor, lexicon, "scenes", [item])
+    assert item.images[0].size == (128, 64) and len(batch.media["pixel_values"]) == 3  # two tiles and a thumbnail
+    scores = torch.zeros(3, heads.which.out_features, requires_grad=True)
+    recipe.dense_loss(heads, torch.zeros(len(batch.labels), 1), scores, batch, lexicon).backward()
+    shown = torch.zeros(3, len(lexicon.labels), dtype=torch.bool)
+    for q in item.questions:
+        label = lexicon.label.get(("scenes", q.category, q.answer))
+        if label is not None and len(q.boxes) == 1:
+            _, left, _, right, _ = q.boxes[0]
+            shown[:, label] |= torch.tensor([left < 64, right > 64, True])
+    known = [n for n, (task, *_) in enumerate(lexicon.labels) if task == "scenes"]
+    assert (shown[0] != shown[1]).any()
+    assert torch.equal(scores.grad[:, known] < 0, shown[:, known])
 
 
 @pytest.mark.parametrize("name", TAUGHT)

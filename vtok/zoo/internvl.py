@@ -115,11 +115,11 @@ class InternVL(Family):
                 planes.append(_plane(n, image.size, 1, 1, sharp=False))
         return planes
 
-    def tower_states(self, net, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def tower_states(self, net, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out = net.model.get_image_features(batch.media["pixel_values"])
-        states = out.last_hidden_state[:, 1:].flatten(0, 1)  # without CLS
+        cls, states = out.last_hidden_state[:, 0], out.last_hidden_state[:, 1:]
         order = torch.from_numpy(_plane(0, (TILE, TILE), 1, 1).order)
-        return states.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1), out.pooler_output.flatten(0, 1)
+        return states[:, order].flatten(0, 1), out.pooler_output.flatten(0, 1), cls
 
     def places(self, net, batch: Batch) -> torch.Tensor:
         return torch.arange(batch.prefix.shape[1]).expand_as(batch.prefix)

@@ -105,7 +105,7 @@ class Qwen(Family):
             planes.append(Plane(range(first, first + step), rows, columns, (1 / PATCH, 1 / PATCH), order))
         return planes
 
-    def tower_states(self, net, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def tower_states(self, net, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
         """What the tower computes, without its loop over windows."""
         visual, (pixels, named) = net.model.visual, _media(batch)
         grids = [tuple(grid) for grid in batch.media[named].tolist()]
@@ -128,7 +128,7 @@ class Qwen(Family):
             x = x + _chunk_attention(block.attn, block.norm1(x), (cos, sin), chunks)
             x = x + block.mlp(block.norm2(x))
         back = order.argsort()
-        return x.unflatten(0, (-1, MERGE**2))[back].flatten(0, 1), visual.merger(x)[back]
+        return x.unflatten(0, (-1, MERGE**2))[back].flatten(0, 1), visual.merger(x)[back], None
 
     def places(self, net, batch: Batch) -> torch.Tensor:
         _, named = _media(batch)

@@ -24,10 +24,11 @@ from vtok import zoo
 from vtok.eval import task as offline
 from vtok.eval.task import Box, Item, Question, Task
 from vtok.show import Clip
-from vtok.zoo import items, loop, text
+from vtok.zoo import items, loop
 from vtok.zoo.items import Lexicon
 from vtok.zoo.muon import Muon
 from vtok.zoo.packed import IGNORE, PADDING, PREFIX, Encoded, focus_loss, pack, share_loss, visible
+from vtok.zoo.text import taught
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of ChatML
 # Categories whose answer stands in its box, to be read, and the margin of the box in pixels.
@@ -101,8 +102,11 @@ class Family(ABC):
         """Where the patches of an item come from, in their order."""
 
     @abstractmethod
-    def tower_states(self, net: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states of the vision tower [S, D] and the visual tokens [S / merge, D']."""
+    def tower_states(self, net: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Last hidden states of the vision tower [S, D], the visual tokens [S / merge, D'] and the states of CLS.
+
+        These are [V, D] for views of S / V patches; None for a tower without CLS.
+        """
 
     @abstractmethod
     def places(self, net: nn.Module, batch: Batch) -> torch.Tensor:
@@ -294,7 +298,7 @@ class Parts:
         self, family: Family, kit, lexicon: Lexicon, tasks: Mapping[str, tuple[float, int]], split: str, seed: int
     ):
         self.family, self.kit, self.lexicon, self.split, self.seed = family, kit, lexicon, split, seed
-        self.tasks = [text.TASK if name == text.TASK.name else offline.get(name) for name in tasks]
+        self.tasks = [taught(name) for name in tasks]
         self.shares = np.array([share for share, _ in tasks.values()])
         self.sizes = {name: size for name, (_, size) in tasks.items()}
 
@@ -338,13 +342,19 @@ def question_states(family: Family, net, features: torch.Tensor, batch: Batch) -
 
 
 class Heads(nn.Module):
-    """Read-outs for the dense labels; training only. For each label a score, for each group whether it has any."""
+    """Read-outs for the dense labels; training only. For each label a score, for each group whether it has any.
+
+    CLS is asked which things its view shows at all, which teaches its attention to look at them. Token selectors read
+    that attention.
+    """
 
     def __init__(self, width: int, lexicon: Lexicon):
         super().__init__()
+        labels = len(lexicon.labels) + 2 * len(lexicon.characters)
         self.norm = nn.LayerNorm(width)
-        self.which = nn.Linear(width, len(lexicon.labels) + 2 * len(lexicon.characters))
+        self.which = nn.Linear(width, labels)
         self.some = nn.Linear(width, len(lexicon.groups) + 2)
+        self.cls = nn.Linear(width, labels)
 
 
 def groups_of(task: str, lexicon: Lexicon) -> list[tuple[int, list[int]]]:
@@ -358,14 +368,20 @@ def groups_of(task: str, lexicon: Lexicon) -> list[tuple[int, list[int]]]:
     return found
 
 
-def dense_loss(heads: Heads, states: torch.Tensor, batch: Batch, lexicon: Lexicon) -> torch.Tensor:
-    """Per group of labels: does the patch show one (all patches), and which (patches that do)."""
+def dense_loss(
+    heads: Heads, states: torch.Tensor, cls: torch.Tensor | None, batch: Batch, lexicon: Lexicon
+) -> torch.Tensor:
+    """Per group of labels: does the patch show one (all patches), which (patches that do), and which does the view."""
     states, loss = heads.norm(states), torch.zeros(())
     which, some = heads.which(states).float(), heads.some(states).float()
     for n, labels in groups_of(batch.task, lexicon):
         truth = batch.labels[:, labels]
         loss = loss + 5 * F.binary_cross_entropy_with_logits(some[:, n], truth.any(-1).float())
         loss = loss + share_loss(which[:, labels], truth)
+        if cls is not None:
+            seen = heads.cls(heads.norm(cls)).float()[:, labels]
+            there = truth.unflatten(0, (len(cls), -1)).any(1)
+            loss = loss + 2 * F.binary_cross_entropy_with_logits(seen, there.float())
     return loss
 
 
@@ -382,8 +398,8 @@ def tower_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tensor, 
     """Loss of one part of stage 1, and what the log says of it."""
     batch = data[index]
     with loop.autocast():
-        states, features = data.family.tower_states(net, batch)
-        dense = dense_loss(heads, states, batch, data.lexicon)
+        states, features, cls = data.family.tower_states(net, batch)
+        dense = dense_loss(heads, states, cls, batch, data.lexicon)
         named = word_loss(features, net.get_input_embeddings()(words), batch.words)
     answer = {"pictures": len(batch.there), f"dense {batch.task}": dense.item(), "words": named.item()}
     return dense + recipe.word_weight * named, answer
@@ -393,8 +409,8 @@ def question_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tenso
     """The same of stage 2."""
     batch = data[index]
     with loop.autocast():
-        states, features = data.family.tower_states(net, batch)
-        dense = dense_loss(heads, states, batch, data.lexicon)
+        states, features, cls = data.family.tower_states(net, batch)
+        dense = dense_loss(heads, states, cls, batch, data.lexicon)
         named = word_loss(features, net.get_input_embeddings()(words), batch.words)
         wanted = batch.targets != IGNORE
         logits = net.lm_head(question_states(data.family, net, features, batch)[wanted]).float()

@@ -9,6 +9,7 @@ from vtok.eval.task import tasks
 from vtok.markdown import percent, table
 from vtok.zoo import judge, tables
 from vtok.zoo.card import usage
+from vtok.zoo.text import taught
 
 GUESSES = ("chance", "majority", "question_only")
 
@@ -48,8 +49,8 @@ def _internvl(vision: dict, text: dict, processor: dict) -> str:
     tiles = processor["image_processor"]["max_patches"]
     return f"""- vision: a picture is spread over 1 to {tiles} tiles of {side} x {side} pixels, a thumbnail where
   there are several; a frame of a clip is one tile; InternViT, {vision["num_hidden_layers"]} layers of
-  {vision["hidden_size"]}, patches of {patch} pixels; by pixel shuffle {tokens} tokens a tile; no loss reads its CLS
-  token, by whose attention `globalcom2`, `tcc` and `visionzip` rank
+  {vision["hidden_size"]}, patches of {patch} pixels; by pixel shuffle {tokens} tokens a tile; training asks its CLS
+  token what its tile shows, so that its attention, by which `globalcom2`, `tcc` and `visionzip` rank, looks there
 - language: Qwen2 decoder, {text["num_hidden_layers"]} layers of {text["hidden_size"]},
   {text["num_attention_heads"]} heads; every word it was taught is one token, all else is spelled"""
 
@@ -104,6 +105,8 @@ def write(folder: Path) -> Path:
     tower_steps, steps = (
         " + ".join(f"{run['recipe'][k]:,}" for run in reversed(runs)) for k in ("tower_steps", "steps")
     )
+    drill = dict.fromkeys(name for run in runs for name in run["recipe"].get("tower_tasks", ()))
+    drilled = "".join(f"- `{key}`, for the tower alone: {taught(key).title.lower()}\n" for key in drill)
     chain = f"It was {len(runs)} runs, each from the weights of the one before.\n" if len(runs) > 1 else ""
     weakest = sorted(result["categories"], key=lambda c: result["categories"][c]["accuracy"])[:3]
     weak = ", ".join(f"`{c}` ({percent(result['categories'][c]['accuracy'])} %)" for c in weakest)
@@ -167,7 +170,7 @@ The training splits of the offline tasks (`vtok tasks list`), judged on their te
 frame or code with them:
 
 {listed}
-
+{drilled}
 Nothing is downloaded: all comes out of installed wheels, whose licences the tasks' cards name.
 
 ## Limits

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from vtok.eval import canvas, task_documents
+from vtok.eval import canvas, task, task_documents
 from vtok.eval.task import Item, Question, Task, generator
 from vtok.zoo import sources
 
@@ -62,3 +62,8 @@ TASK = Task(
     item=item,
     card=__doc__,
 )
+
+
+def taught(name: str) -> Task:
+    """What a recipe calls by that name: an offline task, or `text`."""
+    return TASK if name == TASK.name else task.get(name)
