@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok import draw
-from vtok.eval.results import Model, Results, busy, front
+from vtok.eval.results import Model, Results, front
 from vtok.eval.sweep import BASELINES, DENSE
 
 # Name -> (light, dark). The light ones stand in the drawings and are there replaced by CSS variables of these names.
@@ -50,11 +50,10 @@ class Point:
 
 
 def of_task(results: Results, colours: Mapping[str, str]) -> dict[str, Any]:
-    """Kind of cost -> figure: the accuracies of one task. No times where the machine was busy."""
+    """Kind of cost -> figure: the accuracies of one task."""
     rows = [row for cell, row in results.rows.items() if cell.method != DENSE]
     costs = {"tokens": [row["mean_keep"] for row in rows], "flops": [row["flops"] for row in rows]}
-    if not busy(results.about):
-        costs["time"] = [row["seconds"] / results.dense["seconds"] for row in rows]
+    costs["time"] = [row["seconds"] / results.dense["seconds"] for row in rows]
     dense = (results.dense["accuracy"], *results.dense["interval"])
     return {
         kind: chart([_point(row, x, "accuracy") for row, x in zip(rows, at)], dense, COSTS[kind], colours)

@@ -7,7 +7,6 @@ their options, what was refused and the provenance are taken. Nothing in a folde
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vtok.compressor import load_all
 from vtok.errors import InvalidValue
 from vtok.eval import sweep, task
 from vtok.eval.sweep import BASELINES, DENSE, Cell
@@ -33,14 +33,14 @@ class Results:
 
     about, refused: as in sweep.json. lines: cell -> item -> line of its file. rows: cell -> its row of
     `sweep.summarise`, the dense model's first. Both without what ran at a budget of 1, which spares nothing: of that
-    there is `whole`, method -> share of its answers that are those of the dense model.
+    there is `whole`, method -> its row.
     """
 
     about: dict[str, Any]
     refused: list[dict[str, Any]]
     lines: dict[Cell, dict[int, dict[str, Any]]]
     rows: dict[Cell, dict[str, Any]]
-    whole: dict[str, float]
+    whole: dict[str, dict[str, Any]]
 
     @cached_property
     def task(self) -> task.Task:
@@ -244,7 +244,7 @@ def _load(folder: Path) -> Results:
             f"{folder} holds a sweep.json, but not one that `vtok eval` of this version wrote with its answers beside "
             f"it ({type(error).__name__}: {error})."
         ) from error
-    whole = {cell.method: rows.pop(cell)["agreement"] for cell in full}
+    whole = {cell.method: rows.pop(cell) for cell in full}
     for cell in full:
         del lines[cell]
     return Results(about, refused, lines, rows, whole)
@@ -355,7 +355,11 @@ def _share(sums: np.ndarray) -> tuple[float, list[float]] | None:
     return (sums[:, 0].sum() / sums[:, 1].sum(), sweep.interval(*sums.T)) if len(sums) else None
 
 
-def busy(about: dict[str, Any]) -> bool:
-    """Whether others used the machine while it was timed: a load above its number of cores."""
-    load, cores = about["machine"].get("load", ""), about["machine"].get("machine", "").rpartition(" x ")[2]
-    return bool(re.fullmatch(r"[\d.]+", load) and cores.isdigit() and float(load) > int(cores) + 0.5)
+def drift(results: Results) -> tuple[float, float] | None:
+    """The least and most time of what ran at a budget of 1 and so dropped nothing, as a part of the dense model's: what
+    the machine alone makes of times. Without methods that act in decoding, which do so at any budget. None where
+    nothing ran so."""
+    known = load_all()
+    names = [name for name, row in results.whole.items() if row["agreement"] == 1 and "decode" not in known[name].stage]
+    times = [results.whole[name]["seconds"] / results.dense["seconds"] for name in names]
+    return (min(times), max(times)) if times else None

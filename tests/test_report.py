@@ -131,6 +131,28 @@ def test_the_headline_is_the_smallest_budget_worth_having(folder):
     assert (row["method"], row["budget"]) == ("divprune", 0.5)  # a tenth keeps too little
 
 
+def test_how_rough_times_are(folder, tmp_path):
+    """Told by what dropped nothing; not by a method that does so in decoding too, nor one whose answers changed."""
+    (one,) = results.load(folder)[0].tasks
+    assert results.drift(one) is None
+    place = shutil.copytree(folder, tmp_path / "run")
+    summary = json.loads((place / "sweep.json").read_text())
+    dense = [json.loads(line) for line in (place / "dense@1.jsonl").read_text().splitlines()]
+    times = {"random": 0.09, "divprune": 0.12, "core_neurons": 0.3, "fastv": 0.4}
+    for name, seconds in times.items():
+        lines = [line | {"seconds": seconds, "mean_keep": 1, "flops": 1, "selection_seconds": 0} for line in dense]
+        if name == "fastv":
+            lines[0] |= {"answers": [[*answer[:2], "maybe"] for answer in lines[0]["answers"]]}
+        (place / f"{name}@1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        summary["cells"].append({"method": name, "budget": 1.0})
+    (place / "sweep.json").write_text(json.dumps(summary))
+    (two,) = results.load(place)[0].tasks
+    assert results.drift(two) == pytest.approx((0.9, 1.2))
+    out = tmp_path / "page.html"
+    assert CliRunner().invoke(cli.app, ["report", str(place), "--out", str(out), "--gallery", "0"]).exit_code == 0
+    assert "What dropped nothing took 0.90 to 1.20 of the dense model’s time" in plain(out.read_text())
+
+
 def one_line(*arguments):
     result = CliRunner().invoke(cli.app, ["report", *map(str, arguments)])
     assert result.exit_code == 2
