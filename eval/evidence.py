@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vtok import zoo
 from vtok.eval import task
 from vtok.eval.results import summaries
-from vtok.eval.sweep import DENSE, interval
+from vtok.eval.sweep import DENSE, difference, per_item
 from vtok.markdown import percent
 from vtok.patching import available
 
@@ -61,15 +59,8 @@ class Evidence:
 
     def lead(self, method: str, other: str, budget: float) -> Kept:
         """How much more a method keeps than another, paired over items."""
-        one, two = (_items(self.cells[name, budget]) for name in (method, other))
-        gain, asked = one[:, 0] - two[:, 0], one[:, 1]
-        low, high = interval(gain, asked)
-        return Kept(*(share / self.dense["accuracy"] for share in (gain.sum() / asked.sum(), low, high)))
-
-
-def _items(row: dict[str, Any]) -> np.ndarray:
-    """[items, 2] right answers and questions of each item."""
-    return np.array([list(map(int, pair.split("/"))) for pair in row["items"].split()])
+        gap = difference(*(per_item(self.cells[name, budget]) for name in (method, other)))
+        return Kept(*(share / self.dense["accuracy"] for share in (gap["difference"], *gap["interval"])))
 
 
 def read(folder: str | Path) -> list[Evidence]:

@@ -52,8 +52,11 @@ class Point:
 def of_task(results: Results, colours: Mapping[str, str]) -> dict[str, Any]:
     """Kind of cost -> figure: the accuracies of one task."""
     rows = [row for cell, row in results.rows.items() if cell.method != DENSE]
-    costs = {"tokens": [row["mean_keep"] for row in rows], "flops": [row["flops"] for row in rows]}
-    costs["time"] = [row["seconds"] / results.dense["seconds"] for row in rows]
+    costs = {
+        "tokens": [row["mean_keep"] for row in rows],
+        "flops": [row["flops"] for row in rows],
+        "time": [row["seconds"] / results.dense["seconds"] for row in rows],
+    }
     dense = (results.dense["accuracy"], *results.dense["interval"])
     return {
         kind: chart([_point(row, x, "accuracy") for row, x in zip(rows, at)], dense, COSTS[kind], colours)

@@ -307,8 +307,7 @@ def tied(results: Results, row: dict[str, Any]) -> list[str]:
     own = results.hits(Cell(row["method"], row["budget"]))
     names = []
     for other in results.at(row["budget"]):
-        gain = own - results.hits(Cell(other["method"], other["budget"]))
-        low, high = sweep.interval(gain[:, 0], own[:, 1])
+        low, high = sweep.difference(own, results.hits(Cell(other["method"], other["budget"])))["interval"]
         if other is not row and low <= 0 <= high:
             names.append(other["method"])
     return names
@@ -357,9 +356,9 @@ def _share(sums: np.ndarray) -> tuple[float, list[float]] | None:
 
 def drift(results: Results) -> tuple[float, float] | None:
     """The least and most time of what ran at a budget of 1 and so dropped nothing, as a part of the dense model's: what
-    the machine alone makes of times. Without methods that act in decoding, which do so at any budget. None where
-    nothing ran so."""
-    known = load_all()
-    names = [name for name, row in results.whole.items() if row["agreement"] == 1 and "decode" not in known[name].stage]
-    times = [results.whole[name]["seconds"] / results.dense["seconds"] for name in names]
+    the machine alone makes of times. Without methods that act in decoding, which do so at any budget, and those that
+    are not installed, of which that is not known. None where nothing ran so."""
+    prefill = {name for name, cls in load_all().items() if "decode" not in cls.stage}
+    idle = [row for name, row in results.whole.items() if name in prefill and row["agreement"] == 1]
+    times = [row["seconds"] / results.dense["seconds"] for row in idle]
     return (min(times), max(times)) if times else None

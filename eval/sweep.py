@@ -241,9 +241,8 @@ def run(
         stamp.write_text(json.dumps(about) + "\n")
         for cell in wanted:
             mend(out / cell.file)
+        complete = all(len(read(out / cell.file)) >= len(items) for cell in wanted)
     share.wait()
-    ran = any(len(read(out / cell.file)) < len(items) for cell in wanted)
-    share.wait()  # until all have looked
     with _bar(share) as bar:
         whole = bar.add_task("", total=len(wanted) * len(items[share.rank :: share.world]))
         for cell in wanted:
@@ -254,21 +253,20 @@ def run(
     if share.rank == 0:
         for cell in wanted:
             mend(out / cell.file)
-        _write_summary(model, about, wanted, refused, len(items), out, ran)
+        summary = out / "sweep.json"
+        # Where nothing was left to ask, the provenance stays that of the call that asked.
+        if complete and summary.exists():
+            machine = json.loads(summary.read_text())["about"]["machine"]
+        else:
+            machine = describe(model.device.type, about["dtype"])
+        _write_summary(model, about | {"items": len(items), "machine": machine}, wanted, refused, summary)
     share.wait()
     return json.loads((out / "sweep.json").read_text())
 
 
-def _write_summary(
-    model: Any, about: dict[str, Any], wanted: list[Cell], refused: dict[Cell, str], count: int, out: Path, ran: bool
-) -> None:
-    """ran: whether anything was asked in this call; if not, the provenance stays that of the call that asked."""
-    file = out / "sweep.json"
-    machine = describe(model.device.type, about["dtype"])
-    if file.exists() and not ran:
-        machine = json.loads(file.read_text())["about"]["machine"]
-    summary = {"about": about | {"items": count, "machine": machine}}
-    lines = {cell: read(out / cell.file) for cell in wanted}
+def _write_summary(model: Any, about: dict[str, Any], wanted: list[Cell], refused: dict[Cell, str], file: Path) -> None:
+    count, summary = about["items"], {"about": about}
+    lines = {cell: read(file.with_name(cell.file)) for cell in wanted}
     for cell in wanted:
         if whole := untouched(cell, lines[cell]):
             refused = refused | {cell: f"It leaves {whole} of the {count} items whole, and so is above the budget."}
@@ -278,7 +276,9 @@ def _write_summary(
         if row["method"] != DENSE and (told := options(model, row["method"])):
             row["options"] = told
     summary["refused"] = [{"method": c.method, "budget": c.budget, "reason": why} for c, why in refused.items()]
-    file.write_text(json.dumps(summary, indent=1) + "\n")
+    part = file.with_suffix(".tmp")  # a kill leaves no half of the file, which a later call reads
+    part.write_text(json.dumps(summary, indent=1) + "\n")
+    part.replace(file)
 
 
 def test_set(task: Task) -> dict[str, int]:
@@ -323,11 +323,11 @@ def summarise(lines: dict[Cell, dict[int, dict[str, Any]]], count: int) -> list[
         if cell != dense:
             for key in ("mean_keep", "flops", "selection_seconds"):
                 row[key] = float(np.mean([line[i][key] for i in range(count)]))
-            row["to_dense"] = _difference(hits[cell], hits[dense])
+            row["to_dense"] = difference(hits[cell], hits[dense])
             rivals = [r for r in lines if r.method in BASELINES and r.budget == cell.budget and r != cell]
             if rivals:
                 best = max(rivals, key=lambda r: hits[r][:, 0].sum())
-                row["to_baseline"] = {"baseline": best.method, **_difference(hits[cell], hits[best])}
+                row["to_baseline"] = {"baseline": best.method, **difference(hits[cell], hits[best])}
         rows.append(row)
     return rows
 
@@ -336,7 +336,13 @@ def _hits(line: dict[str, Any]) -> tuple[int, int]:
     return sum(line["right"]), len(line["right"])
 
 
-def _difference(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+def per_item(row: dict[str, Any]) -> np.ndarray:
+    """[items, 2] right answers and questions of each item, from a row of `summarise`."""
+    return np.array([[int(n) for n in pair.split("/")] for pair in row["items"].split()])
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """The paired difference of two accuracies and its interval; both [items, 2] right answers and questions."""
     gain = one[:, 0] - other[:, 0]
     return {"difference": float(gain.sum() / one[:, 1].sum()), "interval": interval(gain, one[:, 1])}
 

@@ -374,14 +374,14 @@ def dense_loss(
     """Per group of labels: does the patch show one (all patches), which (patches that do), and which does the view."""
     states, loss = heads.norm(states), torch.zeros(())
     which, some = heads.which(states).float(), heads.some(states).float()
+    seen = None if cls is None else heads.cls(heads.norm(cls)).float()
     for n, labels in groups_of(batch.task, lexicon):
         truth = batch.labels[:, labels]
         loss = loss + 5 * F.binary_cross_entropy_with_logits(some[:, n], truth.any(-1).float())
         loss = loss + share_loss(which[:, labels], truth)
-        if cls is not None:
-            seen = heads.cls(heads.norm(cls)).float()[:, labels]
-            there = truth.unflatten(0, (len(cls), -1)).any(1)
-            loss = loss + 2 * F.binary_cross_entropy_with_logits(seen, there.float())
+        if seen is not None:
+            there = truth.unflatten(0, (len(seen), -1)).any(1)
+            loss = loss + 2 * F.binary_cross_entropy_with_logits(seen[:, labels], there.float())
     return loss
 
 
