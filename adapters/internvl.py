@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vtok.adapter import Adapter, Encoded, shrink, stretch
 from vtok.errors import Unsupported
-from vtok.selection import Layout, Plane
 from vtok.tower import OF_CLS, OF_PATCHES, Tower
+from vtok.types import Layout, Plane
 
 PREVIEW = 16  # side of the small pictures by which tiles are compared with their thumbnail
 

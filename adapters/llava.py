@@ -10,8 +10,8 @@ from torch import nn
 
 from vtok.adapter import Adapter, stretch
 from vtok.errors import Unsupported
-from vtok.selection import Layout, Plane
 from vtok.tower import OF_CLS, OF_PATCHES, Tower
+from vtok.types import Layout, Plane
 
 
 class LlavaAdapter(Adapter):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from vtok.adapters.llava import LlavaAdapter
-from vtok.selection import Layout, Plane
+from vtok.types import Layout, Plane
 
 
 class LlavaNextAdapter(LlavaAdapter):

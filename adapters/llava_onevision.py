@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vtok.adapter import stretch
 from vtok.adapters.llava_next import LlavaNextAdapter
 from vtok.errors import Unsupported
-from vtok.selection import Layout, Plane
 from vtok.tower import OF_CLS
+from vtok.types import Layout, Plane
 
 LIMIT = "anyres_max_"  # and a number of views, whose tokens the crops may have together
 

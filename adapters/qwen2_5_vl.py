@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vtok.adapter import Adapter, stretch
-from vtok.selection import Layout, Plane
 from vtok.tower import OF_PATCHES, PackedTower, Tower
+from vtok.types import Layout, Plane
 
 
 class Qwen25VLAdapter(Adapter):

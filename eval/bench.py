@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vtok.accounting import prefill_flops
 from vtok.adapter import find
 from vtok.compressor import STAGES
 from vtok.demo import options, supported
+from vtok.engine.accounting import prefill_flops
 from vtok.errors import InvalidValue
 from vtok.eval import machine, workloads
 from vtok.patching import available, patch

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from vtok.accounting import TextShape, VisionShape, encoder_flops, kv_bytes, prefill_flops
-from vtok.selection import Layout, keep_count
+from vtok.engine.accounting import TextShape, VisionShape, encoder_flops, kv_bytes, prefill_flops
+from vtok.types import Layout, keep_count
 
 TEXT = 40  # text tokens of a prompt, as in AIM's table
 
@@ -166,7 +166,7 @@ def _tiles(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> L
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
     from vtok.adapters.internvl import tiled
-    from vtok.selection import Plane
+    from vtok.types import Plane
 
     size = config.vision_config.image_size[0]
     cols, rows = get_optimal_tiled_canvas((shown.height, shown.width), (size, size), 1, checkpoint.tiles)
@@ -379,8 +379,8 @@ LLAVA_TABLES = (
     Table(
         *AIM_PAPER,
         "its table of image benchmarks",
-        "LLaVA-1.5-7B, no training; TFLOPs of the prefill, which `vtok.accounting` reproduces for the dense model and "
-        "for AIM at 43.75 % with l1=13, l2=21",
+        "LLaVA-1.5-7B, no training; TFLOPs of the prefill, which `vtok.engine.accounting` reproduces for the dense "
+        "model and for AIM at 43.75 % with l1=13, l2=21",
         SUMMARY,
         ("method", "TFLOPs", "VQAv2", "GQA", "MME (perception)", "POPE"),
         (
@@ -530,8 +530,8 @@ CHECKPOINTS = (
                 *AIM_PAPER,
                 "its table of video benchmarks",
                 "LLaVA-OneVision-7B, 32 frames where no other number is given, no training; TFLOPs of the prefill at "
-                "100 text tokens, which `vtok.accounting` reproduces for the dense model and for AIM; its 14.76 counts "
-                "each layer's tokens one layer early, a run does 15.53",
+                "100 text tokens, which `vtok.engine.accounting` reproduces for the dense model and for AIM; its 14.76 "
+                "counts each layer's tokens one layer early, a run does 15.53",
                 SUMMARIES,
                 ("method", "TFLOPs", "VideoMME", "MVBench", "MLVU", "EgoSchema"),
                 (

@@ -17,8 +17,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vtok import accounting
-from vtok.accounting import TextShape, VisionShape, decode_flops, encoder_flops, kv_bytes, prefill_flops
+from vtok.engine import accounting
+from vtok.engine.accounting import TextShape, VisionShape, decode_flops, encoder_flops, kv_bytes, prefill_flops
 from vtok.errors import InvalidValue, Unsupported
 
 QWEN2_7B = TextShape(28, 3584, 18944, 3584, 512, 28, 152064)

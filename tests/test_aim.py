@@ -10,7 +10,7 @@ import vtok
 from vtok.compressors.aim import AIM, AIMMerge, AIMPrune, merge
 from vtok.errors import InvalidValue
 from vtok.kernels.pagerank import pagerank
-from vtok.selection import Attention, Layout, Plane, VisualTokens, keep_count
+from vtok.types import Attention, Layout, Plane, VisualTokens, keep_count
 
 
 def slow_merge(x, count, weighting):

@@ -312,9 +312,9 @@ def test_costs_are_those_that_aim_published_for_the_dense_models():
         c = BY_NAME[name]
         table = next(t for t in c.tables if t.arxiv == "2412.03248")
         printed = next(row for row in table.rows if row[0] == "dense")[table.columns.index("TFLOPs")]
-        shape = vtok.accounting.TextShape.of(c.build())
+        shape = vtok.engine.accounting.TextShape.of(c.build())
         n = sum(picture.n for picture in layouts(c, shown)) + text
-        assert f"{vtok.accounting.prefill_flops(shape, [n] * shape.layers) / 1e12:.2f}" == printed
+        assert f"{vtok.engine.accounting.prefill_flops(shape, [n] * shape.layers) / 1e12:.2f}" == printed
     llava = costs(BY_NAME["llava-1.5-7b-hf"], PHOTO, (1.0, 0.25))
     assert f"{llava[0].flops / 1e12:.2f}" == "8.18"
     # cache: two of 4096 values a token and layer, 2 bytes each

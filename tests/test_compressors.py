@@ -12,7 +12,7 @@ import vtok
 from vtok.compressor import STAGES, load_all
 from vtok.compressors.pool import cells, coarser
 from vtok.errors import InvalidValue
-from vtok.selection import Attention, Layout, Plane, VisualTokens, share
+from vtok.types import Attention, Layout, Plane, VisualTokens, share
 
 REGISTRY = load_all()
 LAYOUTS = [

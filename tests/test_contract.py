@@ -7,7 +7,7 @@ import torch
 from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, mixed, picture, tiny
 
 import vtok
-import vtok.selection
+import vtok.types
 
 METHODS = {
     "uniform": lambda: [vtok.Uniform(keep=0.5)],
@@ -42,7 +42,7 @@ class First(vtok.Uniform):
     """Keeps the first tokens, so that a picture's last one is always dropped."""
 
     def select(self, tokens):
-        index = torch.arange(vtok.selection.keep_count(tokens.features.shape[1], self.keep))
+        index = torch.arange(vtok.types.keep_count(tokens.features.shape[1], self.keep))
         return vtok.Selection.of_indices(index.expand(len(tokens.features), -1), tokens.features.shape[1])
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import vtok
 from vtok.compressors.corematching import coactivation, core_neurons, core_tokens, elbow, votes
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
-from vtok.selection import Activations
+from vtok.types import Activations
 
 # ---- the mathematics -----------------------------------------------------------------------------------------------
 
@@ -585,7 +585,7 @@ def test_cores_follow_their_sequences():
 
 
 def test_equal_neighbours_share_their_copies():
-    from vtok.ffn import Core
+    from vtok.engine.ffn import Core
 
     core = lambda *rows: Core(torch.ones(len(rows)), True, {0: torch.tensor(rows), 1: torch.tensor(rows)})
     assert core([1, 2]).repeats() == 1

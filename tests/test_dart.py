@@ -9,7 +9,7 @@ from contract import batch, picture, tiny
 import vtok
 from vtok.compressors.dart import least_duplicated
 from vtok.errors import InvalidValue
-from vtok.selection import Attention
+from vtok.types import Attention
 
 
 def slow(hidden, size, visual, text, count, visual_pivots, text_pivots):

@@ -7,7 +7,7 @@ from contract import batch, picture, tiny
 import vtok
 from vtok.kernels import farthest_points as kernel
 from vtok.kernels.farthest_points import farthest_points
-from vtok.selection import Layout, Plane, VisualTokens
+from vtok.types import Layout, Plane, VisualTokens
 
 
 def slow(x, k):

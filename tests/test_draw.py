@@ -10,7 +10,7 @@ from PIL import Image
 from vtok import draw
 from vtok.draw import Panel, panels, save
 from vtok.errors import InvalidValue, MissingExtra
-from vtok.selection import Layout, Plane
+from vtok.types import Layout, Plane
 
 pytest.importorskip("matplotlib")
 

@@ -9,9 +9,9 @@ from transformers import DynamicCache
 import vtok
 from vtok.adapter import shrink, stretch
 from vtok.adapters.llava_next import anyres_layout
+from vtok.engine.cache import CompressedCache, Rows
 from vtok.errors import Unsupported
-from vtok.selection import Layout, Plane, keep_count
-from vtok.sequence import CompressedCache, Rows
+from vtok.types import Layout, Plane, keep_count
 
 
 def logits(model, inputs, **extra):

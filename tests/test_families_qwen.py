@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import vtok
-from vtok import accounting
-from vtok.accounting import VisionShape, encoder_flops
 from vtok.adapters.qwen2_5_vl import stretch_frames
+from vtok.engine import accounting
+from vtok.engine.accounting import VisionShape, encoder_flops
 from vtok.errors import Unsupported
-from vtok.selection import Layout, Plane, mean_of_members
+from vtok.types import Layout, Plane, mean_of_members
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 METHODS = {

@@ -13,16 +13,16 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_t
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 import vtok
-from vtok import accounting
-from vtok.accounting import VisionShape, encoder_flops
 from vtok.adapter import shrink
 from vtok.adapters.internvl import arrangement, tiled
 from vtok.adapters.llava_next import anyres_layout
 from vtok.adapters.llava_onevision import limited
 from vtok.compressors.globalcom2 import crop_index, crop_sizes, mosaic_index
-from vtok.engine import _unbroken
+from vtok.engine import accounting
+from vtok.engine.accounting import VisionShape, encoder_flops
+from vtok.engine.forward import _unbroken
 from vtok.errors import Unsupported
-from vtok.selection import Layout, VisualTokens
+from vtok.types import Layout, VisualTokens
 
 SIZES = [(112, 112), (70, 112), (112, 70), (30, 200), (200, 30), (56, 57), (333, 97), (20, 20)]
 

@@ -13,8 +13,8 @@ from test_undo import snapshot
 import vtok
 from vtok.errors import InvalidValue, Unsupported
 from vtok.patching import _Seam
-from vtok.selection import Layout, Plane
 from vtok.tower import NEEDS, OF_CLS, OF_PATCHES, PackedTower, Tower, check_layer, layer_index, received, window_order
+from vtok.types import Layout, Plane
 
 SEEING = [family for family in FAMILIES if ADAPTERS[family].provides >= OF_PATCHES]
 PACKED = [family for family in SEEING if family.startswith("qwen")]

@@ -6,7 +6,7 @@ from contract import FAMILIES, Entered, Masked, mixed, tiny
 
 import vtok
 from vtok.errors import InvalidValue
-from vtok.selection import Attention
+from vtok.types import Attention
 
 
 def run(model, inputs, **extra):

@@ -13,7 +13,7 @@ from vtok.compressors.quecc import places
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.quecc import LAYERS, RELEASED, QueCC, QueCCProjector, question_end, windows
 from vtok.modules.quecc_training import projector_for, train
-from vtok.selection import Layout, Plane
+from vtok.types import Layout, Plane
 
 
 def wave(shape, period, shift):

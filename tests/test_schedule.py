@@ -15,7 +15,7 @@ import vtok
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.search import schedules
-from vtok.selection import Attention
+from vtok.types import Attention
 
 LLAVA = (  # digitised from the paper's figure; the last layer, which it does not plot, as the one before
     *(1, 1, 0.648, 0.640, 0.619, 0.619, 0.619, 0.502, 0.499, 0.498, 0.498, 0.487, 0.236, 0.236, 0.236, 0.236),

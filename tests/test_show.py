@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import vtok
 from vtok import cli, demo, show
 from vtok.errors import InvalidValue, MissingExtra, Unsupported
-from vtok.selection import Layout, Plane
+from vtok.types import Layout, Plane
 
 pytest.importorskip("matplotlib")
 

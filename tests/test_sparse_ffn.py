@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from vtok.engine.ffn import activation
 from vtok.errors import InvalidValue
-from vtok.ffn import activation
 from vtok.kernels.sparse_ffn import ACTIVATIONS, gather_neurons, gathered_ffn, sparse_ffn
 
 SHAPES = [(1, 1, 4, 6, 3), (2, 3, 5, 7, 7), (3, 1, 16, 40, 17), (2, 9, 8, 33, 1)]

@@ -164,7 +164,7 @@ def test_a_broken_compressor_shows(loaded, tmp_path, monkeypatch):
 
     def wrong(self, tokens):
         selection = select(self, tokens)
-        return vtok.selection.Selection(selection.keep.roll(selection.keep.shape[1] // 2, 1), selection.n_kept)
+        return vtok.types.Selection(selection.keep.roll(selection.keep.shape[1] // 2, 1), selection.n_kept)
 
     monkeypatch.setattr(vtok.GlobalCom2, "select", wrong)
     broken = sweep.run(model, processor, NAME, TASK, ["globalcom2"], [0.25], count, tmp_path / "wrong")["cells"][1]

@@ -12,7 +12,7 @@ from test_visionzip import LAYOUTS, by_view
 import vtok
 from vtok.compressors.tcc import TCC, calibrate, cut, fold, gumbel, near_duplicates, outliers
 from vtok.errors import InvalidValue, Unsupported
-from vtok.selection import Layout, Plane, VisualTokens
+from vtok.types import Layout, Plane, VisualTokens
 
 BASE = {"sim_threshold": 0.6, "count_threshold": 1, "low_layer": 0, "deep_layer": 1, "k": 4}  # something happens
 

@@ -12,7 +12,7 @@ import vtok
 from vtok.compressors.tokenflex import TokenFLEX, places
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.tokenflex import TokenFlexProjector, TokenSampler, pool_grid
-from vtok.selection import Layout, Plane, VisualTokens
+from vtok.types import Layout, Plane, VisualTokens
 
 
 @pytest.mark.parametrize(

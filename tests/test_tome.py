@@ -16,7 +16,7 @@ from vtok import vit as vits
 from vtok.compressors.tome import match, merge
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.kernels.merge import sizes
-from vtok.selection import Layout, Plane
+from vtok.types import Layout, Plane
 
 # ---- the mathematics, alone ------------------------------------------------------------------------------------
 

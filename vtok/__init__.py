@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Compressor": "vtok.compressor",
     "Patch": "vtok.patching",
-    "Selection": "vtok.selection",
-    "Trace": "vtok.trace",
-    "VisualTokens": "vtok.selection",
+    "Selection": "vtok.types",
+    "Trace": "vtok.engine.trace",
+    "VisualTokens": "vtok.types",
     "VtokError": "vtok.errors",
     "available": "vtok.patching",
     "patch": "vtok.patching",

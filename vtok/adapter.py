@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import Unsupported
-from vtok.selection import Layout, Plane
 from vtok.tower import Layer, Tower
+from vtok.types import Layout, Plane
 
 _REGISTRY: dict[str, type[Adapter]] = {}
 
@@ -53,7 +53,7 @@ class Adapter(ABC):
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]  # of transformers' configs
     # what compressors may need, see Compressor.needs; "question" and "ffn" are added to all, "ffn" being checked on the
-    # model (vtok/ffn.py)
+    # model (vtok/engine/ffn.py)
     provides: ClassVar[frozenset[str]] = frozenset({"attention"})
     encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}  # modality -> method of the core model
     projector: ClassVar[str] = "multi_modal_projector"  # path in the core model of what maps features to embeddings

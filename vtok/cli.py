@@ -82,7 +82,7 @@ def demo(
 
         from vtok import demo as work
         from vtok import zoo
-        from vtok.selection import check_keep
+        from vtok.types import check_keep
     logging.disable_progress_bar()
     check_keep(fraction)
     if threads:
@@ -157,7 +157,7 @@ def show(
 
         from vtok import demo, zoo
         from vtok import show as work
-        from vtok.selection import check_keep
+        from vtok.types import check_keep
     logging.disable_progress_bar()
     check_keep(fraction)
     if threads:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vtok.errors import InvalidValue, UnknownName, Unsupported
-from vtok.selection import Activations, Attention, Selection, VisualTokens, check_keep
 from vtok.tower import NEEDS as ENCODER_NEEDS
 from vtok.tower import Layer
+from vtok.types import Activations, Attention, Selection, VisualTokens, check_keep
 from vtok.vit import Block
 
 STAGES = ("encoder", "pre_llm", "llm", "decode")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from vtok import adapter as adapters
 from vtok import compressor as compressors
 from vtok.draw import Panel
+from vtok.engine.trace import Picture, Trace
 from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.patching import available, patch
-from vtok.trace import Picture, Trace
 
 METHODS = ("divprune", "globalcom2", "fastv", "aim", "pool", "random", "downsample")
 DENSE = "dense"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtok.errors import InvalidValue, MissingExtra
-from vtok.selection import Layout, Plane
+from vtok.types import Layout, Plane
 
 INK, FAINT, OTHER = "#1c1c1c", "#6b6b6b", "#b3261e"
 TALL, WIDE, GAP = 2.9, 4.4, 0.34  # inches: at most, of a panel's picture; and between panels

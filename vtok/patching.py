@@ -15,16 +15,16 @@ from torch import nn
 
 from vtok import adapter as adapters
 from vtok import compressor as compressors
-from vtok import ffn, probe
 from vtok import vit as vits
-from vtok.accounting import TextShape, VisionShape
 from vtok.compressor import STAGES, Compressor
-from vtok.engine import Engine
+from vtok.engine import ffn, probe
+from vtok.engine.accounting import TextShape, VisionShape
+from vtok.engine.forward import Engine
+from vtok.engine.trace import Shapes, Trace
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
-from vtok.selection import check_keep
 from vtok.tower import NEEDS as ENCODER_NEEDS
 from vtok.tower import layer_index
-from vtok.trace import Shapes, Trace
+from vtok.types import check_keep
 
 TRANSFORMERS = ((5, 19), (5, 24))  # tested from the first up to, not with, the second; as in pyproject.toml
 _PATCHES: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()  # core model -> its patch

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from vtok import adapter as adapters
 from vtok import demo, draw
 from vtok.draw import Panel
+from vtok.engine.trace import Trace
 from vtok.errors import InvalidValue, MissingExtra, Unsupported
-from vtok.selection import Layout, Plane
-from vtok.trace import Trace
+from vtok.types import Layout, Plane
 
 METHODS = ("globalcom2", "divprune", "fastv", "schedule")  # one of each kind; those that the model supports
 ENCODER = -1  # stands for a decoder layer: what leaves the vision encoder

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import InvalidValue, Unsupported
-from vtok.selection import Layout
+from vtok.types import Layout
 from vtok.vit import full
 
 Layer = int | float | None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import Unsupported
-from vtok.selection import Layout
+from vtok.types import Layout
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vtok.errors import Unsupported
 from vtok.kernels.merge import sizes
-from vtok.selection import Layout, Plane
+from vtok.types import Layout, Plane
 
 if TYPE_CHECKING:
     from vtok.compressor import Compressor

@@ -14,7 +14,7 @@ from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
 from vtok.kernels.pagerank import pagerank
-from vtok.selection import Attention, Selection, VisualTokens, keep_count, share
+from vtok.types import Attention, Selection, VisualTokens, keep_count, share
 
 PAPER = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, arXiv 2412.03248"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
-from vtok.selection import Activations, check_keep
+from vtok.types import Activations, check_keep
 
 PAPER = "CoreMatching: A Co-adaptive Sparse Inference Framework for VLMs, arXiv 2505.19235"
 BLOCK = 256  # tokens whose strongest neurons are found at once

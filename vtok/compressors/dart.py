@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtok.compressors.fastv import FastV
 from vtok.errors import InvalidValue
-from vtok.selection import Attention
+from vtok.types import Attention
 
 NORMS = {"l2": 2, "l1": 1}
 STEPS = 8192  # keys are as large as each other where they differ by less than that part of the largest

@@ -8,7 +8,7 @@ import torch
 
 from vtok.compressor import Compressor
 from vtok.kernels.farthest_points import farthest_points
-from vtok.selection import Selection, VisualTokens, keep_count
+from vtok.types import Selection, VisualTokens, keep_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
-from vtok.selection import Attention
+from vtok.types import Attention
 
 
 @dataclass(frozen=True, kw_only=True)

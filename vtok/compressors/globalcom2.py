@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
-from vtok.selection import Plane, Selection, VisualTokens, keep_count, share
+from vtok.types import Plane, Selection, VisualTokens, keep_count, share
 
 SOURCES = ("cls_logits", "cls_probs", "neg_cos_mean")
 ALLOCATIONS = ("softmax_sum", "uniform")

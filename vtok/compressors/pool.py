@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtok.compressor import Compressor
-from vtok.selection import Plane, Selection, VisualTokens, keep_count, share
+from vtok.types import Plane, Selection, VisualTokens, keep_count, share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.quecc import QueCCProjector, question_end
-from vtok.selection import Layout, Selection, VisualTokens
+from vtok.types import Layout, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

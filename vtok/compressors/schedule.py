@@ -14,7 +14,7 @@ from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.search import schedules
-from vtok.selection import Attention, check_keep
+from vtok.types import Attention, check_keep
 
 QUERIES = ("instruction", "last")
 ROUNDINGS = ("up", "down")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.redundancy_counts import redundancy_counts
-from vtok.selection import Layout, Plane, Selection, VisualTokens, check_keep, keep_count
 from vtok.tower import Layer, check_layer
+from vtok.types import Layout, Plane, Selection, VisualTokens, check_keep, keep_count
 from vtok.views import Views, ranks, unit
 
 IMPORTANCE = {"cls": "cls_probs", "received": "encoder_attention"}  # name -> need

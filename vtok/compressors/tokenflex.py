@@ -13,7 +13,7 @@ from torch import Tensor
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.tokenflex import TokenFlexProjector, square_side
-from vtok.selection import Plane, Selection, VisualTokens
+from vtok.types import Plane, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

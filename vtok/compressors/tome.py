@@ -11,7 +11,7 @@ from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
-from vtok.selection import check_keep, keep_count, share
+from vtok.types import check_keep, keep_count, share
 from vtok.vit import Block
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vtok.compressor import Compressor
-from vtok.selection import Selection, VisualTokens, keep_count
+from vtok.types import Selection, VisualTokens, keep_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
-from vtok.selection import Selection, VisualTokens, keep_count, share
 from vtok.tower import Layer, check_layer
+from vtok.types import Selection, VisualTokens, keep_count, share
 from vtok.views import Views, ranks, unit
 
 IMPORTANCE = {"cls": "cls_probs", "received": "encoder_attention"}  # name -> need

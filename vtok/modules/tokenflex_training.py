@@ -22,7 +22,7 @@ from vtok import adapter as adapters
 from vtok.compressors.tokenflex import TokenFLEX
 from vtok.modules.tokenflex import TokenFlexProjector, TokenSampler
 from vtok.patching import Patch, patch
-from vtok.selection import Selection, VisualTokens
+from vtok.types import Selection, VisualTokens
 
 PLACE = "token_projector"  # the attribute of the core model that holds the projector while it is trained
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vtok import adapter as adapters
 from vtok import zoo
-from vtok.accounting import TextShape, VisionShape
+from vtok.engine.accounting import TextShape, VisionShape
 from vtok.eval.checkpoints import (
     CHECKPOINTS,
     REMARKS,
@@ -23,7 +23,7 @@ from vtok.eval.checkpoints import (
     media,
 )
 from vtok.markdown import percent, table
-from vtok.selection import Layout, Plane
+from vtok.types import Layout, Plane
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
 AT = 0.25  # at which the commands run
@@ -105,9 +105,9 @@ patch = vtok.patch(model, "{_default(c)}", keep={AT})
 
 ## Predicted savings
 
-By formula (`vtok.accounting`), for one picture or clip, {TEXT} text tokens and a compressor before the language model
-that keeps the given share; prefill in TFLOPs, KV cache in MB of half precision. The encoder's work is not saved by it,
-which bounds the gain of the whole.
+By formula (`vtok.engine.accounting`), for one picture or clip, {TEXT} text tokens and a compressor before the language
+model that keeps the given share; prefill in TFLOPs, KV cache in MB of half precision. The encoder's work is not saved
+by it, which bounds the gain of the whole.
 
 {_savings(c)}
 

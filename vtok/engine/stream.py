@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok import ffn
 from vtok.compressor import Compressor
+from vtok.engine import ffn
+from vtok.engine.cache import OTHER_PATCH, CompressedCache, Rows, causal_mask, gather
 from vtok.errors import PatchStateError, Unsupported
-from vtok.selection import Activations, Attention
-from vtok.sequence import OTHER_PATCH, CompressedCache, Rows, causal_mask, gather
+from vtok.types import Activations, Attention
 
 
 class Stopwatch:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from vtok.engine.ffn import Copies, Core
 from vtok.errors import Unsupported
-from vtok.ffn import Copies, Core
 from vtok.kernels.compact_sequence import kept_last
 
 OTHER_PATCH = "This cache was made under another patch, whose layers hold different tokens. Start a new conversation."

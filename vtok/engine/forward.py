@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 
-from vtok import ffn
 from vtok.adapter import Adapter, Encoded, bind, shrink
 from vtok.compressor import Compressor
+from vtok.engine import ffn
+from vtok.engine.cache import OTHER_PATCH, CompressedCache, Rows, gather
+from vtok.engine.probe import KEYWORD
+from vtok.engine.stream import Stopwatch, Stream
+from vtok.engine.trace import Picture, Shapes, Trace
 from vtok.errors import PatchStateError, Unsupported
 from vtok.kernels.compact_sequence import compact_sequence
-from vtok.probe import KEYWORD
-from vtok.selection import Question, Selection, VisualTokens, mean_of_members
-from vtok.sequence import OTHER_PATCH, CompressedCache, Rows, gather
-from vtok.stream import Stopwatch, Stream
 from vtok.tower import Layer
-from vtok.trace import Picture, Shapes, Trace
+from vtok.types import Question, Selection, VisualTokens, mean_of_members
 from vtok.vit import Blocks, leaders
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok.accounting import (
+from vtok.engine.accounting import (
     TextShape,
     VisionShape,
     copied_bytes,
@@ -18,9 +18,9 @@ from vtok.accounting import (
     kv_bytes,
     prefill_flops,
 )
-from vtok.ffn import Core
-from vtok.selection import Layout
-from vtok.sequence import Rows
+from vtok.engine.cache import Rows
+from vtok.engine.ffn import Core
+from vtok.types import Layout
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Trace:
 
     def flops(self, causal: bool = False) -> dict[str, dict[str, int]]:
         """{"dense", "compressed"} -> {"encoder", "prefill", "decode"}: operations of the whole batch by formula
-        (`vtok.accounting`, where `causal` is explained); "decode" is one step after the prefill."""
+        (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill."""
         text, vision = self.shapes.text, self.shapes.vision
         small = [p.layout if self._encoder_stage is not None else p.dense for p in self.pictures]
         layouts = {"dense": self.layouts, "compressed": small}

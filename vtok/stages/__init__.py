@@ -1,0 +1,1 @@
+"""Where tokens can go in a model: one file a stage."""
