@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from vtok import cli, kernels
-from vtok.eval import bench_kernels
+from vtok.eval.bench import kernels as bench_kernels
 
 
 def test_exponent():

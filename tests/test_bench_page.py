@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vtok import cli
-from vtok.eval import bench_page
+from vtok.eval.bench import page as bench_page
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -21,8 +21,8 @@ from vtok import compressor as compressors
 from vtok import zoo
 from vtok.adapters._tiny import INTERNVL_TOKENS, LLAVA_TOKENS, QWEN_TOKENS, tokenizer
 from vtok.cli import app
-from vtok.eval import checkpoints
-from vtok.eval.checkpoints import CHECKPOINTS, MEDIA, TASKS, costs, layouts, media
+from vtok.eval.pages import checkpoints
+from vtok.eval.pages.checkpoints import CHECKPOINTS, MEDIA, TASKS, costs, layouts, media
 from vtok.zoo import pages
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -81,7 +81,7 @@ def method_arguments(text: str) -> dict:
     """What of `--model_args` is for the compressors; the rest must be arguments of the model."""
     from lmms_eval.utils import simple_parse_args_string
 
-    from vtok.eval.lmms_models import VtokChat
+    from vtok.eval.lmms.models import VtokChat
 
     own = inspect.signature(VtokChat.__init__).parameters.keys() - {"compressor", "keep", "budget", "config"}
     given = simple_parse_args_string(text)
@@ -94,7 +94,7 @@ def test_commands_are_understood(name, monkeypatch):
     pytest.importorskip("lmms_eval", reason="the eval extra is not installed")
     from lmms_eval.__main__ import parse_eval_args
 
-    from vtok.eval import lmms_plan
+    from vtok.eval.lmms import plan as lmms_plan
 
     c = BY_NAME[name]
     runs = []
@@ -117,7 +117,7 @@ def test_commands_are_understood(name, monkeypatch):
 def test_the_methods_of_a_page_patch_its_family(name):
     """The model in full size, but for the weights; where a method looks at those, a tiny one as deep."""
     pytest.importorskip("lmms_eval", reason="the eval extra is not installed")
-    from vtok.eval import lmms_plan
+    from vtok.eval.lmms import plan as lmms_plan
 
     c = BY_NAME[name]
     hollow = c.hollow()
@@ -132,7 +132,7 @@ def test_the_methods_of_a_page_patch_its_family(name):
 
 @each
 def test_bench_commands_are_understood(name):
-    from vtok.eval import workloads
+    from vtok.eval.bench import workloads
 
     found = commands(name, "vtok")
     assert len(found) == bool(BY_NAME[name].workload)

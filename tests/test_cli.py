@@ -235,7 +235,7 @@ def test_the_bundled_demo(monkeypatch, tmp_path):
 def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
     import json
 
-    from vtok.eval import bench
+    from vtok.eval.bench import bench
 
     file = tmp_path / "bench.json"
     monkeypatch.setattr(bench, "LARGE", 100)

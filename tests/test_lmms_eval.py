@@ -28,10 +28,14 @@ from typer.testing import CliRunner
 import vtok
 from vtok.cli import app
 from vtok.errors import InvalidValue, UnknownName, Unsupported
-from vtok.eval import lmms_models, lmms_plan, lmms_prompts, lmms_tasks, video
-from vtok.eval.lmms_entry import manifests
-from vtok.eval.lmms_models import RunFailed, VtokChat, VtokSimple
-from vtok.eval.task import Item, Question, Task
+from vtok.eval.lmms import models as lmms_models
+from vtok.eval.lmms import plan as lmms_plan
+from vtok.eval.lmms import prompts as lmms_prompts
+from vtok.eval.lmms import tasks as lmms_tasks
+from vtok.eval.lmms import video
+from vtok.eval.lmms.entry import manifests
+from vtok.eval.lmms.models import RunFailed, VtokChat, VtokSimple
+from vtok.eval.tasks.task import Item, Question, Task
 
 BUNDLED = "vtok-tiny-llava-next"
 CLIP = [contract.picture(56, 56, seed) for seed in range(5)]

@@ -115,6 +115,7 @@ def test_modules_import_only_declared_dependencies(package):
     named = {"pillow": "PIL"}
     core = {named.get(name, name) for name in (d.split(">")[0] for d in PROJECT["project"]["dependencies"])}
     for file in FOLDERS[package].glob("*.py"):
-        extra = EXTRAS.get(f"{package}.{file.stem}", set()) | EXTRAS.get(package, set())
+        parts = f"{package}.{file.stem}".split(".")
+        extra = set().union(*(EXTRAS.get(".".join(parts[: i + 1]), set()) for i in range(len(parts))))
         allowed = core | extra | {"vtok"} | sys.stdlib_module_names
         assert set(top_level_imports(file)) <= allowed, file

@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from vtok import cli, zoo
 from vtok.errors import InvalidValue
-from vtok.eval import choosing, evidence, results
-from vtok.eval.sweep import Cell
-from vtok.eval.task import Item, Question
+from vtok.eval.pages import choosing
+from vtok.eval.results import evidence, results
+from vtok.eval.results.sweep import Cell
+from vtok.eval.tasks.task import Item, Question
 
 pytest.importorskip("matplotlib")
-report = pytest.importorskip("vtok.eval.report")
+report = pytest.importorskip("vtok.eval.pages.report")
 
 ITEMS, CATEGORIES = 30, {"scenes": ("colour", "reading", "trend"), "needle": ("code", "gap"), "existence": ("random",)}
 CELLS = {
@@ -266,7 +267,7 @@ def test_several_models(several, tmp_path):
 
 def test_clips_are_strips():
     """Pictures over a clip's frames: the dense model and each method, frames side by side."""
-    from vtok.eval import report_gallery
+    from vtok.eval.pages import gallery as report_gallery
 
     model, processor = tiny("qwen2_5_vl")
     frames = tuple(picture(84, 84, seed) for seed in range(4))

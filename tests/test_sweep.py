@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 import vtok
 from vtok import cli, zoo
 from vtok.errors import InvalidValue, UnknownName
-from vtok.eval import answers, sweep
-from vtok.eval.sweep import Cell
-from vtok.eval.task import tasks
+from vtok.eval.results import sweep
+from vtok.eval.results.sweep import Cell
+from vtok.eval.tasks import answers
+from vtok.eval.tasks.task import tasks
 
 NAME, TASK = "vtok-tiny-llava-next", tasks()["scenes"]
 

@@ -14,22 +14,19 @@ from typer.testing import CliRunner
 
 from vtok import cli
 from vtok.errors import InvalidValue, MissingExtra, UnknownName
-from vtok.eval import (
-    canvas,
-    card,
-    task,
-    task_charts,
-    task_documents,
-    task_existence,
-    task_needle,
-    task_scenes,
-    task_video,
-)
-from vtok.eval.task import Item, Question, Task
+from vtok.eval.tasks import canvas, task
+from vtok.eval.tasks import charts as task_charts
+from vtok.eval.tasks import documents as task_documents
+from vtok.eval.tasks import existence as task_existence
+from vtok.eval.tasks import fingerprint as card
+from vtok.eval.tasks import needle as task_needle
+from vtok.eval.tasks import scenes as task_scenes
+from vtok.eval.tasks import video as task_video
+from vtok.eval.tasks.task import Item, Question, Task
 from vtok.zoo import evaluate, sources
 
 TASKS = task.tasks()
-ROOT = Path(task.__file__).parents[1]
+ROOT = Path(task.__file__).parents[2]
 every = pytest.mark.parametrize("name", TASKS)
 
 
@@ -57,7 +54,7 @@ def near(area, colour, tolerance=60) -> np.ndarray:
 
 
 def test_every_file_is_a_task():
-    files = {p.stem.removeprefix("task_") for p in Path(task.__file__).parent.glob("task_*.py")}
+    files = {p.stem for p in Path(task.__file__).parent.glob("*.py") if "\nTASK = " in p.read_text()}
     assert files == set(TASKS) >= {"scenes", "needle", "documents", "charts", "video", "existence"}
     with pytest.raises(UnknownName, match="needle"):
         task.get("nope")
@@ -91,7 +88,7 @@ def test_items_are_pure_and_whole(name, split):
 
 def test_items_do_not_depend_on_the_process():
     code = (
-        "import zlib; from vtok.eval import task\n"
+        "import zlib; from vtok.eval.tasks import task\n"
         "drawn = [t.item('test', 1, i) for t in task.tasks().values() for i in range(9)]\n"
         "said = zlib.crc32(repr([(i.questions, [f.tobytes() for f in i.images]) for i in drawn]).encode())\n"
     )

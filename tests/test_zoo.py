@@ -16,7 +16,7 @@ from test_triton import HERE, child
 from typer.testing import CliRunner
 
 from vtok import cli, zoo
-from vtok.eval import task as offline
+from vtok.eval.tasks import task as offline
 from vtok.zoo import (
     architecture,
     batches,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vtok import zoo
-from vtok.eval import task as offline
+from vtok.eval.tasks import task as offline
 from vtok.zoo import internvl, judge, loop, qwen2_5_vl, task_card, train
 from vtok.zoo.team import Team
 

@@ -13,8 +13,8 @@ from typer.core import TyperGroup
 
 import vtok
 from vtok.errors import InvalidValue, VtokError
-from vtok.eval.tasks_cli import app as tasks_app
 from vtok.search.cli import app as search_app
+from vtok.tasks_cli import app as tasks_app
 from vtok.zoo.cli import app as zoo_app
 
 MODEL = "vtok-tiny-llava-next"
@@ -275,7 +275,8 @@ def evaluate(
     """
     from transformers.utils import logging
 
-    from vtok.eval import sweep, task
+    from vtok.eval.results import sweep
+    from vtok.eval.tasks import task
 
     logging.disable_progress_bar()
     if threads:
@@ -303,8 +304,9 @@ def _evaluate(
 ) -> None:
     """`vtok eval` of one model. counts: items of each task; asked: whether the tasks were named."""
     from vtok import demo, zoo
-    from vtok.eval import sweep, task
-    from vtok.eval.answers import media
+    from vtok.eval.results import sweep
+    from vtok.eval.tasks import task
+    from vtok.eval.tasks.answers import media
 
     network, processor = demo.load(model)
     takes = media(processor)
@@ -342,7 +344,7 @@ def report(
 ) -> None:
     """Turn results of `vtok eval`, of one task, several or several models, into one self-contained HTML page."""
     if choosing is not None:
-        from vtok.eval import choosing as guide
+        from vtok.eval.pages import choosing as guide
 
         typer.echo(f"wrote {guide.write(folder, choosing)}")
         return
@@ -351,7 +353,7 @@ def report(
     with console.status("writing the report"):
         from transformers.utils import logging
 
-        from vtok.eval import report as work
+        from vtok.eval.pages import report as work
 
         logging.disable_progress_bar()
         files = work.write(folder, out, gallery)
@@ -386,16 +388,16 @@ def bench(
 ) -> None:
     """Measure every phase against the FLOP ratio, the cost of the patch itself, memory and decoding."""
     if page is not None:
-        from vtok.eval import bench_page
+        from vtok.eval.bench import page as bench_page
 
         typer.echo(f"wrote {bench_page.write(page)}")
         return
     if kernels:
-        from vtok.eval import bench_kernels as alone
+        from vtok.eval.bench import kernels as alone
 
         met = alone.run(out, repetitions, threads, device, dtype)
     else:
-        from vtok.eval import bench as work
+        from vtok.eval.bench import bench as work
 
         if out is not None:
             _drawing(required=True)

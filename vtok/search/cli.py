@@ -62,8 +62,8 @@ def _open(
 
     from vtok import adapter
     from vtok.demo import load
-    from vtok.eval.machine import describe
-    from vtok.eval.sweep import fingerprint
+    from vtok.eval.bench.machine import describe
+    from vtok.eval.results.sweep import fingerprint
     from vtok.search import questions as work
     from vtok.search.evaluations import Evaluations
     from vtok.zoo import scenes

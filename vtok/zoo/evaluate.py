@@ -44,8 +44,8 @@ def held_out(count: int = TEST_SCENES) -> Iterator[tuple[Scene, list[Question]]]
 
 def answer(model, processor, image: Image.Image, questions: list[str]) -> list[str]:
     """Greedy answers to questions about one picture, each asked alone."""
-    from vtok.eval import answers  # which knows this file's seed
-    from vtok.eval.task import Item, Question
+    from vtok.eval.tasks import answers  # which knows this file's seed
+    from vtok.eval.tasks.task import Item, Question
 
     asked = tuple(Question("", text, "") for text in questions)
     return answers.answer(model, processor, Item(0, "image", (image,), asked), tokens=TOKENS)

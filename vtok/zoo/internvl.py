@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from vtok.eval.task import Item
+from vtok.eval.tasks.task import Item
 from vtok.zoo import recipe
 from vtok.zoo.architecture import prepare
 from vtok.zoo.items import Lexicon

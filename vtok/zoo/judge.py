@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 
 from PIL import Image
 
-from vtok.eval.answers import answer
-from vtok.eval.card import fingerprint
-from vtok.eval.task import Task, blind_baseline, tasks
+from vtok.eval.tasks.answers import answer
+from vtok.eval.tasks.fingerprint import fingerprint
+from vtok.eval.tasks.task import Task, blind_baseline, tasks
 from vtok.zoo import DEMO_IMAGE, DEMO_QUESTION, evaluate
 from vtok.zoo.evaluate import TEST_SEED, Record, bootstrap, grey, halved, wilson
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from vtok import adapter as adapters
 from vtok import zoo
 from vtok.engine.accounting import TextShape, VisionShape
-from vtok.eval.checkpoints import (
+from vtok.eval.pages.checkpoints import (
     CHECKPOINTS,
     REMARKS,
     TASKS,
@@ -83,7 +83,8 @@ def page(c: Checkpoint) -> str:
     notes = "".join(f"\n- {note}" for note in c.notes)
     return f"""# {c.hub}
 
-Written by `vtok zoo pages` from `eval/checkpoints.py`; do not edit. Family `{c.family}` (`adapters/{c.family}.py`).
+Written by `vtok zoo pages` from `eval/pages/checkpoints.py`; do not edit. Family `{c.family}`
+(`adapters/{c.family}.py`).
 
 ```python
 import vtok

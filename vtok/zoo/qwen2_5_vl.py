@@ -16,7 +16,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from vtok.eval.task import Item
+from vtok.eval.tasks.task import Item
 from vtok.zoo import recipe
 from vtok.zoo.architecture import prepare
 from vtok.zoo.items import Lexicon

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vtok import zoo
-from vtok.eval import task as offline
-from vtok.eval.task import Box, Item, Question, Task
+from vtok.eval.tasks import task as offline
+from vtok.eval.tasks.task import Box, Item, Question, Task
 from vtok.show import Clip
 from vtok.zoo import items, loop
 from vtok.zoo.items import Lexicon

@@ -10,9 +10,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtok.eval.evidence import Evidence, mean, read
-from vtok.eval.results import at_all, not_run
-from vtok.eval.sweep import BASELINES, calls
+from vtok.eval.results.evidence import Evidence, mean, read
+from vtok.eval.results.results import at_all, not_run
+from vtok.eval.results.sweep import BASELINES, calls
 from vtok.markdown import paragraph, percent, table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vtok.eval.task import tasks
+from vtok.eval.tasks.task import tasks
 from vtok.markdown import percent, table
 from vtok.zoo import judge, tables
 from vtok.zoo.card import usage

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
-from vtok.eval.bench import DENSE, IDENTITY, bars
+from vtok.eval.bench.bench import DENSE, IDENTITY, bars
 from vtok.markdown import table
 
 HEAD = """# Speed

@@ -12,8 +12,8 @@ from PIL import Image
 
 from vtok.demo import open_picture
 from vtok.errors import InvalidValue, Unsupported
-from vtok.eval.answers import encode
-from vtok.eval.video import Sampling, open_clip
+from vtok.eval.lmms.video import Sampling, open_clip
+from vtok.eval.tasks.answers import encode
 from vtok.show import Clip
 
 IMAGE_MARK = "<image>"  # stands for a picture in the prompts of some tasks

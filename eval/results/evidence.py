@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vtok import zoo
-from vtok.eval import task
-from vtok.eval.results import summaries
-from vtok.eval.sweep import DENSE, difference, per_item
+from vtok.eval.results.results import summaries
+from vtok.eval.results.sweep import DENSE, difference, per_item
+from vtok.eval.tasks import task
 from vtok.markdown import percent
 from vtok.patching import available
 

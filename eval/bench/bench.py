@@ -1,7 +1,7 @@
 """The speed benchmark behind `make bench`: is the compute saved on paper also saved on the clock?
 
-A workload (`vtok.eval.workloads`) runs dense, patched with keep=1.0, and with every method at every `keep`, phase by
-phase: encoder, projector, the language model's prefill (from before the first hook of the patch to after the last),
+A workload (`vtok.eval.bench.workloads`) runs dense, patched with keep=1.0, and with every method at every `keep`, phase
+by phase: encoder, projector, the language model's prefill (from before the first hook of the patch to after the last),
 within it the selection, and then decoding token by token. Variants take turns, in an order that flips.
 
 The ideal is the ratio of the operations that causal attention needs. Published tables count all n^2 scores of a
@@ -31,7 +31,7 @@ from vtok.compressor import STAGES
 from vtok.demo import options, supported
 from vtok.engine.accounting import prefill_flops
 from vtok.errors import InvalidValue
-from vtok.eval import machine, workloads
+from vtok.eval.bench import machine, workloads
 from vtok.patching import available, patch
 
 KEEPS = (0.5, 0.25, 0.1)

@@ -24,8 +24,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vtok.eval.canvas import INK
-from vtok.eval.task import Item, Question, Task, generator
+from vtok.eval.tasks.canvas import INK
+from vtok.eval.tasks.task import Item, Question, Task, generator
 from vtok.zoo import sources
 
 POINTS = 64  # of a plotted window

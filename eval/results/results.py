@@ -18,8 +18,9 @@ import numpy as np
 
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
-from vtok.eval import sweep, task
-from vtok.eval.sweep import BASELINES, DENSE, Cell
+from vtok.eval.results import sweep
+from vtok.eval.results.sweep import BASELINES, DENSE, Cell
+from vtok.eval.tasks import task
 
 FILTER = "downsample"  # whose mistakes are the questions that need visual detail
 SAME_COST = 0.05  # costs that differ by less than this part count as equal on a Pareto front

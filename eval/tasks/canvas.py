@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vtok.zoo import scenes, sources
 
 if TYPE_CHECKING:
-    from vtok.eval.task import Item
+    from vtok.eval.tasks.task import Item
 
 INK = {  # no two of them are taken for one another in a few pixels
     "red": (215, 35, 35),

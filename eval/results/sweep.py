@@ -28,9 +28,9 @@ from rich.table import Table
 from vtok import adapter as adapters
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue, UnknownName, VtokError
-from vtok.eval.answers import answer
-from vtok.eval.machine import commit, describe
-from vtok.eval.task import Item, Task
+from vtok.eval.bench.machine import commit, describe
+from vtok.eval.tasks.answers import answer
+from vtok.eval.tasks.task import Item, Task
 from vtok.patching import Patch, patch
 from vtok.zoo.evaluate import TEST_SEED
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vtok import draw
-from vtok.eval.results import Model, Results, front
-from vtok.eval.sweep import BASELINES, DENSE
+from vtok.eval.results.results import Model, Results, front
+from vtok.eval.results.sweep import BASELINES, DENSE
 
 # Name -> (light, dark). The light ones stand in the drawings and are there replaced by CSS variables of these names.
 THEME = {

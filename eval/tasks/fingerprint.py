@@ -6,11 +6,11 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from vtok.eval.task import Task
+from vtok.eval.tasks.task import Task
 
 INTRO = """# Offline tasks
 
-Written by `vtok tasks card`; do not edit. Each task is a file `eval/task_NAME.py`, made by seed from what installed
+Written by `vtok tasks card`; do not edit. Each task is a file `eval/tasks/NAME.py`, made by seed from what installed
 wheels carry, so that it needs no network: `pip install "vtok[zoo]"`. `vtok tasks sample NAME --out DIR`
 draws some of it.
 

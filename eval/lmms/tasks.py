@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from vtok.errors import InvalidValue
-from vtok.eval.task import Item, Task, get, tasks
+from vtok.eval.tasks.task import Item, Task, get, tasks
 
 CHOICES = ["yes", "no"]
 GENERATE = {"max_new_tokens": 16, "temperature": 0, "do_sample": False, "until": ["\n"]}
@@ -28,7 +28,7 @@ UTILS = '''"""Written by `vtok tasks export`."""
 
 from pathlib import Path
 
-from vtok.eval.lmms_tasks import exported
+from vtok.eval.lmms.tasks import exported
 
 globals().update(exported("{name}", Path(__file__).parent))
 '''

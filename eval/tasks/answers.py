@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vtok.errors import Unsupported
-from vtok.eval.task import Item
+from vtok.eval.tasks.task import Item
 from vtok.show import Clip
 
 TOKENS = 16  # of an answer at most

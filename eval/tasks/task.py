@@ -1,6 +1,6 @@
 """Offline tasks: seeded questions about pictures and clips, made on the spot from what installed wheels carry.
 
-A task is one file `eval/task_NAME.py` that holds a `TASK`; `tasks()` finds them all. Its item is a pure function of
+A task is one file `eval/tasks/NAME.py` that holds a `TASK`; `tasks()` finds them all. Its item is a pure function of
 (split, seed, index), and no split shares a photo, a series, a frame or a code with another.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import vtok.eval
+import vtok.eval.tasks
 from vtok.errors import InvalidValue, UnknownName
 from vtok.zoo.evaluate import TEST_SEED
 from vtok.zoo.sources import SPLITS, split_of
@@ -98,10 +98,10 @@ def normal(text: str) -> str:
 
 
 def tasks() -> dict[str, Task]:
-    """Name -> task, of every file `eval/task_NAME.py`."""
-    names = [module.name for module in pkgutil.iter_modules(vtok.eval.__path__) if module.name.startswith("task_")]
-    found = [importlib.import_module(f"vtok.eval.{name}").TASK for name in sorted(names)]
-    return {task.name: task for task in found}
+    """Name -> task, of every file of `eval/tasks/` that holds a `TASK`."""
+    names = [file.name for file in pkgutil.iter_modules(vtok.eval.tasks.__path__)]
+    modules = [importlib.import_module(f"vtok.eval.tasks.{name}") for name in names]
+    return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}
 
 
 def get(name: str) -> Task:

@@ -20,7 +20,7 @@ def show_all(
     blind: Annotated[bool, typer.Option("--blind", help="Measure what guessers without eyes reach, too.")] = False,
 ) -> None:
     """List the tasks; chance is the mean over categories, or with --blind over the questions of the test set."""
-    from vtok.eval.task import tasks
+    from vtok.eval.tasks.task import tasks
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name in (
@@ -50,8 +50,8 @@ def sample(
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="test: the held-out items.")] = "test",
 ) -> None:
     """Write items as PNGs (a clip's frames side by side), their questions as JSON, and a sheet of all."""
-    from vtok.eval import canvas
-    from vtok.eval.task import get
+    from vtok.eval.tasks import canvas
+    from vtok.eval.tasks.task import get
 
     task = get(name)
     items = list(task.held_out(count)) if split == "test" else [task.item(split, 0, i) for i in range(count)]
@@ -72,15 +72,15 @@ def card(
     out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/tasks.md"),
 ) -> None:
     """Write the cards of all tasks, with what guessers without eyes reach (about a minute)."""
-    from vtok.eval import card as work
-    from vtok.eval.task import tasks
+    from vtok.eval.tasks import fingerprint as work
+    from vtok.eval.tasks.task import tasks
 
     out.write_text(work.render(tasks(), _measure()))
     typer.echo(f"wrote {out}")
 
 
 def _measure() -> dict[str, dict[str, Any]]:
-    from vtok.eval.task import blind_baseline, tasks
+    from vtok.eval.tasks.task import blind_baseline, tasks
 
     bar = track(tasks().items(), "guessing", console=Console(stderr=True), transient=True)
     return {name: blind_baseline(task) for name, task in bar}
@@ -96,7 +96,7 @@ def export(
     ] = False,
 ) -> None:
     """Write tasks with their pictures, for `lmms-eval --include_path DIR --tasks vtok_offline`."""
-    from vtok.eval.lmms_tasks import export as work
+    from vtok.eval.lmms.tasks import export as work
 
     console = Console(stderr=True)
     with console.status("writing") as status:

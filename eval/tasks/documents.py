@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vtok.eval.canvas import CODES, text_size
-from vtok.eval.task import Item, Question, Task, generator, owner
+from vtok.eval.tasks.canvas import CODES, text_size
+from vtok.eval.tasks.task import Item, Question, Task, generator, owner
 from vtok.zoo import sources
 
 SIZES = ((256, 256), (192, 256))

@@ -10,10 +10,10 @@ from typing import Any
 
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
-from vtok.eval import task
-from vtok.eval.evidence import Evidence, Kept, mean, read
-from vtok.eval.results import WORTH
-from vtok.eval.sweep import BASELINES
+from vtok.eval.results.evidence import Evidence, Kept, mean, read
+from vtok.eval.results.results import WORTH
+from vtok.eval.results.sweep import BASELINES
+from vtok.eval.tasks import task
 from vtok.markdown import paragraph, percent, table
 from vtok.patching import available
 

@@ -18,9 +18,9 @@ import math
 
 from PIL import Image, ImageDraw
 
-from vtok.eval import canvas
-from vtok.eval.canvas import CODES, INK
-from vtok.eval.task import Item, Question, Task, generator, owner
+from vtok.eval.tasks import canvas
+from vtok.eval.tasks.canvas import CODES, INK
+from vtok.eval.tasks.task import Item, Question, Task, generator, owner
 from vtok.zoo import scenes, sources
 
 SIZES = ((256, 256), (256, 192), (192, 256))

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from vtok import draw
 from vtok.errors import InvalidValue
-from vtok.eval import report_drawings as drawings
-from vtok.eval import report_gallery as gallery
-from vtok.eval.report_page import key, page
-from vtok.eval.results import leaders, load
+from vtok.eval.pages import drawings, gallery
+from vtok.eval.pages.page import key, page
+from vtok.eval.results.results import leaders, load
 
 
 def write(folder: str | Path, out: str | Path, pictures: int = 4) -> list[Path]:

@@ -11,6 +11,6 @@ def manifests() -> Any:
 
     return ModelManifest(
         model_id="vtok",
-        simple_class_path="vtok.eval.lmms_models.VtokSimple",
-        chat_class_path="vtok.eval.lmms_models.VtokChat",
+        simple_class_path="vtok.eval.lmms.models.VtokSimple",
+        chat_class_path="vtok.eval.lmms.models.VtokChat",
     )

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vtok.compressor import load_all
-from vtok.eval import sweep
-from vtok.eval.answers import TOKENS
-from vtok.eval.report_drawings import THEME
-from vtok.eval.report_gallery import Gallery
-from vtok.eval.results import (
+from vtok.eval.pages.drawings import THEME
+from vtok.eval.pages.gallery import Gallery
+from vtok.eval.results import sweep
+from vtok.eval.results.results import (
     FILTER,
     SAME_COST,
     Model,
@@ -29,7 +28,8 @@ from vtok.eval.results import (
     tied,
     tied_overall,
 )
-from vtok.eval.sweep import BASELINES
+from vtok.eval.results.sweep import BASELINES
+from vtok.eval.tasks.answers import TOKENS
 
 
 def page(models: Sequence[Model], drawings: Mapping[str, Sequence[str]], galleries: Mapping[str, Gallery]) -> str:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from vtok import demo, draw, show, zoo
-from vtok.eval import sweep
-from vtok.eval.answers import answer
-from vtok.eval.results import FILTER, Model, Results, headline
-from vtok.eval.sweep import BASELINES, DENSE, Cell
-from vtok.eval.task import Item
+from vtok.eval.results import sweep
+from vtok.eval.results.results import FILTER, Model, Results, headline
+from vtok.eval.results.sweep import BASELINES, DENSE, Cell
+from vtok.eval.tasks.answers import answer
+from vtok.eval.tasks.task import Item
 
 FRAMES = 4  # of a clip's planes of tokens, in a row
 WIDTH, SCALE = 1000, 0.55  # of a drawing in the page: pixels, and part of those that were drawn, both at most

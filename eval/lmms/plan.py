@@ -25,7 +25,7 @@ from torch import nn
 from vtok import compressor as compressors
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, UnknownName
-from vtok.eval.sweep import fingerprint as weights_of
+from vtok.eval.results.sweep import fingerprint as weights_of
 from vtok.patching import Patch, patch
 
 DENSE = "none"

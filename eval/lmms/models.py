@@ -3,7 +3,7 @@
     lmms-eval --model vtok --model_args pretrained=PATH,compressor=globalcom2,keep=0.25 --tasks ...
 
 A failure ends the run with an exit code other than 0, as does a run in which nothing was compressed although a
-compressor was asked for. Which compressors can be asked for, and how, says `vtok.eval.lmms_plan`.
+compressor was asked for. Which compressors can be asked for, and how, says `vtok.eval.lmms.plan`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ import vtok
 from vtok import adapter as adapters
 from vtok import zoo
 from vtok.errors import InvalidValue, UnknownName, Unsupported, VtokError
-from vtok.eval import lmms_plan
-from vtok.eval.lmms_prompts import Conversation, Prompts, question
-from vtok.eval.machine import PeakMemory
-from vtok.eval.video import Sampling
+from vtok.eval.bench.machine import PeakMemory
+from vtok.eval.lmms import plan as lmms_plan
+from vtok.eval.lmms.prompts import Conversation, Prompts, question
+from vtok.eval.lmms.video import Sampling
 from vtok.patching import Patch
 
 MAX_NEW_TOKENS = 1024  # where a task does not say
@@ -95,11 +95,11 @@ class _Vtok(lmms):
     """What the chat and the simple class share. Arguments, as in `--model_args`:
 
     pretrained: a local folder, a repository of the hub, or a bundled model.
-    compressor, keep, budget, config, and a compressor's options: see `vtok.eval.lmms_plan`.
+    compressor, keep, budget, config, and a compressor's options: see `vtok.eval.lmms.plan`.
     dtype: a name of torch's; the checkpoint's own if left out, float32 for bundled models.
     device, device_map, attn_implementation: as in transformers. In several processes each holds the whole model.
-    batch_size: samples a batch. max_frames, nframes, fps: of clips, see `vtok.eval.video.Sampling`; families without
-        clips get the frames as pictures.
+    batch_size: samples a batch. max_frames, nframes, fps: of clips, see `vtok.eval.lmms.video.Sampling`; families
+        without clips get the frames as pictures.
     min_pixels, max_pixels: of pictures, for the families whose processor has such limits (the Qwens).
     system_prompt: text, or a file of it.
 

@@ -10,7 +10,7 @@ Licences: code and wheels BSD-3-Clause; of the photos scikit-image's come with i
 domain or CC0, and scikit-learn's are CC BY 2.0 (danielbuechele, vultilion); the UCR archive asks to be cited.
 """
 
-from vtok.eval.task import Item, Question, Task
+from vtok.eval.tasks.task import Item, Question, Task
 from vtok.zoo import scenes, sources
 from vtok.zoo.evaluate import TEST_SCENES, chance
 

@@ -1,0 +1,1 @@
+"""`vtok bench`: time and memory."""

@@ -1,0 +1,1 @@
+"""vtok in lmms-eval."""

@@ -1,0 +1,1 @@
+"""What `vtok eval` runs, and how its folders are read."""

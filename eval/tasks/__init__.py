@@ -1,0 +1,1 @@
+"""The offline tasks: pictures and questions made by the suite, with no network."""
