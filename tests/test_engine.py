@@ -125,10 +125,7 @@ def test_renumbered_positions():
     model, processor = tiny("llava")
     inputs = batch(processor, ["a # What colour is it?", "# yes"], [picture(56, 56, 1), picture(56, 56, 2)])
 
-    class Renumbered(vtok.Uniform):
-        renumber = True
-
-    with vtok.patch(model, Renumbered(keep=0.25)) as patch, Entered(model, patch) as entered:
+    with vtok.patch(model, "uniform", keep=0.25, renumber=True) as patch, Entered(model, patch) as entered:
         tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     trace = patch.trace
     rows = trace.rows_at(0)
@@ -142,7 +139,7 @@ def test_renumbered_positions():
     assert gaps.shape == tokens.shape
     qwen, _ = tiny("qwen2_5_vl")
     with pytest.raises(Unsupported, match="M-RoPE"):
-        vtok.patch(qwen, Renumbered(keep=0.25))
+        vtok.patch(qwen, "uniform", keep=0.25, renumber=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -38,7 +38,7 @@ def test_the_readmes_compressor_works():
     """The example of how to add one, run as written."""
     code = README.read_text().split("## Add a compressor", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
     names: dict = {}
-    exec("from dataclasses import dataclass\nfrom vtok.types import *\nfrom vtok.compressor import *\n", names)
+    exec("from dataclasses import dataclass\nfrom vtok.types import *\nfrom vtok.stages.pre_llm import *\n", names)
     exec(code.replace('    name = "longest"\n', ""), names)  # unnamed, so that the registry does not keep it
     model, processor = tiny("llava")
     with vtok.patch(model, names["LongestFeatures"](keep=0.25)) as patch:

@@ -705,7 +705,7 @@ def test_what_llava_is_refused():
     model, _ = tiny("llava")
     with pytest.raises(InvalidValue, match="carry=True"):
         vtok.patch(model, "tome", budget=0.5)
-    with pytest.raises(Unsupported, match="At most one compressor a stage"):
+    with pytest.raises(Unsupported, match="smaller picture and merging inside the encoder"):
         vtok.patch(model, ["tome", "downsample"])
     vtok.patch(model, "tome").remove()
 

@@ -16,12 +16,13 @@ from torch import nn
 from vtok import adapter as adapters
 from vtok import compressor as compressors
 from vtok import vit as vits
-from vtok.compressor import STAGES, Compressor
+from vtok.compressor import Compressor
 from vtok.engine import ffn, probe
 from vtok.engine.accounting import TextShape, VisionShape
 from vtok.engine.forward import Engine
 from vtok.engine.trace import Shapes, Trace
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
+from vtok.stages import ORDER
 from vtok.tower import NEEDS as ENCODER_NEEDS
 from vtok.tower import layer_index
 from vtok.types import check_keep
@@ -383,8 +384,8 @@ def _parts(method: Any, options: dict[str, Any], budget: float | None, n_layers:
 def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapters.Adapter) -> None:
     stages = [part.stage for part in parts]
     for stage in stages:
-        if stage not in STAGES:
-            raise Unsupported(f"There is no stage {stage!r}. Stages are: {', '.join(STAGES)}.")
+        if stage not in ORDER:
+            raise Unsupported(f"There is no stage {stage!r}. Stages are: {', '.join(ORDER)}.")
         if stages.count(stage) > 1:
             names = ", ".join(part.name for part in parts if part.stage == stage)
             raise Unsupported(f"At most one compressor a stage: {names} all act at {stage!r}.")
@@ -403,9 +404,12 @@ def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapter
             raise Unsupported(
                 f"{part.name} needs {', '.join(missing)}, which this {adapter.family} model does not have.{hints}"
             )
+    if {"pixels", "blocks"} <= {part.stage for part in parts if not part.is_identity}:
+        raise Unsupported("A smaller picture and merging inside the encoder do not go together. Choose one.")
     whole_views = ENCODER_NEEDS | {"crops"}
     for part, other in permutations(parts, 2):
-        if part.scatters and not part.is_identity and (needs := sorted(other.needs_now & whole_views)):
+        scatters = part.stage == "blocks" and part.scatters and not part.is_identity
+        if scatters and (needs := sorted(other.needs_now & whole_views)):
             raise Unsupported(f"{other.name} needs {', '.join(needs)} of whole views, and {part!r} leaves parts.")
     text = vlm.config.get_text_config()
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()) and getattr(text, "sliding_window", None):

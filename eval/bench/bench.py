@@ -27,12 +27,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vtok.adapter import find
-from vtok.compressor import STAGES
 from vtok.demo import options, supported
 from vtok.engine.accounting import prefill_flops
 from vtok.errors import InvalidValue
 from vtok.eval.bench import machine, workloads
 from vtok.patching import available, patch
+from vtok.stages import ORDER as STAGES
 
 KEEPS = (0.5, 0.25, 0.1)
 DENSE, IDENTITY = "dense", "keep=1.0"
@@ -278,7 +278,7 @@ def bars(result: dict[str, Any]) -> list[tuple[bool, str]]:
         group = {
             name: row
             for name, row in rows.items()
-            if row["stage"] in ("encoder", "pre_llm") and row["kv_bytes_formula"] < dense["kv_bytes"]
+            if row["stage"] in ("pixels", "blocks", "pre_llm") and row["kv_bytes_formula"] < dense["kv_bytes"]
         }
         saved = lambda row, key: dense[key] - row[key]
         bar(
@@ -413,7 +413,8 @@ def plot(result: dict[str, Any], caption: str, file: Path) -> None:
     label = "ideal: dense time x FLOP ratio,\nas many tokens in all layers"
     axes.plot(*zip(*ideal), color="black", linewidth=1, linestyle="--", label=label, zorder=1)
     names = list(dict.fromkeys(row["method"] for row in rows.values() if row["method"]))
-    markers = {"encoder": "^", "pre_llm": "o", "llm": "s"}  # a diamond for those of several stages, and of others
+    # a diamond for those of several stages, and of others
+    markers = {"pixels": "^", "blocks": "^", "pre_llm": "o", "llm": "s"}
     for i, name in enumerate(names):
         mine = [row for row in rows.values() if row["method"] == name]
         x = [row["mean_keep"] * n + 0.004 * n * (i - len(names) / 2) for row in mine]  # side by side, to be seen

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtok.compressor import ANCHORS, Compressor
+from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
 from vtok.kernels.pagerank import pagerank
+from vtok.stages.llm import InLLM, check_anchor
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Attention, Selection, VisualTokens, keep_count, share
 
 PAPER = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, arXiv 2412.03248"
@@ -24,7 +26,7 @@ def _number(value: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AIMMerge(Compressor):
+class AIMMerge(PreLLM):
     """Merge each even token into its most similar odd one, in rounds that halve the tokens (Section 3.1).
 
     keep: fraction or count, per picture, of the tokens after merging. A clip's frames are merged each alone, and so are
@@ -36,7 +38,6 @@ class AIMMerge(Compressor):
     """
 
     name = "aim_merge"
-    stage = "pre_llm"
     paper = PAPER
     merges = True
 
@@ -110,7 +111,7 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class AIMPrune(Compressor):
+class AIMPrune(InLLM):
     """Drop visual tokens by PageRank on the attention of a run of decoder layers, until none is left (Section 3.2).
 
     start, end: layers l1 and l2 of the paper, as fractions of the depth or as absolute layers (int). All visual tokens
@@ -118,7 +119,7 @@ class AIMPrune(Compressor):
         layer l2 - 1. The defaults are the paper's 14 and 22 of 28 layers; for Vicuna's 32 it has start=13, end=21.
         A start at the last layer or later drops nothing.
     tau, iters, damping, head_reduce: of the PageRank, as in the official code; the paper gives none of them.
-    anchor: the token at which the prompt ends, see `Compressor`; later tokens have no vote.
+    anchor: the token at which the prompt ends, see `InLLM`; later tokens have no vote.
     Differs from the paper: dropped tokens are gone, so they do not vote in later layers (the official code masks them
     and lets them vote). Several pictures a sample share one ranking. What goes wrong in the official code does not
     here: positions that jump back while decoding, NaN and dropped text with left padding, one sample's text length
@@ -127,10 +128,8 @@ class AIMPrune(Compressor):
 
     name = "aim_prune"
     slow = True
-    stage = "llm"
     needs = frozenset({"attention"})
     paper = PAPER
-    text_guided = True
 
     keep: float = field(default=1.0, init=False, repr=False)  # the schedule says it
     start: float | int = 0.5
@@ -139,11 +138,11 @@ class AIMPrune(Compressor):
     iters: int = 5
     damping: float = 0.0
     head_reduce: str = "rms"
-    anchor: str = "prompt_end"
 
     is_identity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_anchor(self.anchor)
         for name in ("start", "end"):
             value = getattr(self, name)
             if not _number(value) or not (value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0):
@@ -156,8 +155,6 @@ class AIMPrune(Compressor):
             raise InvalidValue(f"damping must be a number in [0, 1], got {self.damping!r}")
         if self.head_reduce not in ("rms", "mean"):
             raise InvalidValue(f"head_reduce must be 'rms' or 'mean', got {self.head_reduce!r}")
-        if self.anchor not in ANCHORS:
-            raise InvalidValue(f"anchor must be one of {ANCHORS}, got {self.anchor!r}")
 
     def layers(self, n_layers: int) -> tuple[int, int]:
         """(l1, l2) for a decoder of `n_layers`."""

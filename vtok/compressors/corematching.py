@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtok.compressor import ANCHORS, Compressor
+from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
+from vtok.stages.decode import Decode
+from vtok.stages.llm import InLLM, check_anchor
 from vtok.types import Activations, check_keep
 
 PAPER = "CoreMatching: A Co-adaptive Sparse Inference Framework for VLMs, arXiv 2505.19235"
@@ -115,7 +117,7 @@ def _find_core(activations: Activations, rho: float, beta: float, quota: str, vo
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreTokens(Compressor):
+class CoreTokens(InLLM):
     """Keep the visual tokens that activate many of the prompt's core neurons, after an early decoder layer.
 
     rho, beta: a token votes for the strongest rho of its positive FFN activations; the beta of the layer's neurons with
@@ -129,18 +131,16 @@ class CoreTokens(Compressor):
     per: one elbow a "sample", over all its pictures, or a "picture".
     min_keep, max_keep: bounds on what the elbow keeps: fractions of the visual tokens, or counts a picture. None is no
         bound. min_keep=1.0 keeps all, and the model runs untouched.
-    anchor: where the prompt ends, see `Compressor`; later tokens have no vote.
+    anchor: where the prompt ends, see `InLLM`; later tokens have no vote.
     Differs from the paper: the layers up to l keep the keys and values of all tokens. The released code holds no core
     neurons, takes image tokens from fixed places and zeroes cached keys in 14 layers, after which the zeros still
     draw attention; here dropped tokens are gone. Where the sorted counts are a straight line, all tokens stay.
     """
 
     name = "core_tokens"
-    stage = "llm"
     needs = frozenset({"ffn"})
     paper = PAPER
     adaptive = True
-    text_guided = True
 
     keep: float = field(default=1.0, init=False, repr=False)  # the elbow says it
     rho: float = 0.2
@@ -153,7 +153,6 @@ class CoreTokens(Compressor):
     per: str = "sample"
     min_keep: float | int | None = None
     max_keep: float | int | None = None
-    anchor: str = "prompt_end"
 
     def __post_init__(self) -> None:
         _fraction(self.rho, "rho")
@@ -166,7 +165,7 @@ class CoreTokens(Compressor):
         _one_of(self.voters, "voters", VOTERS)
         _one_of(self.quota, "quota", QUOTAS)
         _one_of(self.per, "per", ("sample", "picture"))
-        _one_of(self.anchor, "anchor", ANCHORS)
+        check_anchor(self.anchor)
         for name in ("min_keep", "max_keep"):
             if getattr(self, name) is not None:
                 check_keep(getattr(self, name), name)
@@ -229,7 +228,7 @@ def _bound(keep: float | int | None, n: Tensor, pictures: Tensor) -> Tensor | No
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreNeurons(Compressor):
+class CoreNeurons(Decode):
     """Decode with the core neurons of the prompt alone: beta of the FFN in the layers start <= l < end.
 
     rho, beta, voters, quota: as in `CoreTokens`; each layer has its own core, of the tokens present there.
@@ -246,11 +245,8 @@ class CoreNeurons(Compressor):
 
     name = "core_neurons"
     slow = True
-    stage = "decode"
     needs = frozenset({"ffn"})
     paper = PAPER
-    text_guided = True
-    anchor: ClassVar[str] = "prompt_end"
 
     keep: float = field(default=1.0, init=False, repr=False)  # drops no token
     rho: float = 0.2

@@ -26,7 +26,7 @@ class DART(FastV):
     visual_pivots, text_pivots: how many of each; text is that between the first visual token and the anchor.
     norm: by which keys are large, over all heads: "l2", or "l1" as in the official code. Keys are rotated by their
         positions, which changes their L1 norm: padding in front of a prompt can then change what is kept.
-    anchor: where the text ends, see `Compressor`.
+    anchor: where the text ends, see `InLLM`.
     Several pictures of a sample share the pivots.
     Differs from the paper: the Euclidean norm, see `norm`; hidden states are those that enter the layer, where the
     official code takes those that leave it, under the weights of the decoder's last norm; where the count is no

@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
+from vtok.stages.pixels import Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Downsample(Compressor):
+class Downsample(Pixels):
     """Shrink each picture (each view of it) before the encoder, so that fewer tokens come out.
 
     keep: fraction of the tokens; the sides shrink by its square root. A count is refused.
@@ -17,7 +17,6 @@ class Downsample(Compressor):
     """
 
     name = "downsample"
-    stage = "encoder"
     paper = "baseline"
 
     def __post_init__(self) -> None:

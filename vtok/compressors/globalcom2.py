@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Plane, Selection, VisualTokens, keep_count, share
 
 SOURCES = ("cls_logits", "cls_probs", "neg_cos_mean")
@@ -19,7 +19,7 @@ BUDGET_MAPS = ("centred", "official")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalCom2(Compressor):
+class GlobalCom2(PreLLM):
     """Each crop keeps a share that grows with its part of the thumbnail's attention, and in it the tokens
     that score best locally and globally (Sections 3.2 and 3.3). Pictures without crops are left whole.
 
@@ -44,7 +44,6 @@ class GlobalCom2(Compressor):
     """
 
     name = "globalcom2"
-    stage = "pre_llm"
     needs = frozenset({"crops", "cls_attention"})
     paper = "Global Compression Commander, arXiv 2501.05179"
 
@@ -57,7 +56,6 @@ class GlobalCom2(Compressor):
     allocation: str = "softmax_sum"
     exact_count: bool = True
     budget_map: str = "centred"
-    renumber: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

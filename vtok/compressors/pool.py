@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtok.compressor import Compressor
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Plane, Selection, VisualTokens, keep_count, share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool(Compressor):
+class Pool(PreLLM):
     """Replace each cell of a coarser grid by the mean of its tokens, plane by plane.
 
     keep: fraction or count of the tokens that enter the language model, per picture, which each plane (a frame, a
@@ -24,7 +24,6 @@ class Pool(Compressor):
     """
 
     name = "pool"
-    stage = "pre_llm"
     paper = "baseline"
     merges = True
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.quecc import QueCCProjector, question_end
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Layout, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueCC(Compressor):
+class QueCC(PreLLM):
     """Visual tokens by a `QueCCProjector`, from several layers of the encoder and the question (Section 4).
 
     weights: the trained module, or a file or folder that `QueCCProjector.load` reads: one's own, or of the released
@@ -36,7 +37,6 @@ class QueCC(Compressor):
     """
 
     name = "quecc"
-    stage = "pre_llm"
     needs = frozenset({"encoder_states", "question"})
     paper = "Inference Optimal VLMs Need Only One Visual Token but Larger Models, arXiv 2411.03312"
     text_guided = True
@@ -48,7 +48,6 @@ class QueCC(Compressor):
     stop: Sequence[int] = ()
 
     is_identity: ClassVar[bool] = False
-    anchor: ClassVar[str] = "prompt_end"
 
     def __post_init__(self) -> None:
         if self.weights is None:

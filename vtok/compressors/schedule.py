@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.search import schedules
+from vtok.stages.llm import InLLM, check_anchor
 from vtok.types import Attention, check_keep
 
 QUERIES = ("instruction", "last")
@@ -22,7 +22,7 @@ MEAN = 0.34  # of the schedule that G-Search found for LLaVA-1.5-7B (Table 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(Compressor):
+class Schedule(InLLM):
     """Before layer i only rate[i] of the visual tokens that entered stay, those with most attention in layer i - 1.
 
     The attention is that of the instruction, the prompt's text behind its first visual token, summed over its tokens
@@ -40,16 +40,14 @@ class Schedule(Compressor):
     queries: "instruction", or "last" for the attention of the anchor alone, which is cheaper.
     rounding: of counts, "up" as in the paper, which leaves at least one token a sample, or "down". A `budget` rounds
         down, so that it is never exceeded.
-    anchor: where the instruction ends, see `Compressor`; "prompt_end" is the paper's.
+    anchor: where the instruction ends, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: no code is published, and what the paper leaves open is ours: the range of P-Sigmoid's
     parameters and their defaults, `r_min`, one full layer in shallow decoders, and what other depths get.
     """
 
     name = "schedule"
-    stage = "llm"
     needs = frozenset({"attention"})
     paper = "Searching Optimal Vision Token Reduction (G-Search, P-Sigmoid), arXiv 2412.00556"
-    text_guided = True
 
     keep: float | None = None
     file: str | os.PathLike[str] | None = None
@@ -60,7 +58,6 @@ class Schedule(Compressor):
     first_full: int | None = None
     queries: str = "instruction"
     rounding: str = "up"
-    anchor: str = "prompt_end"
 
     def __post_init__(self) -> None:
         if self.keep is not None and not isinstance(check_keep(self.keep), float):
@@ -78,9 +75,10 @@ class Schedule(Compressor):
         full = self.first_full
         if full is not None and (isinstance(full, bool) or not isinstance(full, int) or full < 1):
             raise InvalidValue(f"first_full must be an int >= 1 or None, got {full!r}")
-        for name, words in (("queries", QUERIES), ("rounding", ROUNDINGS), ("anchor", ANCHORS)):
+        for name, words in (("queries", QUERIES), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in words:
                 raise InvalidValue(f"{name} must be one of {words}, got {getattr(self, name)!r}")
+        check_anchor(self.anchor)
         _ = self.given  # a file that is no schedule is refused here
 
     @cached_property

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.redundancy_counts import redundancy_counts
+from vtok.stages.pre_llm import PreLLM
 from vtok.tower import Layer, check_layer
 from vtok.types import Layout, Plane, Selection, VisualTokens, check_keep, keep_count
 from vtok.views import Views, ranks, unit
@@ -24,7 +24,7 @@ BLOCK = 1 << 24  # similarities held at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class TCC(Compressor):
+class TCC(PreLLM):
     """A thumbnail stays whole. Of every other view (crop, frame, only picture): the less its patches repeat each other,
     the more tokens are drawn by the attention of a low layer; those that stand out in a deep layer's attention join
     them; the rest is folded into its neighbours among the kept ones. The paper's text is not at hand, only its figure
@@ -56,7 +56,6 @@ class TCC(Compressor):
     """
 
     name = "tcc"
-    stage = "pre_llm"
     needs = frozenset({"encoder_keys", "cls_probs"})
     paper = "Token-level Correlation-guided Compression (TCC), arXiv 2407.14439"
     optional = {"cls_probs": {"importance": "received"}}

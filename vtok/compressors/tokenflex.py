@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.tokenflex import TokenFlexProjector, square_side
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Plane, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFLEX(Compressor):
+class TokenFLEX(PreLLM):
     """Visual tokens by a `TokenFlexProjector`, from the patches that the model's own projector reads.
 
     keep: tokens of each view (a picture, a thumbnail, a crop, a frame): a perfect square, or a fraction of the view's
@@ -29,7 +29,6 @@ class TokenFLEX(Compressor):
     """
 
     name = "tokenflex"
-    stage = "pre_llm"
     needs = frozenset({"encoder_states"})
     paper = "TokenFLEX: Unified VLM Training for Flexible Visual Tokens Inference, arXiv 2504.03154"
     merges = True

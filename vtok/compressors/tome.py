@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
+from vtok.stages.blocks import Blocks
 from vtok.types import check_keep, keep_count, share
 from vtok.vit import Block
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMe(Compressor):
+class ToMe(Blocks):
     """In each block, the `r` tokens whose keys are most like another's are merged into those (Section 3).
 
     r: tokens merged in each block, of each view; one number, or one a block. Never more than half of a view's patches
@@ -32,7 +32,6 @@ class ToMe(Compressor):
     """
 
     name = "tome"
-    stage = "encoder"
     needs = frozenset({"token_blocks"})
     paper = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
     merges = True

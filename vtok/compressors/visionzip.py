@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
+from vtok.stages.pre_llm import PreLLM
 from vtok.tower import Layer, check_layer
 from vtok.types import Selection, VisualTokens, keep_count, share
 from vtok.views import Views, ranks, unit
@@ -19,7 +19,7 @@ MERGING = ("mean", "add")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(Compressor):
+class VisionZip(PreLLM):
     """Dominant tokens by attention, contextual tokens by key similarity (Section 3.2), view by view: a thumbnail, each
     crop and each frame gets its share of the count, in proportion to its tokens.
 
@@ -40,7 +40,6 @@ class VisionZip(Compressor):
     """
 
     name = "visionzip"
-    stage = "pre_llm"
     needs = frozenset({"cls_probs", "encoder_keys"})
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467"
     optional = {"cls_probs": {"importance": "received"}}

@@ -59,7 +59,7 @@ class Engine:
         self.shapes = shapes
         self.watches_layers = watches_layers  # whether `before_layer` is installed on the decoder layers
         active = {part.stage: part for part in parts if not part.is_identity}
-        self.encoder: Compressor | None = active.get("encoder")
+        self.encoder: Compressor | None = active.get("pixels") or active.get("blocks")
         self.pre_llm: Compressor | None = active.get("pre_llm")
         self.llm: Compressor | None = active.get("llm")
         self.decode: Compressor | None = active.get("decode")
@@ -146,7 +146,7 @@ class Engine:
             if self.encoder is not None and self.blocks is None:
                 output, views = self.adapter.encode_small(core, modality, method, arguments, self.encoder.scale())
                 small, sources = zip(*(shrink(layout, view) for layout, view in zip(layouts, views)))
-            elif self.encoder is not None and self.encoder.scatters:
+            elif self.blocks is not None and self.encoder.scatters:
                 with self.blocks.noted() as rows:
                     output = method(*args, **kwargs)
                 grouped = self.adapter.tower(core).arrange(torch.cat(rows), layouts)
@@ -358,7 +358,7 @@ class Engine:
         stream.late, stream.late_row = late, late_row.view(batch, length)
         call.stream = stream
         positions = self._shifted(kwargs.get("position_ids"), cache, batch, length, device)
-        if getattr(self.pre_llm, "renumber", False):
+        if self.pre_llm is not None and self.pre_llm.renumber:
             dropped = (valid & ~keep).long()
             positions = positions - dropped.cumsum(1)
             if cache is not None:
@@ -513,7 +513,7 @@ class Engine:
             first = supervised.to(torch.uint8).argmax(1)
             return torch.where(supervised.any(1), (first - 1).clamp(min=0), last), True
         for part in (self.pre_llm, self.llm, self.decode) if training and torch.is_grad_enabled() else ():
-            if getattr(part, "anchor", None) != "prompt_end":
+            if part is None or not part.reads_prompt_end:
                 continue
             movable = any(f.name == "anchor" for f in fields(part))
             hint = f", or use {part.name} with anchor='after_visual'" if movable else ""
