@@ -33,8 +33,8 @@ class LlavaAdapter(Adapter):
                 f"must be the patches alone, so CLIP needs 'default' (drop CLS) and SigLIP, which has no CLS, 'full'."
             )
 
-    def available(self, model: nn.Module) -> frozenset[str]:
-        has_cls = model.config.vision_config.model_type == "clip_vision_model"
+    def available(self, config: Any) -> frozenset[str]:
+        has_cls = config.vision_config.model_type == "clip_vision_model"
         return self.provides if has_cls else self.provides - OF_CLS
 
     def side(self, core: nn.Module) -> int:

@@ -339,7 +339,7 @@ def test_budgets():
         vtok.CoreNeurons().with_budget(0.5, 32)
     model, processor = tiny("llava_next")
     with vtok.patch(model, "core_tokens", budget=0.8, layer=0) as patch, torch.no_grad():
-        model(**mixed(processor))
+        model(**mixed(processor), use_cache=True)
     assert 0.25 < patch.trace.mean_keep <= 0.8
 
 
@@ -404,7 +404,7 @@ def questions(processor, text_row, side="left"):
 
 def run(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra)
+        return model(**inputs, **{"use_cache": True, **extra})
 
 
 @pytest.mark.parametrize(("family", "method", "text_row", "how"), CELLS)
@@ -793,11 +793,11 @@ def test_a_training_forward_without_labels():
     inputs = questions(processor, False)
     model.train()
     with vtok.patch(model, [vtok.CoreTokens(layer=1)]), pytest.raises(Unsupported, match="after_visual"):
-        model(**inputs)
+        model(**inputs, use_cache=True)
     with vtok.patch(model, [vtok.CoreTokens(layer=1, anchor="after_visual")]):
-        model(**inputs).logits.sum().backward()
+        model(**inputs, use_cache=True).logits.sum().backward()
     with vtok.patch(model, [vtok.CoreNeurons()]), pytest.raises(Unsupported) as error:
-        model(**inputs)
+        model(**inputs, use_cache=True)
     assert "labels" in str(error.value) and "after_visual" not in str(error.value)
 
 

@@ -16,7 +16,7 @@ from vtok.types import Layout, Plane, keep_count
 
 def logits(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra).logits
+        return model(**inputs, **{"use_cache": True, **extra}).logits
 
 
 def test_keep_count():

@@ -48,7 +48,7 @@ def everything(processor, side="left"):
 
 def logits(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra).logits
+        return model(**inputs, **{"use_cache": True, **extra}).logits
 
 
 # ---- DeepStack ---------------------------------------------------------------------------------------------------
@@ -113,13 +113,13 @@ def test_gradients_of_deepstack_features(method):
 
     with vtok.patch(model, METHODS[method]()) as patch, Entered(model, patch) as entered:
         handle = model.model.language_model.register_forward_pre_hook(replace, with_kwargs=True, prepend=True)
-        model(**inputs).logits[:, -1].pow(2).sum().backward()
+        model(**inputs, use_cache=True).logits[:, -1].pow(2).sum().backward()
         handle.remove()
     pruned = [leaf.grad for leaf in leaves]
 
     entered.embeds.levels = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     with Masked(model, patch.trace, entered.embeds):
-        model(**inputs).logits[:, -1].pow(2).sum().backward()
+        model(**inputs, use_cache=True).logits[:, -1].pow(2).sum().backward()
     for ours, leaf in zip(pruned, entered.embeds.levels):
         torch.testing.assert_close(ours, leaf.grad, atol=1e-5 * leaf.grad.abs().max().item(), rtol=1e-5)
     if method in ("pool", "aim_merge"):

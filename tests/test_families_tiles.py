@@ -29,7 +29,7 @@ SIZES = [(112, 112), (70, 112), (112, 70), (30, 200), (200, 30), (56, 57), (333,
 
 def run(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra)
+        return model(**inputs, **{"use_cache": True, **extra})
 
 
 def clip(processor, prompts, clips, frames=3):

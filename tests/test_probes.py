@@ -56,7 +56,7 @@ def read(family, layers, inputs=None, model=None):
     inputs = mixed(processor) if inputs is None else inputs(processor)
     compressor = spy(layers)
     with torch.no_grad(), vtok.patch(model, compressor) as patch:
-        model(**inputs)
+        model(**inputs, use_cache=True)
     return of_pictures(compressor, patch.trace), patch.trace, model, inputs
 
 
@@ -103,7 +103,7 @@ def test_views_apart(family):
         ]
     try:
         with torch.no_grad():
-            model(**inputs)
+            model(**inputs, use_cache=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -198,7 +198,7 @@ def test_packed_sequences(family, make):
     features = []
     compressor = spy({})
     with torch.no_grad(), vtok.patch(model, compressor):
-        model(**make(tiny(family)[1]))
+        model(**make(tiny(family)[1]), use_cache=True)
     groups = {}
     for i, p in enumerate(trace.pictures):
         groups.setdefault((p.modality, p.dense), []).append(i)
@@ -297,7 +297,7 @@ def test_after_a_smaller_picture(family):
     model, processor = tiny(family)
     compressor = spy(everything(family, (0, None)))
     with torch.no_grad(), vtok.patch(model, [vtok.Downsample(keep=0.5), compressor]) as patch:
-        model(**mixed(processor))
+        model(**mixed(processor), use_cache=True)
     merge = ADAPTERS[family].tower(model.model).merge
     for tokens in compressor.seen:
         views = [plane for plane in tokens.layout.planes for _ in range(plane.views)]
@@ -315,7 +315,7 @@ def test_nothing_is_added_for_nobody_and_undo_is_exact(family):
     ours = lambda hooks: sum(isinstance(hook, _Seam) for hook in hooks.values())
     hooks = lambda: sum(ours(m._forward_hooks) + ours(m._forward_pre_hooks) for m in tower.modules())
     with torch.no_grad():
-        dense, before = model(**inputs).logits, snapshot(model)
+        dense, before = model(**inputs, use_cache=True).logits, snapshot(model)
         with vtok.patch(model, "uniform"):
             assert hooks() == 0
         with vtok.patch(model, spy({"encoder_keys": (0,)}, keep=1.0)):
@@ -323,10 +323,10 @@ def test_nothing_is_added_for_nobody_and_undo_is_exact(family):
         compressor = spy({"encoder_keys": (0, 1), "encoder_states": (1,)})
         patch = vtok.patch(model, compressor)
         assert hooks() == 3
-        model(**inputs)
+        model(**inputs, use_cache=True)
         patch.remove()
         assert snapshot(model) == before
-        assert torch.equal(model(**inputs).logits, dense)
+        assert torch.equal(model(**inputs, use_cache=True).logits, dense)
         with pytest.raises(InvalidValue, match="layers 0 to"):
             vtok.patch(model, spy({"encoder_keys": (0, 99)}))
         assert snapshot(model) == before
@@ -341,11 +341,11 @@ def test_two_models_read_their_own():
     next_inputs = mixed(tiny("llava_next")[1])
     with torch.no_grad():
         a, b = vtok.patch(one, first), vtok.patch(two, second)
-        one(**inputs)
-        two(**next_inputs)
+        one(**inputs, use_cache=True)
+        two(**next_inputs, use_cache=True)
         assert (len(first.seen), len(second.seen)) == (1, len({p.layout for p in b.trace.pictures}))
         a.remove()
-        two(**next_inputs)
+        two(**next_inputs, use_cache=True)
         assert len(first.seen) == 1
         assert len(second.seen) == 2 * len({p.layout for p in b.trace.pictures})
         b.remove()
@@ -388,7 +388,7 @@ def test_the_trace_holds_nothing_of_the_encoder():
     model, processor = tiny("llava")
     compressor = spy({"encoder_states": (0,)})
     with torch.no_grad(), vtok.patch(model, compressor) as patch:
-        model(**batch(processor, ["# What?"], [picture(56, 56)]))
+        model(**batch(processor, ["# What?"], [picture(56, 56)]), use_cache=True)
         trace = patch.trace
     probed = weakref.ref(compressor.seen.pop().encoder["encoder_states", 0])
     gc.collect()

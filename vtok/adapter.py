@@ -81,7 +81,7 @@ class Adapter(ABC):
     def check(self, model: nn.Module) -> None:
         """Raise `Unsupported` for a variant of the family that the engine would get wrong."""
 
-    def available(self, model: nn.Module) -> frozenset[str]:
+    def available(self, config: Any) -> frozenset[str]:
         """What this very model provides: `provides`, less what its encoder lacks."""
         return self.provides
 

@@ -38,6 +38,9 @@ class Compressor(ABC):
     trained: ClassVar[bool] = False  # True if it has weights of its own, without which it is refused
     slow: ClassVar[bool] = False  # True if its selection may take over 5 % of a dense prefill, see docs/speed.md
 
+    movable: ClassVar[bool] = False  # True if it can read the text at another place than the prompt's end (`anchor`)
+    several_turns: ClassVar[bool] = True  # False if answers in one row, each to pictures of its own, would disturb it
+
     keep: float | int = 0.25
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

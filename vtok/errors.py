@@ -21,5 +21,9 @@ class PatchStateError(VtokError, RuntimeError):
     """The model is in a state in which the call makes no sense (patched twice, compiled, nothing to report)."""
 
 
+class NothingToReport(PatchStateError, AttributeError):
+    """There is no trace yet. An `AttributeError`, so that `hasattr(patch, "trace")` is False."""
+
+
 class MissingExtra(VtokError, ImportError):
     """An optional dependency is not installed; the text names the extra that brings it."""

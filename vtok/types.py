@@ -206,6 +206,12 @@ class Question:
     states: Tensor
     ids: Tensor | None = None
 
+    def rows(self, rows: Tensor) -> Question:
+        """Some rows of the batch, [G] indices."""
+        rows = rows.to(self.valid.device)
+        ids = None if self.ids is None else self.ids[rows]
+        return Question(self.valid[rows], self.states[rows.to(self.states.device)], ids)
+
 
 @dataclass(frozen=True)
 class VisualTokens:

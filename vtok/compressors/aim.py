@@ -128,6 +128,7 @@ class AIMPrune(InLLM):
 
     name = "aim_prune"
     slow = True
+    several_turns = False  # all tokens up to the anchor rank the others
     needs = frozenset({"attention"})
     paper = PAPER
 

@@ -141,6 +141,7 @@ class CoreTokens(InLLM):
     needs = frozenset({"ffn"})
     paper = PAPER
     adaptive = True
+    several_turns = False  # all tokens of the prompt vote
 
     keep: float = field(default=1.0, init=False, repr=False)  # the elbow says it
     rho: float = 0.2

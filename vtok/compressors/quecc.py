@@ -42,6 +42,7 @@ class QueCC(PreLLM):
     text_guided = True
     merges = True
     trained = True
+    several_turns = False
 
     keep: float = field(default=1.0, init=False, repr=False)  # the weights say it
     weights: QueCCProjector | str | Path | None = field(default=None, repr=False)
@@ -60,6 +61,10 @@ class QueCC(PreLLM):
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in self.stop):
             raise InvalidValue(f"stop must be a sequence of token ids, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
+
+    @property
+    def reads_prompt_end(self) -> bool:
+        return True
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:
