@@ -11,6 +11,7 @@ from vtok.adapter import shrink, stretch
 from vtok.adapters.llava_next import anyres_layout
 from vtok.engine.cache import CompressedCache, Rows
 from vtok.errors import Unsupported
+from vtok.stages.pre_llm import Shift
 from vtok.types import Layout, Plane, keep_count
 
 
@@ -91,12 +92,12 @@ def test_compressed_cache_follows_batch_operations():
     cache = DynamicCache()
     cache.update(torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4), 0)
     cache = CompressedCache.adopt(cache, torch.tensor([[True, True, True], [False, True, True]]))
-    cache.seen, cache.shift = 7, torch.tensor([1, 2])
+    cache.seen, cache.states["pre_llm"] = 7, Shift(torch.tensor([1, 2]))
     assert cache.get_seq_length() == 7
     assert cache.columns(0) == 3
     cache.reorder_cache(torch.tensor([1, 0]))
     assert cache.valid[0].tolist() == [[False, True, True], [True, True, True]]
-    assert cache.shift.tolist() == [2, 1]
+    assert cache.states["pre_llm"].amount.tolist() == [2, 1]
     cache.batch_repeat_interleave(2)
     assert cache.valid[0].shape == (4, 3)
     cache.batch_select_indices(torch.tensor([0]))

@@ -11,8 +11,8 @@ from contract import ADAPTERS, FAMILIES, SIZES, batch, mark, mixed, picture, tin
 from test_undo import snapshot
 
 import vtok
+from vtok.engine.install import Seam
 from vtok.errors import InvalidValue, Unsupported
-from vtok.patching import _Seam
 from vtok.tower import NEEDS, OF_CLS, OF_PATCHES, PackedTower, Tower, check_layer, layer_index, received, window_order
 from vtok.types import Layout, Plane
 
@@ -312,7 +312,7 @@ def test_nothing_is_added_for_nobody_and_undo_is_exact(family):
     model, processor = tiny(family)
     inputs = mixed(processor)
     tower = ADAPTERS[family].encoder_layers(model.model)
-    ours = lambda hooks: sum(isinstance(hook, _Seam) for hook in hooks.values())
+    ours = lambda hooks: sum(isinstance(hook, Seam) for hook in hooks.values())
     hooks = lambda: sum(ours(m._forward_hooks) + ours(m._forward_pre_hooks) for m in tower.modules())
     with torch.no_grad():
         dense, before = model(**inputs, use_cache=True).logits, snapshot(model)

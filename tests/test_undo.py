@@ -153,7 +153,7 @@ def test_two_models_do_not_know_of_each_other(family):
 
 def test_copying_a_patched_model_is_refused():
     model, _ = tiny("llava")
-    with vtok.patch(model, "uniform"), pytest.raises(vtok.errors.PatchStateError, match="unpatch it, copy it"):
+    with vtok.patch(model, "uniform"), pytest.raises(vtok.errors.PatchStateError, match="unpatch it first"):
         copy.deepcopy(model)
 
 
