@@ -121,6 +121,7 @@ def install(vlm: nn.Module, engine: Engine, site: Site, lock: Any) -> Seams:
     for modality, name in adapter.encoders.items():
         seams.stand_in(core, name, _encoder_method(engine, type(core), name, modality))
     seams.stand_in(vlm, "generate", _generate(engine, vlm, lock))
+    seams.stand_in(vlm, "generate_batch", _generate_batch(engine, vlm))
     if any(stage.observes for stage in engine.stages):
         seams.observe(core, implementation)
     return seams
@@ -160,6 +161,19 @@ def _generate(engine: Engine, vlm: nn.Module, lock: Any) -> Any:
             return run(*args, **kwargs)
 
     return generate
+
+
+def _generate_batch(engine: Engine, vlm: nn.Module) -> Any:
+    """A function to bind to the model in place of its `generate_batch`, which carries token ids alone."""
+    previous = vlm.__dict__.get("generate_batch")
+
+    @functools.wraps(type(vlm).generate_batch)
+    def generate_batch(vlm: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(token in ids for ids in inputs for token in engine.token_ids.values()):
+            raise Unsupported("generate_batch takes token ids alone, and would answer without the picture: use generate.")
+        return (previous or types.MethodType(type(vlm).generate_batch, vlm))(inputs, *args, **kwargs)
+
+    return generate_batch
 
 
 def _feed_forward(engine: Engine, layer: int, mlp: nn.Module) -> Any:

@@ -170,11 +170,15 @@ class Sparse(Part):
 
     of: list[Core]
 
+    @property
+    def core(self) -> Core:
+        """The neurons that text behind the prompt goes through."""
+        return self.of[0]
+
     def neurons(self) -> dict[int, int]:
         if not self.of or not self.of[0].whole:
             return {}
         return {layer: index.shape[1] for layer, index in self.of[0].index.items()}
 
     def prompts(self) -> int:
-        core = self.of[0]
-        return len(core.rows) // core.repeats()
+        return len(self.core.rows) // self.core.repeats()
