@@ -123,7 +123,8 @@ def test_a_forward_that_does_not_say_where_the_prompt_ends_is_refused(family, mo
     model.train(mode == "train")
     with torch.no_grad():
         for method in READERS.values():
-            with vtok.patch(model, method()), pytest.raises(Unsupported, match=r"labels.*use_cache=True.*patch\.prompt"):
+            told = pytest.raises(Unsupported, match=r"labels.*use_cache=True.*patch\.prompt")
+            with vtok.patch(model, method()), told:
                 model(**inputs)
         whole = inputs["input_ids"].clone()  # as TRL's collator labels them
         with vtok.patch(model, READERS["fastv"]()), pytest.raises(Unsupported, match="completion_only_loss=True"):

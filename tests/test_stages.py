@@ -63,8 +63,9 @@ def last(tmp_path, monkeypatch):
     from vtok.stages import stage
 
     yield __import__("vtok.stages.last", fromlist=["Last"]).Last
-    for registry, name in ((compressor._REGISTRY, "last"), (stage._REGISTRY, "last"), (sys.modules, "vtok.stages.last")):
-        registry.pop(name, None)
+    for registry in (compressor._REGISTRY, stage._REGISTRY):
+        registry.pop("last", None)
+    sys.modules.pop("vtok.stages.last", None)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

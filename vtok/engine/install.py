@@ -170,7 +170,7 @@ def _generate_batch(engine: Engine, vlm: nn.Module) -> Any:
     @functools.wraps(type(vlm).generate_batch)
     def generate_batch(vlm: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if any(token in ids for ids in inputs for token in engine.token_ids.values()):
-            raise Unsupported("generate_batch takes token ids alone, and would answer without the picture: use generate.")
+            raise Unsupported("generate_batch takes ids alone, and would answer without the picture: use generate.")
         return (previous or types.MethodType(type(vlm).generate_batch, vlm))(inputs, *args, **kwargs)
 
     return generate_batch
