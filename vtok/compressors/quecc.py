@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
@@ -45,7 +44,7 @@ class QueCC(PreLLM):
 
     keep: float = field(default=1.0, init=False, repr=False)  # the weights say it
     weights: QueCCProjector | str | Path | None = field(default=None, repr=False)
-    stop: Sequence[int] = ()
+    stop: Annotated[tuple[int, ...], "token ids"] = ()
 
     is_identity: ClassVar[bool] = False
 
@@ -57,9 +56,15 @@ class QueCC(PreLLM):
             )
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", QueCCProjector.load(self.weights))
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in self.stop):
-            raise InvalidValue(f"stop must be a sequence of token ids, got {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        if not isinstance(self.stop, str):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        super().__post_init__()
+
+    @classmethod
+    def examples(cls, model: nn.Module) -> tuple[QueCC, ...]:
+        from vtok.modules.quecc_training import projector_for
+
+        return (cls(weights=projector_for(model, 2, layers=(0, 1, -1, 1.0), heads=4, partial=True).eval()),)
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:
@@ -67,6 +72,9 @@ class QueCC(PreLLM):
 
     def with_budget(self, budget: float, n_layers: int) -> Compressor:
         raise InvalidValue("quecc keeps what its weights were trained for; choose weights of another kernel.")
+
+    def count(self, layout: Layout) -> int:
+        return len(places(layout, self.weights.quecc.kernel)[1])
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout, features, asked = tokens.layout, tokens.features, tokens.question

@@ -5,22 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from vtok.compressor import Compressor
-from vtok.errors import InvalidValue
 from vtok.types import Activations, Attention
-
-# Where a method reads the text: at the prompt's last token, or at the first text token after the last visual one.
-# Never "the last position": in a training forward that is a token of the answer.
-ANCHORS = ("prompt_end", "after_visual")
-
-
-def check_anchor(anchor: str) -> None:
-    """Raise `InvalidValue` unless it is one of `ANCHORS`."""
-    if anchor not in ANCHORS:
-        raise InvalidValue(f"anchor must be one of {ANCHORS}, got {anchor!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +18,14 @@ class InLLM(Compressor):
     """A method that drops visual tokens behind decoder layers, by what it observes there.
 
     anchor: whose attention or activations count: "prompt_end", the prompt's last token, or "after_visual", the first
-        text token behind the last visual one, which every forward can find.
+        text token behind the last visual one, which every forward can find. Never "the last position": in a training
+        forward that is a token of the answer.
     """
 
     stage = "llm"
     text_guided = True
 
-    anchor: str = "prompt_end"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_anchor(self.anchor)
+    anchor: Literal["prompt_end", "after_visual"] = "prompt_end"
 
     @property
     def reads_prompt_end(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtok.compressor import Compressor
-from vtok.types import Layout, Selection, VisualTokens
+from vtok.types import Layout, Selection, VisualTokens, keep_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +28,6 @@ class PreLLM(Compressor):
         """Choose among the tokens of B pictures of one layout."""
 
     def count(self, layout: Layout) -> int | None:
-        """How many of the layout's tokens stay, known without seeing any; None where their content decides."""
-        return None
+        """How many of the layout's tokens `select` keeps, known without seeing any; None where their content decides,
+        see `adaptive_now`. `keep` of all tokens of a picture, rounded down, unless overridden."""
+        return None if self.adaptive_now else keep_count(layout.n, self.keep)
