@@ -42,6 +42,8 @@ class Compressor(ABC):
     optional: ClassVar[dict[str, dict[str, Any]]] = {}  # need -> the parameters that make it go away
     hints: ClassVar[dict[str, str]] = {}  # need -> what to tell a user whose model does not provide it
     trained: ClassVar[bool] = False  # True if it has weights of its own, without which it is refused
+    # options of a few instances that tests of the whole contract run on, in models with four decoder layers
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     slow: ClassVar[bool] = False  # True if its selection may take over 5 % of a dense prefill, see docs/speed.md
 
     keep: Keep = 0.25
@@ -55,12 +57,9 @@ class Compressor(ABC):
         declared.check_all(self)
 
     @classmethod
-    def examples(cls, model: nn.Module) -> tuple[Compressor, ...]:
-        """A few instances worth testing on a small `model` with four decoder layers; each drops something there.
-
-        What the tests of the contract run on. The class's defaults, unless overridden. Trained methods give themselves
-        small random weights that fit the model."""
-        return (cls(),)
+    def small_weights(cls, model: nn.Module) -> dict[str, Any]:
+        """Of a trained method: the options that give it small random weights which fit the model, for tests."""
+        return {}
 
     @property
     def is_identity(self) -> bool:

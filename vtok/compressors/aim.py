@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
@@ -127,6 +127,7 @@ class AIMPrune(InLLM):
     slow = True
     needs = frozenset({"attention"})
     paper = PAPER
+    examples = ({"start": 1, "end": 3},)
 
     keep: float = field(default=1.0, init=False, repr=False)  # the schedule says it
     start: Depth = 0.5
@@ -137,10 +138,6 @@ class AIMPrune(InLLM):
     head_reduce: Literal["rms", "mean"] = "rms"
 
     is_identity: ClassVar[bool] = False
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[AIMPrune, ...]:
-        return (cls(start=1, end=3),)
 
     def layers(self, n_layers: int) -> tuple[int, int]:
         """(l1, l2) for a decoder of `n_layers`."""
@@ -206,13 +203,10 @@ class AIM(AIMPrune):
     stage = "pre_llm+llm"
     merges = True
     slow = False  # merging leaves few tokens to score
+    examples = ({"keep": 0.5, "start": 1, "end": 3},)
 
     keep: Keep = field(default=0.25)
     weighting: Literal["plain", "size"] = "plain"
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[AIM, ...]:
-        return (cls(keep=0.5, start=1, end=3),)
 
     def parts(self) -> tuple[Compressor, ...]:
         own = {f.name: getattr(self, f.name) for f in fields(AIMPrune) if f.init}

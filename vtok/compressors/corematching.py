@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
@@ -128,6 +128,7 @@ class CoreTokens(InLLM):
     needs = frozenset({"ffn"})
     paper = PAPER
     adaptive = True
+    examples = ({"layer": 1, "max_keep": 0.6},)
 
     keep: float = field(default=1.0, init=False, repr=False)  # the elbow says it
     rho: Share = 0.2
@@ -140,10 +141,6 @@ class CoreTokens(InLLM):
     per: Literal["sample", "picture"] = "sample"
     min_keep: Keep | None = None
     max_keep: Keep | None = None
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[CoreTokens, ...]:
-        return (cls(layer=1, max_keep=0.6),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,6 +222,7 @@ class CoreNeurons(Decode):
     slow = True
     needs = frozenset({"ffn"})
     paper = PAPER
+    examples = ({"min_tokens": 1},)
 
     keep: float = field(default=1.0, init=False, repr=False)  # drops no token
     rho: Share = 0.2
@@ -234,10 +232,6 @@ class CoreNeurons(Decode):
     voters: Voters = "all"
     quota: Quota = "token"
     min_tokens: AtLeast1 = 32
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[CoreNeurons, ...]:
-        return (cls(min_tokens=1),)
 
     @property
     def is_identity(self) -> bool:
@@ -272,14 +266,11 @@ class CoreMatching(CoreTokens):
     name = "corematching"
     slow = True
     stage = "llm+decode"
+    examples = ({"layer": 1, "max_keep": 0.6, "min_tokens": 1},)
 
     start: Depth = 6 / 32
     end: Depth = 27 / 32
     min_tokens: AtLeast1 = 32
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[CoreMatching, ...]:
-        return (cls(layer=1, max_keep=0.6, min_tokens=1),)
 
     def parts(self) -> tuple[Compressor, ...]:
         return tuple(

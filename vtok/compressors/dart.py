@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.compressors.fastv import FastV
 from vtok.errors import InvalidValue
@@ -40,6 +40,7 @@ class DART(FastV):
     paper = (
         "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494"
     )
+    examples = ({"keep": 0.4, "visual_pivots": 1, "text_pivots": 2},)
 
     keep: Keep = 128 / 576
     visual_pivots: AtLeast0 = 4
@@ -50,10 +51,6 @@ class DART(FastV):
         super().__post_init__()
         if self.visual_pivots + self.text_pivots == 0:
             raise InvalidValue("dart needs a pivot: visual_pivots and text_pivots cannot both be 0.")
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[DART, ...]:
-        return (cls(keep=0.4, visual_pivots=1, text_pivots=2),)
 
     def score(self, attention: Attention) -> Tensor:
         key, n = attention.key, attention.query.shape[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
@@ -26,13 +26,10 @@ class FastV(InLLM):
     name = "fastv"
     needs = frozenset({"attention"})
     paper = "An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764"
+    examples = ({}, {"keep": 2, "layer": 1}, {"anchor": "after_visual"})
 
     keep: Keep = 0.5
     layer: AtLeast1 = 2
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[FastV, ...]:
-        return cls(), cls(keep=2, layer=1), cls(anchor="after_visual")
 
     def schedule(self, n_layers: int) -> dict[int, float | int]:
         if self.layer >= n_layers:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.errors import Unsupported
 from vtok.options import In, Positive
@@ -44,6 +44,7 @@ class GlobalCom2(PreLLM):
     name = "globalcom2"
     needs = frozenset({"crops", "cls_attention"})
     paper = "Global Compression Commander, arXiv 2501.05179"
+    examples = ({"keep": 0.3}, {"keep": 0.3, "score_source": "neg_cos_mean"})
 
     optional = {"cls_attention": {"score_source": "neg_cos_mean"}}
     hints = {"cls_attention": "For encoders without CLS there is score_source='neg_cos_mean'."}
@@ -54,10 +55,6 @@ class GlobalCom2(PreLLM):
     allocation: Literal["softmax_sum", "uniform"] = "softmax_sum"
     exact_count: bool = True
     budget_map: Literal["centred", "official"] = "centred"
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[GlobalCom2, ...]:
-        return cls(keep=0.3), cls(keep=0.3, score_source="neg_cos_mean")
 
     @property
     def adaptive_now(self) -> bool:

@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +61,10 @@ class QueCC(PreLLM):
         super().__post_init__()
 
     @classmethod
-    def examples(cls, model: nn.Module) -> tuple[QueCC, ...]:
+    def small_weights(cls, model: nn.Module) -> dict[str, Any]:
         from vtok.modules.quecc_training import projector_for
 
-        return (cls(weights=projector_for(model, 2, layers=(0, 1, -1, 1.0), heads=4, partial=True).eval()),)
+        return {"weights": projector_for(model, 2, layers=(0, 1, -1, 1.0), heads=4, partial=True).eval()}
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_column_sums import attention_column_sums
@@ -49,6 +49,7 @@ class Schedule(InLLM):
     name = "schedule"
     needs = frozenset({"attention"})
     paper = "Searching Optimal Vision Token Reduction (G-Search, P-Sigmoid), arXiv 2412.00556"
+    examples = ({"rates": (1, 0.92, 0.89, 0.3)}, {"keep": 0.5})  # of 16 tokens the second of the steps drops none
 
     keep: Fraction | None = None
     file: str | os.PathLike[str] | None = None
@@ -69,10 +70,6 @@ class Schedule(InLLM):
         if self.r_min > self.a:
             raise InvalidValue(f"r_min must be at most a, {self.a}, got {self.r_min}")
         _ = self.given  # a file that is no schedule is refused here
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[Schedule, ...]:
-        return cls(rates=(1, 0.92, 0.89, 0.3)), cls(keep=0.5)  # of 16 tokens the second step drops none
 
     @cached_property
     def given(self) -> tuple[float, ...] | None:

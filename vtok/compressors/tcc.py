@@ -61,6 +61,11 @@ class TCC(PreLLM):
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     adaptive = True
     merges = True
+    examples = (
+        {"keep": 0.5, "sim_threshold": 0.5, "low_layer": 0},
+        {"keep": 0.5, "sim_threshold": 0.5, "low_layer": 0, "importance": "received"},
+        {"keep": 0.5, "sim_threshold": 0.5, "low_layer": 0, "importance": "received", "merge": "none"},
+    )
 
     keep: Keep | None = None
     sim_threshold: Annotated[float, In("[-1, 1]")] = 0.9
@@ -75,11 +80,6 @@ class TCC(PreLLM):
     merge: Literal["weighted", "none"] = "weighted"
     k: AtLeast1 = 32
     min_tokens: AtLeast0 = 1
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[TCC, ...]:
-        own = {"keep": 0.5, "sim_threshold": 0.5, "low_layer": 0}
-        return cls(**own), cls(**own, importance="received"), cls(**own, importance="received", merge="none")
 
     @property
     def needs_now(self) -> frozenset[str]:

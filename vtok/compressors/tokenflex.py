@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,9 @@ class TokenFLEX(PreLLM):
             object.__setattr__(self, "weights", TokenFlexProjector.load(self.weights))
 
     @classmethod
-    def examples(cls, model: nn.Module) -> tuple[TokenFLEX, ...]:
-        config = model.config
-        sizes = config.vision_config.hidden_size, config.get_text_config().hidden_size
-        return (cls(keep=0.25, weights=TokenFlexProjector(*sizes)),)
+    def small_weights(cls, model: nn.Module) -> dict[str, Any]:
+        vision, text = model.config.vision_config, model.config.get_text_config()
+        return {"weights": TokenFlexProjector(getattr(vision, "embed_dim", vision.hidden_size), text.hidden_size)}
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:

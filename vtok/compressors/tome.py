@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
@@ -40,6 +40,7 @@ class ToMe(Blocks):
         "token_blocks": "It acts in the blocks of CLIP, SigLIP, timm and open_clip towers.",
         "token_per_patch": "With carry=False each patch gets its group's feature, which works here too.",
     }
+    examples = ({"r": 3}, {"keep": 0.6, "carry": True})
 
     keep: Keep | None = None
     r: AtLeast0 | tuple[AtLeast0, ...] | None = None
@@ -59,10 +60,6 @@ class ToMe(Blocks):
             raise InvalidValue("r must have a number for each block, got ()")
         if self.decreasing and isinstance(self.r, tuple):
             raise InvalidValue("decreasing goes with one number for r; a tuple says for itself what each block merges.")
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[ToMe, ...]:
-        return cls(r=3), cls(r=3, carry=True)
 
     @property
     def masks(self) -> bool:

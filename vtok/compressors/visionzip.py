@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok.options import EncoderLayer, In
 from vtok.stages.pre_llm import PreLLM
@@ -45,15 +45,12 @@ class VisionZip(PreLLM):
     optional = {"cls_probs": {"importance": "received"}}
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     merges = True
+    examples = ({"keep": 0.4}, {"keep": 0.4, "importance": "received"})
 
     contextual: Annotated[float, In("[0, 1)")] = 10 / 64
     layer: EncoderLayer = None
     importance: Literal["cls", "received"] = "cls"
     merging: Literal["mean", "add"] = "mean"
-
-    @classmethod
-    def examples(cls, model: nn.Module) -> tuple[VisionZip, ...]:
-        return cls(keep=0.4), cls(keep=0.4, importance="received")
 
     @property
     def needs_now(self) -> frozenset[str]:
