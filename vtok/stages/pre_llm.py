@@ -23,6 +23,10 @@ class PreLLM(Compressor):
 
     renumber: bool = False
 
+    @property
+    def reads_prompt_end(self) -> bool:
+        return "question" in self.needs_now  # it is the text up to there
+
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the tokens of B pictures of one layout."""
