@@ -61,7 +61,9 @@ def example(model: nn.Module, label: str) -> list:
         return STACKS[label]()
     name, _, number = label.partition("-")
     cls = compressors.find(name)
-    return [cls(**cls.examples[int(number or 1) - 1], **cls.small_weights(model))]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same weights each time
+        return [cls(**cls.examples[int(number or 1) - 1], **cls.small_weights(model))]
 
 
 @functools.cache
@@ -255,8 +257,9 @@ class Entered:
 
     def _note(self, module, args, kwargs):
         if self.embeds is None:
-            trace = self.patch.trace
-            self.embeds = trace.rows_at(0).restore(kwargs["inputs_embeds"].detach(), trace.length)
+            trace, embeds = self.patch.trace, kwargs["inputs_embeds"].detach()
+            compacted = drops(self.patch.compressors)  # else the language model's input is left as it is
+            self.embeds = trace.rows_at(0).restore(embeds, trace.length) if compacted else embeds.clone()
             self.embeds.levels = self.levels
 
 

@@ -80,20 +80,21 @@ def test_pruning_is_masking(family, method, side):
     with patched(model, method) as patch, Entered(model, patch) as entered:
         pruned = run(model, inputs, output_hidden_states=True)
     trace = patch.trace
-    assert drops(matrix()[family, method]) == (sum(trace.n_kept_at(3)) < sum(trace.n_visual))
+    dropped = drops(matrix()[family, method])
+    assert dropped == (sum(trace.n_kept_at(3)) < sum(trace.n_visual))
     with Masked(model, trace, entered.embeds):
         masked = run(model, inputs, output_hidden_states=True)
     present = trace.present_at(3)
     assert pruned.logits.shape == dense.shape
     torch.testing.assert_close(pruned.logits[present], masked.logits[present], atol=1e-5, rtol=1e-5)
-    assert (pruned.logits[~present] == 0).all()
+    assert not dropped or (pruned.logits[~present] == 0).all()
     assert not torch.allclose(pruned.logits[present], dense[present], atol=1e-2)  # the oracle is not vacuous
     for i, (ours, theirs) in enumerate(zip(pruned.hidden_states, masked.hidden_states)):
         here = trace.present_at(max(0, i - 1))
         assert ours.shape == theirs.shape
         size = theirs[here].abs().max().item()  # hidden states of the scaled-up random weights are not of order 1
         torch.testing.assert_close(ours[here], theirs[here], atol=1e-5 * max(1.0, size), rtol=1e-5)
-        assert (ours[~here] == 0).all()
+        assert not dropped or (ours[~here] == 0).all()
 
 
 GENERATION = {"greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": True, "num_return_sequences": 3}}
@@ -181,7 +182,7 @@ def test_attention_implementations_agree(family, method, attention):
         model, processor = tiny(family, implementation)
         inputs = mixed(processor)
         with patched(model, method) as patch:
-            logits.append(run(model, inputs).logits)
+            logits.append(run(model, inputs).logits[inputs["attention_mask"].bool()])  # rows of padding are anything
             kept.append(patch.trace.positions_at(3))
     assert all(torch.equal(a, b) for a, b in zip(*kept))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
