@@ -243,6 +243,7 @@ def test_the_count_is_known_beforehand(family, method, monkeypatch):
         monkeypatch.setattr(type(part), "select", lambda self, tokens: seen.append(tokens) or select(self, tokens))
     with vtok.patch(model, part) as patch:
         run(model, mixed(processor))
+    monkeypatch.undo()
     trace = patch.trace
     for sample, shown, kept in zip(trace.samples, trace.pictures, trace.n_kept):
         count = part.count(shown.dense)
