@@ -13,7 +13,7 @@ from test_undo import snapshot
 import vtok
 from vtok.engine.install import Seam
 from vtok.errors import InvalidValue, Unsupported
-from vtok.tower import NEEDS, OF_CLS, OF_PATCHES, PackedTower, Tower, check_layer, layer_index, received, window_order
+from vtok.tower import NEEDS, OF_CLS, OF_PATCHES, PackedTower, Tower, layer_index, received, window_order
 from vtok.types import Layout, Plane
 
 SEEING = [family for family in FAMILIES if ADAPTERS[family].provides >= OF_PATCHES]
@@ -408,10 +408,6 @@ def test_layers():
     for layer in (24, -25):
         with pytest.raises(InvalidValue, match=r"layers 0 to 23 \(or -24 to -1\)"):
             layer_index(layer, 24)
-    assert [check_layer(x, "layer") for x in (3, -2, 0.25, None)] == [3, -2, 0.25, None]
-    for layer in (True, 1.5, -0.5, float("nan"), "deep"):
-        with pytest.raises(InvalidValue, match="^low must be"):
-            check_layer(layer, "low")
 
 
 def test_received_in_steps(monkeypatch):

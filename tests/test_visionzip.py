@@ -8,8 +8,8 @@ from contract import batch, mixed, picture, tiny
 
 import vtok
 from vtok.errors import InvalidValue, Unsupported
-from vtok.types import Layout, Plane, VisualTokens, share
-from vtok.views import Views, ranks, unit
+from vtok.types import Layout, Plane, VisualTokens, ranks, share
+from vtok.views import Views, unit
 
 CROPS = Plane(5, 8, "crops", crop_grid=(2, 2), crop_shape=(4, 4), offset=(1, 0))  # a row of padding above and two below
 LAYOUTS = {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import Unsupported
+from vtok.registry import register
 from vtok.tower import Layer, Tower
 from vtok.types import Layout, Plane
 
@@ -66,7 +67,7 @@ class Adapter(ABC):
         super().__init_subclass__(**kwargs)
         cls.provides = cls.provides | {"question", "ffn"}
         for model_type in cls.model_types:
-            _REGISTRY[model_type] = cls
+            register(_REGISTRY, model_type, cls)
 
     def core(self, model: nn.Module) -> nn.Module:
         """The module that joins text and vision and calls `language_model`."""

@@ -9,17 +9,22 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vtok.errors import InvalidValue, UnknownName
+from torch import nn
+
+from vtok import options as declared
+from vtok.errors import UnknownName
+from vtok.options import Keep
+from vtok.registry import register
 from vtok.tower import NEEDS as ENCODER_NEEDS
 from vtok.tower import Layer
-from vtok.types import check_keep
 
 _REGISTRY: dict[str, type[Compressor]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressor(ABC):
-    """What all compressors share. Subclasses are frozen dataclasses whose fields are the method's hyper-parameters.
+    """What all compressors share. Subclasses are frozen dataclasses whose fields are the method's hyper-parameters;
+    what each accepts is declared in its type, see `vtok.options`, and what it does is a sentence of the docstring.
 
     A method derives from the base class of its stage (`vtok/stages/`: `Pixels`, `Blocks`, `PreLLM`, `InLLM`, `Decode`),
     which says what it sees and what it answers, and sets the class variables below. One that is a composition of
@@ -31,25 +36,32 @@ class Compressor(ABC):
     # of "crops", "question", "attention", "ffn", "token_blocks" and those of vtok/tower.py
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
-    adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
+    # True if how many tokens stay depends on their content, not only on the grid; see `adaptive_now`
+    adaptive: ClassVar[bool] = False
     text_guided: ClassVar[bool] = False
     optional: ClassVar[dict[str, dict[str, Any]]] = {}  # need -> the parameters that make it go away
     hints: ClassVar[dict[str, str]] = {}  # need -> what to tell a user whose model does not provide it
     trained: ClassVar[bool] = False  # True if it has weights of its own, without which it is refused
+    # options of a few instances that tests of the whole contract run on, in models with four decoder layers
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     slow: ClassVar[bool] = False  # True if its selection may take over 5 % of a dense prefill, see docs/speed.md
-
     movable: ClassVar[bool] = False  # True if it can read the text at another place than the prompt's end (`anchor`)
     several_turns: ClassVar[bool] = True  # False if answers in one row, each to pictures of its own, would disturb it
 
-    keep: float | int = 0.25
+    keep: Keep = 0.25
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
-            _REGISTRY[cls.name] = cls
+            register(_REGISTRY, cls.name, cls)
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        declared.check_all(self)
+
+    @classmethod
+    def small_weights(cls, model: nn.Module) -> dict[str, Any]:
+        """Of a trained method: the options that give it small random weights which fit the model, for tests."""
+        return {}
 
     @property
     def is_identity(self) -> bool:
@@ -60,6 +72,11 @@ class Compressor(ABC):
     def needs_now(self) -> frozenset[str]:
         """What this instance needs; a subset of `needs` where a parameter makes a need go away."""
         return self.needs
+
+    @property
+    def adaptive_now(self) -> bool:
+        """Whether this instance's count depends on the content; where it does not, `count` tells it."""
+        return self.adaptive and not self.is_identity
 
     @property
     def reads_prompt_end(self) -> bool:
@@ -89,13 +106,30 @@ def load_all() -> dict[str, type[Compressor]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def build(name: str, **options: Any) -> Compressor:
-    """Make a compressor from its name and options."""
+def find(name: str) -> type[Compressor]:
+    """The class of that name. Raises `UnknownName`, with the nearest one and all there are."""
     registry = load_all()
     if name not in registry:
-        raise UnknownName(f"No compressor is named {name!r}. There are: {', '.join(registry)}.")
-    cls = registry[name]
-    fields = {f.name for f in dataclasses.fields(cls) if f.init}
-    if unknown := sorted(set(options) - fields):
-        raise InvalidValue(f"{name} has no option {', '.join(unknown)}. It has: {', '.join(sorted(fields))}.")
+        near = declared.did_you_mean(name, registry)
+        raise UnknownName(f"No compressor is named {name!r}.{near} There are: {', '.join(registry)}.")
+    return registry[name]
+
+
+def build(name: str, **options: Any) -> Compressor:
+    """Make a compressor from its name and options."""
+    cls = find(name)
+    for option in options:
+        declared.named(cls, option, name)
     return cls(**options)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """A method and its options as they stand on a command line: "visionzip" or "visionzip:importance=received:keep=64".
+
+    Returns the name and the options' values, see `vtok.options.Option.parse`. Raises `UnknownName`, `InvalidValue`."""
+    name, *pairs = text.strip().split(":")
+    cls, values = find(name), {}
+    for pair in pairs:
+        option, _, value = pair.partition("=")
+        values[option.strip()] = declared.named(cls, option.strip(), name).parse(value)
+    return name, values

@@ -29,18 +29,6 @@ NEEDS = OF_PATCHES | OF_CLS
 ROWS = 1 << 25  # attention probabilities held at once while columns are summed
 
 
-def check_layer(layer: Layer, name: str) -> Layer:
-    """Return `layer` if it may name an encoder layer, else raise `InvalidValue`. Whether there are so many is found out
-    when a model is patched."""
-    whole = isinstance(layer, int) and not isinstance(layer, bool)
-    if layer is None or whole or (isinstance(layer, float) and 0.0 <= layer <= 1.0):
-        return layer
-    raise InvalidValue(
-        f"{name} must be an encoder layer (int, from the end if negative), a fraction of the depth in [0, 1] (float), "
-        f"or None for the layer that the projector reads, got {layer!r}"
-    )
-
-
 def layer_index(layer: int | float, n: int) -> int:
     """The index among `n` of an int, which may count from the end, or of a fraction: 0.0 the first, 1.0 the last."""
     index = layer if isinstance(layer, int) else math.floor(layer * (n - 1) + 0.5)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,15 +13,12 @@ from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
 from vtok.kernels.pagerank import pagerank
-from vtok.stages.llm import InLLM, check_anchor
+from vtok.options import AtLeast1, Depth, In, Keep, Positive
+from vtok.stages.llm import InLLM
 from vtok.stages.pre_llm import PreLLM
-from vtok.types import Attention, Selection, VisualTokens, keep_count, share
+from vtok.types import Attention, Layout, Selection, VisualTokens, keep_count, share
 
 PAPER = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, arXiv 2412.03248"
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +37,21 @@ class AIMMerge(PreLLM):
     paper = PAPER
     merges = True
 
-    weighting: str = "plain"
+    weighting: Literal["plain", "size"] = "plain"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weighting not in ("plain", "size"):
-            raise InvalidValue(f"weighting must be 'plain' or 'size', got {self.weighting!r}")
+    def counts(self, layout: Layout) -> list[int]:
+        """How many tokens of each plane stay."""
+        if isinstance(self.keep, int):
+            return share(keep_count(layout.n, self.keep), [plane.size for plane in layout.planes])
+        return [keep_count(plane.size, self.keep) for plane in layout.planes]
+
+    def count(self, layout: Layout) -> int:
+        return sum(self.counts(layout))
 
     def select(self, tokens: VisualTokens) -> Selection:
         features, layout = tokens.features, tokens.layout
         b, n, d = features.shape
-        if isinstance(self.keep, int):
-            counts = share(keep_count(n, self.keep), [plane.size for plane in layout.planes])
-        else:
-            counts = [keep_count(plane.size, self.keep) for plane in layout.planes]
+        counts = self.counts(layout)
         keep, merged, into = [], [], []
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, (plane, count) in enumerate(zip(layout.planes, counts)):
@@ -131,31 +128,17 @@ class AIMPrune(InLLM):
     several_turns = False  # all tokens up to the anchor rank the others
     needs = frozenset({"attention"})
     paper = PAPER
+    examples = ({"start": 1, "end": 3},)
 
     keep: float = field(default=1.0, init=False, repr=False)  # the schedule says it
-    start: float | int = 0.5
-    end: float | int = 22 / 28
-    tau: float = 0.1
-    iters: int = 5
-    damping: float = 0.0
-    head_reduce: str = "rms"
+    start: Depth = 0.5
+    end: Depth = 22 / 28
+    tau: Positive = 0.1
+    iters: AtLeast1 = 5
+    damping: Annotated[float, In("[0, 1]")] = 0.0
+    head_reduce: Literal["rms", "mean"] = "rms"
 
     is_identity: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_anchor(self.anchor)
-        for name in ("start", "end"):
-            value = getattr(self, name)
-            if not _number(value) or not (value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0):
-                raise InvalidValue(f"{name} must be a layer (int >= 0) or a fraction of depth in [0, 1], got {value!r}")
-        if not _number(self.tau) or not 0 < self.tau < math.inf:
-            raise InvalidValue(f"tau must be a number above 0, got {self.tau!r}")
-        if isinstance(self.iters, bool) or not isinstance(self.iters, int) or self.iters < 1:
-            raise InvalidValue(f"iters must be an int >= 1, got {self.iters!r}")
-        if not _number(self.damping) or not 0 <= self.damping <= 1:
-            raise InvalidValue(f"damping must be a number in [0, 1], got {self.damping!r}")
-        if self.head_reduce not in ("rms", "mean"):
-            raise InvalidValue(f"head_reduce must be 'rms' or 'mean', got {self.head_reduce!r}")
 
     def layers(self, n_layers: int) -> tuple[int, int]:
         """(l1, l2) for a decoder of `n_layers`."""
@@ -213,6 +196,7 @@ class AIM(AIMPrune):
     """`AIMMerge` before the language model and `AIMPrune` in it, with the parameters of both.
 
     keep: the merge's ratio; the schedule comes on top.
+    weighting: of the merge, see `AIMMerge`.
     Differs from the paper: see the two.
     """
 
@@ -220,12 +204,10 @@ class AIM(AIMPrune):
     stage = "pre_llm+llm"
     merges = True
     slow = False  # merging leaves few tokens to score
+    examples = ({"keep": 0.5, "start": 1, "end": 3},)
 
-    keep: float | int = field(default=0.25)
-    weighting: str = "plain"
-
-    def __post_init__(self) -> None:
-        self.parts()  # checks all parameters
+    keep: Keep = field(default=0.25)
+    weighting: Literal["plain", "size"] = "plain"
 
     def parts(self) -> tuple[Compressor, ...]:
         own = {f.name: getattr(self, f.name) for f in fields(AIMPrune) if f.init}

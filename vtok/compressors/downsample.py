@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from vtok.errors import InvalidValue
+from vtok.options import Fraction
 from vtok.stages.pixels import Pixels
 
 
@@ -19,10 +19,7 @@ class Downsample(Pixels):
     name = "downsample"
     paper = "baseline"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.keep, int):
-            raise InvalidValue("downsample chooses a smaller picture by a fraction: keep must be a float in (0, 1].")
+    keep: Fraction = 0.25
 
     def scale(self) -> float:
         return math.sqrt(self.keep)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
+from vtok.options import AtLeast1, Keep
 from vtok.stages.llm import InLLM
 from vtok.types import Attention
 
@@ -25,14 +26,10 @@ class FastV(InLLM):
     name = "fastv"
     needs = frozenset({"attention"})
     paper = "An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764"
+    examples = ({}, {"keep": 2, "layer": 1}, {"anchor": "after_visual"})
 
-    keep: float | int = 0.5
-    layer: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise InvalidValue(f"layer must be an int >= 1, got {self.layer!r}")
+    keep: Keep = 0.5
+    layer: AtLeast1 = 2
 
     def schedule(self, n_layers: int) -> dict[int, float | int]:
         if self.layer >= n_layers:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.errors import InvalidValue, Unsupported
+from vtok.errors import Unsupported
+from vtok.options import In, Positive
 from vtok.stages.pre_llm import PreLLM
-from vtok.types import Plane, Selection, VisualTokens, keep_count, share
-
-SOURCES = ("cls_logits", "cls_probs", "neg_cos_mean")
-ALLOCATIONS = ("softmax_sum", "uniform")
-BUDGET_MAPS = ("centred", "official")
+from vtok.types import Layout, Plane, Selection, VisualTokens, keep_count, ranks, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +44,21 @@ class GlobalCom2(PreLLM):
     name = "globalcom2"
     needs = frozenset({"crops", "cls_attention"})
     paper = "Global Compression Commander, arXiv 2501.05179"
+    examples = ({"keep": 0.3}, {"keep": 0.3, "score_source": "neg_cos_mean"})
 
     optional = {"cls_attention": {"score_source": "neg_cos_mean"}}
     hints = {"cls_attention": "For encoders without CLS there is score_source='neg_cos_mean'."}
 
-    tau: float = 10.0
-    alpha: float = 0.5
-    score_source: str = "cls_logits"
-    allocation: str = "softmax_sum"
+    tau: Positive = 10.0
+    alpha: Annotated[float, In("[0, 1]")] = 0.5
+    score_source: Literal["cls_logits", "cls_probs", "neg_cos_mean"] = "cls_logits"
+    allocation: Literal["softmax_sum", "uniform"] = "softmax_sum"
     exact_count: bool = True
-    budget_map: str = "centred"
+    budget_map: Literal["centred", "official"] = "centred"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not _is_number(self.tau) or self.tau <= 0:
-            raise InvalidValue(f"tau must be a number > 0, got {self.tau!r}")
-        if not _is_number(self.alpha) or not 0 <= self.alpha <= 1:
-            raise InvalidValue(f"alpha must be a number in [0, 1], got {self.alpha!r}")
-        words_of = {"score_source": SOURCES, "allocation": ALLOCATIONS, "budget_map": BUDGET_MAPS}
-        for field, words in words_of.items():
-            if getattr(self, field) not in words:
-                raise InvalidValue(f"{field} must be one of {words}, got {getattr(self, field)!r}")
-        for field in ("exact_count", "renumber"):
-            if not isinstance(getattr(self, field), bool):
-                raise InvalidValue(f"{field} must be True or False, got {getattr(self, field)!r}")
+    @property
+    def adaptive_now(self) -> bool:
+        return not self.exact_count and not self.is_identity
 
     @property
     def needs_now(self) -> frozenset[str]:
@@ -114,6 +103,15 @@ class GlobalCom2(PreLLM):
         keep = torch.cat([in_crops, in_thumb] if behind else [in_thumb, in_crops], 1)
         return Selection(keep, n_kept=k_thumb + k_crops if self.exact_count else None)
 
+    def count(self, layout: Layout) -> int | None:
+        if self.adaptive_now:
+            return None
+        if not any(plane.kind == "crops" and plane.size for plane in layout.planes):
+            return layout.n
+        if isinstance(self.keep, int):
+            return keep_count(layout.n, self.keep)
+        return sum(keep_count(plane.size, self.keep) for plane in layout.planes)
+
     def _scores(self, tokens: VisualTokens, thumbnail: Plane, crops: Plane, behind: bool) -> tuple[Tensor, Tensor]:
         """[B, N] finite score of each token within its own view, the thumbnail's first, and [B, N] bool, where it was
         not finite."""
@@ -144,10 +142,6 @@ class GlobalCom2(PreLLM):
         place = torch.arange(thumbnail.size, device=a.device)  # [P]
         place = torch.cat([place, thumbnail.size + mosaic_index(crops, a.device)])  # [N] among the V * P
         return a.flatten(1).index_select(1, place), broken.flatten(1).index_select(1, place)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -279,15 +273,3 @@ def cos_to_view_mean(x: Tensor, crops: Plane) -> Tensor:
 def group_sums(values: Tensor, group: Tensor, n_groups: int) -> Tensor:
     """[B, G] sums of `values` [B, n] over the members of each `group` [n], the same in each run."""
     return values @ (group[:, None] == torch.arange(n_groups, device=group.device)).to(values)
-
-
-def ranks(score: Tensor, group: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
-    """Rank of each entry of `score` [B, n], best first, ties to the lower index. [B, n] long.
-
-    Within its `group` [n], of which there are as many as `sizes` [G] says, if given."""
-    order = score.argsort(dim=1, descending=True, stable=True)  # [B, n]
-    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    if group is not None:
-        order = order.gather(1, group[order].argsort(dim=1, stable=True))  # by group, then score
-        place = place - (sizes.cumsum(0) - sizes)[group[order]]
-    return torch.empty_like(order).scatter_(1, order, place)

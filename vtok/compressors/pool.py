@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtok.stages.pre_llm import PreLLM
-from vtok.types import Plane, Selection, VisualTokens, keep_count, share
+from vtok.types import Layout, Plane, Selection, VisualTokens, keep_count, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,19 @@ class Pool(PreLLM):
     paper = "baseline"
     merges = True
 
+    def counts(self, layout: Layout) -> list[int]:
+        """How many tokens each plane may keep."""
+        counts = share(keep_count(layout.n, self.keep), [plane.size for plane in layout.planes])
+        return [max(1, count) for count in counts] if isinstance(self.keep, float) else counts
+
+    def count(self, layout: Layout) -> int:
+        grids = (coarser(*each) for each in zip(layout.planes, self.counts(layout)) if each[1])
+        return sum(rows * cols for rows, cols in grids)
+
     def select(self, tokens: VisualTokens) -> Selection:
         b, n, d = tokens.features.shape
         layout = tokens.layout
-        counts = share(keep_count(n, self.keep), [plane.size for plane in layout.planes])
-        if isinstance(self.keep, float):
-            counts = [max(1, count) for count in counts]
+        counts = self.counts(layout)
         index, into, means = [], [], []
         for plane, start, count in zip(layout.planes, layout.starts, counts):
             if count == 0:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Annotated
 
 from torch import Tensor
 
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
+from vtok.options import Fraction, In
 from vtok.stages.llm import InLLM
 from vtok.types import Attention
 
@@ -29,15 +31,8 @@ class PyramidDrop(InLLM):
     needs = frozenset({"attention"})
     paper = "PyramidDrop, arXiv 2410.17247"
 
-    keep: float = 0.5
-    stages: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.keep, float):
-            raise InvalidValue(f"keep is the share that a stage leaves to the next, in (0, 1], got {self.keep!r}")
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
-            raise InvalidValue(f"stages must be an int >= 2, got {self.stages!r}")
+    keep: Fraction = 0.5
+    stages: Annotated[int, In(">= 2")] = 4
 
     def starts(self, n_layers: int) -> list[int]:
         """The first layer of each stage but the first."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
@@ -46,7 +45,7 @@ class QueCC(PreLLM):
 
     keep: float = field(default=1.0, init=False, repr=False)  # the weights say it
     weights: QueCCProjector | str | Path | None = field(default=None, repr=False)
-    stop: Sequence[int] = ()
+    stop: Annotated[tuple[int, ...], "token ids"] = ()
 
     is_identity: ClassVar[bool] = False
 
@@ -58,13 +57,15 @@ class QueCC(PreLLM):
             )
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", QueCCProjector.load(self.weights))
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in self.stop):
-            raise InvalidValue(f"stop must be a sequence of token ids, got {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        if not isinstance(self.stop, str):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        super().__post_init__()
 
-    @property
-    def reads_prompt_end(self) -> bool:
-        return True
+    @classmethod
+    def small_weights(cls, model: nn.Module) -> dict[str, Any]:
+        from vtok.modules.quecc_training import projector_for
+
+        return {"weights": projector_for(model, 2, layers=(0, 1, -1, 1.0), heads=4, partial=True).eval()}
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:
@@ -72,6 +73,9 @@ class QueCC(PreLLM):
 
     def with_budget(self, budget: float, n_layers: int) -> Compressor:
         raise InvalidValue("quecc keeps what its weights were trained for; choose weights of another kernel.")
+
+    def count(self, layout: Layout) -> int:
+        return len(places(layout, self.weights.quecc.kernel)[1])
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout, features, asked = tokens.layout, tokens.features, tokens.question

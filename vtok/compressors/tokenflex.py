@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.tokenflex import TokenFlexProjector, square_side
 from vtok.stages.pre_llm import PreLLM
-from vtok.types import Plane, Selection, VisualTokens
+from vtok.types import Layout, Plane, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class TokenFLEX(PreLLM):
     merges = True
     trained = True
 
-    weights: TokenFlexProjector | str | Path | None = field(default=None, repr=False)
+    weights: nn.Module | str | Path | None = field(default=None, repr=False)
 
     is_identity: ClassVar[bool] = False
 
@@ -50,6 +50,11 @@ class TokenFLEX(PreLLM):
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", TokenFlexProjector.load(self.weights))
 
+    @classmethod
+    def small_weights(cls, model: nn.Module) -> dict[str, Any]:
+        vision, text = model.config.vision_config, model.config.get_text_config()
+        return {"weights": TokenFlexProjector(getattr(vision, "embed_dim", vision.hidden_size), text.hidden_size)}
+
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:
         return {"encoder_states": (None,)}
@@ -63,6 +68,10 @@ class TokenFLEX(PreLLM):
             return side, side
         scale = math.sqrt(self.keep)
         return max(1, int(rows * scale + 1e-6)), max(1, int(cols * scale + 1e-6))
+
+    def count(self, layout: Layout) -> int:
+        grids = ((plane, self.grid(*plane.view_shape)) for plane in layout.planes)
+        return sum(int((places(plane, grid) >= 0).sum()) for plane, grid in grids)
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout, features = tokens.layout, tokens.features

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,19 +17,9 @@ from vtok.engine.cache import Rows
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
-from vtok.errors import InvalidValue, Unsupported
+from vtok.errors import Unsupported
 from vtok.stages.stage import Site, Stage
 from vtok.types import Activations, Attention
-
-# Where a method reads the text: at the prompt's last token, or at the first text token after the last visual one.
-# Never "the last position": in a training forward that is a token of the answer.
-ANCHORS = ("prompt_end", "after_visual")
-
-
-def check_anchor(anchor: str) -> None:
-    """Raise `InvalidValue` unless it is one of `ANCHORS`."""
-    if anchor not in ANCHORS:
-        raise InvalidValue(f"anchor must be one of {ANCHORS}, got {anchor!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +27,15 @@ class InLLM(Compressor):
     """A method that drops visual tokens behind decoder layers, by what it observes there.
 
     anchor: whose attention or activations count: "prompt_end", the prompt's last token, or "after_visual", the first
-        text token behind the last visual one, which every forward can find.
+        text token behind the last visual one, which every forward can find. Never "the last position": in a training
+        forward that is a token of the answer.
     """
 
     stage = "llm"
     text_guided = True
     movable = True
 
-    anchor: str = "prompt_end"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_anchor(self.anchor)
+    anchor: Literal["prompt_end", "after_visual"] = "prompt_end"
 
     @property
     def reads_prompt_end(self) -> bool:

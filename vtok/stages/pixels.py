@@ -28,6 +28,11 @@ class Pixels(Compressor):
     def scale(self) -> float:
         """The factor by which picture sides shrink before the encoder, in (0, 1]."""
 
+    def count(self, layout: Layout) -> int:
+        """How many tokens are made of a picture that has the layout at its full size."""
+        view = tuple(max(1, int(side * self.scale() + 1e-6)) for side in layout.planes[0].view_shape)
+        return shrink(layout, view)[0].n
+
 
 class PixelsStage(Stage[Pixels]):
     name = "pixels"

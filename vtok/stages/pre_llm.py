@@ -17,7 +17,7 @@ from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
 from vtok.errors import InvalidValue, Unsupported
 from vtok.stages.stage import Site, Stage
-from vtok.types import Layout, Question, Selection, VisualTokens, mean_of_members
+from vtok.types import Layout, Question, Selection, VisualTokens, keep_count, mean_of_members
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,18 @@ class PreLLM(Compressor):
 
     renumber: bool = False
 
+    @property
+    def reads_prompt_end(self) -> bool:
+        return "question" in self.needs_now  # it is the text up to there
+
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the tokens of B pictures of one layout."""
 
     def count(self, layout: Layout) -> int | None:
-        """How many of the layout's tokens stay, known without seeing any; None where their content decides."""
-        return None
+        """How many of the layout's tokens `select` keeps, known without seeing any; None where their content decides,
+        see `adaptive_now`. `keep` of all tokens of a picture, rounded down, unless overridden."""
+        return None if self.adaptive_now else keep_count(layout.n, self.keep)
 
 
 @dataclass(frozen=True)
