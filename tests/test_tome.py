@@ -12,6 +12,7 @@ from test_undo import HOOKS
 from torch import nn
 
 import vtok
+from vtok import tower as towers
 from vtok import vit as vits
 from vtok.compressors.tome import match, merge
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
@@ -245,9 +246,9 @@ class Slow:
     that its own attention over the copies is proportional attention."""
 
     def __init__(self, tower, r):
-        found, family = vits.find(tower)
+        found, family = towers.find(tower)
         self.blocks, self.family, self.r = list(family.blocks(found)), family, r
-        self.protected = family.protected(found)
+        self.protected = family.skip
 
     def __enter__(self):
         self.hooks, self.groups = [], None

@@ -262,7 +262,7 @@ def panel(answer: Answer, reference: Trace) -> Panel:
     if trace is None:
         whole = torch.ones(picture.dense.n)
         return Panel(answer.method, f"{answer.tokens} visual tokens", answer.text, picture.dense, whole)
-    layers = trace.shapes.text.layers
+    layers = trace.shapes.layers
     seen = torch.stack([trace.keep_masks_at(layer)[0].float() for layer in range(layers)]).mean(0)  # [N]
     if trace.n_kept_at(layers - 1) != trace.n_kept:
         caption += ", mean over layers"

@@ -15,15 +15,15 @@ from torch import nn
 
 from vtok import adapter as adapters
 from vtok import compressor as compressors
+from vtok import tower as towers
 from vtok import vit as vits
 from vtok.compressor import STAGES, Compressor
 from vtok.engine import ffn, probe
-from vtok.engine.accounting import TextShape, VisionShape
 from vtok.engine.forward import Engine
 from vtok.engine.trace import Shapes, Trace
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.tower import NEEDS as ENCODER_NEEDS
-from vtok.tower import layer_index
+from vtok.tower import Tower, layer_index
 from vtok.types import check_keep
 
 TRANSFORMERS = ((5, 19), (5, 24))  # tested from the first up to, not with, the second; as in pyproject.toml
@@ -57,7 +57,7 @@ def patch(
     core = adapter.core(vlm)
     if core in _PATCHES:
         raise PatchStateError(f"This model is already patched: {_PATCHES[core]!r}. Call vtok.unpatch(model) first.")
-    adapter.check(vlm)
+    adapter.check(vlm.config)
     if method is None:
         method = adapter.default["method"]
         chosen = {"keep": adapter.default["keep"]} if budget is None else {}
@@ -130,22 +130,19 @@ class Patch:
         flash = "flash" in (language_model.config._attn_implementation or "")
         llm = any(part.stage in ("llm", "decode") and not part.is_identity for part in parts)
         watches_layers = llm or ((flash or adapter.late) and not all(part.is_identity for part in parts))
-        shapes = Shapes(
-            TextShape.of(vlm.config), VisionShape.of(vlm.config), language_model.get_input_embeddings().weight.itemsize
-        )
+        shapes = Shapes(adapter, vlm.config, language_model.get_input_embeddings().weight.itemsize)
         token_ids = {modality: adapter.token_id(core.config, modality) for modality in adapter.encoders}
         engine = self._engine = Engine(adapter, parts, token_ids, shapes, watches_layers)
         probes = {}  # found before the first hook, as there may be no such layer
         if engine.reads:
-            tower, layers = adapter.tower(core), adapter.encoder_layers(core)
+            tower, layers = adapter.tower(vlm.config), adapter.encoder_layers(core)
             probes = {key: tower.probe(layers, *key) for key in engine.reads}
         blocks = []
         if engine.encoder is not None and "token_blocks" in engine.encoder.needs_now:
-            vit, family = vits.find(core)
-            features = adapter.tower(core).features  # hidden states; behind a later block nothing is read
-            n = len(family.blocks(vit)) + 1
-            depth = max(layer_index(x, n) for x in ([features] if isinstance(features, int) else features))
-            engine.blocks, blocks = _blocks(engine.encoder, vit, family, depth)
+            tower, vit = adapter.tower(vlm.config), core.get_submodule(adapter.encoder)
+            n = len(tower.blocks(vit)) + 1  # hidden states; behind the block of the last that is read nothing matters
+            depth = max(layer_index(x, n) for x in tower.features)
+            engine.blocks, blocks = _blocks(engine.encoder, vit, tower, depth)
 
         hook = self._hook
         for register, function, how in blocks:  # before the probes, which then see what these leave
@@ -261,13 +258,13 @@ class Patch:
 class VitPatch(Patch):
     """The handle of a patched vision transformer that is no part of a vision-language model."""
 
-    def __init__(self, vit: nn.Module, family: vits.Vit, compressor: Compressor) -> None:
-        self.family = family.family
+    def __init__(self, vit: nn.Module, tower: Tower, compressor: Compressor) -> None:
+        self.family = tower.kind
         self.compressors = (compressor,)
         self._core = weakref.ref(vit)
         self._handles, self._methods, self._release, self._blocks = [], [], None, None
         if not compressor.is_identity:
-            self._blocks, hooks = _blocks(compressor, vit, family)
+            self._blocks, hooks = _blocks(compressor, vit, tower)
             for register, function, how in hooks:
                 self._hook(register, function, **how)
         _PATCHES[vit] = self
@@ -285,27 +282,28 @@ class VitPatch(Patch):
 
 
 def _patch_vit(model: nn.Module, method: Any, budget: float | None, options: dict, no_vlm: Unsupported) -> VitPatch:
-    found = None if method is None else vits.find(model)
+    found = None if method is None else towers.find(model)
     if found is None:
         raise no_vlm
-    vit, family = found
+    vit, tower = found
     if vit in _PATCHES:
         raise PatchStateError(f"This model is already patched: {_PATCHES[vit]!r}. Call vtok.unpatch(model) first.")
-    parts = _parts(method, options, budget, len(family.blocks(vit)))
+    parts = _parts(method, options, budget, len(tower.blocks(vit)))
     if len(parts) > 1 or "token_blocks" not in parts[0].needs:
         raise no_vlm
     if lacking := parts[0].needs_now - {"token_blocks"}:
         raise Unsupported(f"{parts[0]!r} needs {', '.join(lacking)}, which a vision transformer alone does not have.")
-    return VitPatch(vit, family, parts[0])
+    return VitPatch(vit, tower, parts[0])
 
 
-def _blocks(compressor: Compressor, vit: nn.Module, family: vits.Vit, depth: int | None = None) -> tuple[Any, list]:
+def _blocks(compressor: Compressor, vit: nn.Module, tower: Tower, depth: int | None = None) -> tuple[Any, list]:
     """A compressor in the blocks of `vit`, and its hooks: (where to register, hook, options)."""
-    family.check(vit, compressor.masks)
-    if any(isinstance(hook, _Seam) for block in family.blocks(vit) for hook in block._forward_pre_hooks.values()):
+    tower.check(vit, compressor.masks)
+    modules = tower.blocks(vit)
+    if any(isinstance(hook, _Seam) for block in modules for hook in block._forward_pre_hooks.values()):
         raise PatchStateError("This vision tower is patched already, alone or in another model. Unpatch that first.")
-    blocks = vits.Blocks(compressor, family, vit, depth)
-    return blocks, list(blocks.hooks(vit))
+    blocks = vits.Blocks(compressor, tower, len(modules), depth)
+    return blocks, list(blocks.hooks(modules))
 
 
 class _Seam:
@@ -398,7 +396,7 @@ def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapter
             for layer in layers:
                 ffn.check(layer, part.name, copies=part.stage == "decode")
             ffn.check_formula(layers[0].mlp, part.name)
-        if missing := sorted(part.needs_now - adapter.available(vlm)):
+        if missing := sorted(part.needs_now - adapter.available(vlm.config)):
             hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
             raise Unsupported(
                 f"{part.name} needs {', '.join(missing)}, which this {adapter.family} model does not have.{hints}"

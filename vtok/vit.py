@@ -1,4 +1,4 @@
-"""Compressors that act inside the blocks of a vision transformer, and what they need to know of its family.
+"""Compressors that act inside the blocks of a vision tower, which `vtok.tower.Tower.parts` describes.
 
 A block is two residual branches: attention, then an MLP that treats each token alone. Between the two, tokens may be
 grouped, and a group goes on as one token. Nothing outside of the blocks notices: between blocks each token is there,
@@ -17,15 +17,12 @@ next one has begun.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +33,9 @@ from vtok.types import Layout, Plane
 
 if TYPE_CHECKING:
     from vtok.compressor import Compressor
+    from vtok.tower import Tower
 
 GROUPS = "_vtok_groups"  # the attribute of a tensor that says how its rows are grouped
-_REGISTRY: list[type[Vit]] = []
 
 
 @dataclass(frozen=True)
@@ -107,84 +104,15 @@ def full(x: Tensor) -> Tensor:
     return x if groups is None or groups.trivial else gather(x, groups.row)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The modules of one block.
-
-    first: is given the block's input. attention: is given what `first` made of it.
-    key: a module, and a function of (it, its inputs, its output) -> [B, n, d], the mean over heads of the keys.
-    second: is given the sum of input and attention. last: what it gives is added to that sum, scaled at most by channel
-        or by view.
-    """
-
-    first: nn.Module
-    attention: nn.Module
-    key: tuple[nn.Module, Callable[[nn.Module, tuple, Any], Tensor]]
-    second: nn.Module
-    last: nn.Module
-
-
-class Vit(ABC):
-    """Tells where things are in one family of vision transformers. One file in `adapters/`."""
-
-    family: ClassVar[str]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _REGISTRY.append(cls)
-
-    @abstractmethod
-    def owns(self, module: nn.Module) -> bool:
-        """Whether a module is a tower of this family."""
-
-    @abstractmethod
-    def check(self, tower: nn.Module, masks: bool) -> None:
-        """Raise `Unsupported` for a variant whose blocks are not as described, or that takes no additive mask where
-        the compressor `masks`."""
-
-    @abstractmethod
-    def protected(self, tower: nn.Module) -> int:
-        """How many class and register tokens stand before the patches."""
-
-    @abstractmethod
-    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]: ...
-
-    @abstractmethod
-    def parts(self, block: nn.Module) -> Parts: ...
-
-    @abstractmethod
-    def mask(self, kwargs: dict[str, Any], bias: Tensor) -> dict[str, Any]:
-        """The keywords of the attention's call, with `bias` [B, n] added to the logits of each key."""
-
-
-def find(model: nn.Module) -> tuple[nn.Module, Vit] | None:
-    """The vision transformer inside `model` (or itself) and its family, or None.
-
-    Raises `Unsupported` where there are several."""
-    import vtok.adapters
-
-    for module in pkgutil.iter_modules(vtok.adapters.__path__):
-        importlib.import_module(f"vtok.adapters.{module.name}")
-    families = [cls() for cls in _REGISTRY]
-    towers = [(module, family) for module in model.modules() for family in families if family.owns(module)]
-    if len(towers) > 1:
-        names = ", ".join(type(tower).__name__ for tower, _ in towers)
-        raise Unsupported(
-            f"{type(model).__name__} holds {len(towers)} vision towers ({names}): patch the one you mean."
-        )
-    return towers[0] if towers else None
-
-
 class Blocks:
     """A compressor at work in the blocks of one tower. Holds no module.
 
     n_blocks: how many matter. tokens: of the last forward, rows that go into each block and come out of the last.
     """
 
-    def __init__(self, compressor: Compressor, vit: Vit, tower: nn.Module, n_blocks: int | None = None) -> None:
-        depth = len(vit.blocks(tower))
-        self.compressor, self.vit = compressor, vit
-        self.protected = vit.protected(tower)
+    def __init__(self, compressor: Compressor, tower: Tower, depth: int, n_blocks: int | None = None) -> None:
+        self.compressor, self.tower = compressor, tower
+        self.protected = tower.skip
         self.n_blocks = depth if n_blocks is None else n_blocks
         self.tokens = [0] * (depth + 1)
         self.last: Groups | None = None
@@ -193,10 +121,12 @@ class Blocks:
         self.merged_at(1)  # raises where there are not as many blocks as it says
         self.visits: list[_Visit | None] = [None] * depth
 
-    def hooks(self, tower: nn.Module) -> Iterator[tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]]:
+    def hooks(
+        self, blocks: Sequence[nn.Module]
+    ) -> Iterator[tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]]:
         """(register, hook, options) for each seam; all hooks take keywords."""
-        for i, block in enumerate(self.vit.blocks(tower)):
-            parts = self.vit.parts(block)
+        for i, block in enumerate(blocks):
+            parts = self.tower.parts(block)
             key, read = parts.key
             ahead = {"prepend": True}  # of transformers' own, which note hidden states
             yield block.register_forward_pre_hook, partial(self._before_block, i), {}
@@ -238,7 +168,7 @@ class Blocks:
         x = args[0] if args else kwargs["hidden_states"]
         setattr(x, GROUPS, groups)
         bias = None if groups.trivial else self.compressor.bias(groups.size)
-        return None if bias is None else (args, self.vit.mask(kwargs, bias.to(x.dtype)))
+        return None if bias is None else (args, self.tower.mask(kwargs, bias.to(x.dtype)))
 
     def _after_key(self, i: int, read: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         with torch.no_grad():

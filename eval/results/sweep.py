@@ -64,7 +64,7 @@ def options(model: Any, method: str) -> dict[str, Any]:
     """What a method has to be told to run on this model at a budget."""
     vlm, adapter = adapters.find(model)
     cls = load_all()[method]
-    lacking = sorted((cls.needs - adapter.available(vlm)) & cls.optional.keys())
+    lacking = sorted((cls.needs - adapter.available(vlm.config)) & cls.optional.keys())
     return BUDGETED.get(method, {}) | {key: value for need in lacking for key, value in cls.optional[need].items()}
 
 

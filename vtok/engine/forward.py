@@ -64,7 +64,7 @@ class Engine:
         self.llm: Compressor | None = active.get("llm")
         self.decode: Compressor | None = active.get("decode")
         self.needs = frozenset().union(*(part.needs_now for part in active.values()))
-        n_layers = shapes.text.layers
+        n_layers = shapes.layers
         self.sparse_layers = frozenset(self.decode.sparse_layers(n_layers) if self.decode is not None else ())
         asked = self.llm.schedule(n_layers) if self.llm is not None and "ffn" in self.llm.needs_now else ()
         self.ffn_layers = self.sparse_layers | frozenset(asked)  # where `feed_forward` stands in
@@ -138,7 +138,7 @@ class Engine:
         if self.encoding:  # a family's video method may call its image method: the outer call has done all this
             return method(*args, **kwargs)
         arguments = bind(method, args, kwargs)
-        layouts = tuple(self.adapter.layouts(core, modality, arguments))
+        layouts = tuple(self.adapter.layouts(core.config, modality, arguments))
         small = sources = probed = into = None
         self.seen = {key: [] for key in self.reads}
         self.encoding = True
@@ -149,12 +149,12 @@ class Engine:
             elif self.encoder is not None and self.encoder.scatters:
                 with self.blocks.noted() as rows:
                     output = method(*args, **kwargs)
-                grouped = self.adapter.tower(core).arrange(torch.cat(rows), layouts)
+                grouped = self.adapter.tower(core.config).arrange(torch.cat(rows), layouts)
                 small, sources, into = zip(*(leaders(*each, self.blocks.rows) for each in zip(layouts, grouped)))
             else:
                 output = method(*args, **kwargs)
             if seen := {key: torch.cat(parts) for key, parts in self.seen.items() if parts}:
-                tower = self.adapter.tower(core)
+                tower = self.adapter.tower(core.config)
                 split = [tower.arrange(x, small or layouts) for x in seen.values()]
                 probed = tuple(dict(zip(seen, of_picture)) for of_picture in zip(*split))
         finally:

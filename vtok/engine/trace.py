@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,16 +21,32 @@ from vtok.engine.accounting import (
 )
 from vtok.engine.cache import Rows
 from vtok.engine.ffn import Core
+from vtok.errors import Unsupported
 from vtok.types import Layout
+
+if TYPE_CHECKING:
+    from vtok.adapter import Adapter
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the accounting needs of a model."""
+    """What the accounting needs of a model, read when it is asked for: what cannot be counted is refused only then."""
 
-    text: TextShape
-    vision: VisionShape
+    adapter: Adapter
+    config: Any
     bytes_per_value: int
+
+    @property
+    def layers(self) -> int:
+        return self.config.get_text_config().num_hidden_layers
+
+    @cached_property
+    def text(self) -> TextShape:
+        return TextShape.of(self.config)
+
+    @cached_property
+    def vision(self) -> VisionShape:
+        return self.adapter.tower(self.config).shape()
 
 
 @dataclass(frozen=True)
@@ -79,8 +96,8 @@ class Trace:
 
     def rows_at(self, layer: int) -> Rows:
         """The positions present at a decoder layer, as tensors on the model's device."""
-        if not 0 <= layer < self.shapes.text.layers:
-            raise IndexError(f"There are decoder layers 0 to {self.shapes.text.layers - 1}, not {layer}.")
+        if not 0 <= layer < self.shapes.layers:
+            raise IndexError(f"There are decoder layers 0 to {self.shapes.layers - 1}, not {layer}.")
         return self.rows[max(first for first in self.rows if first <= layer)]
 
     def positions_at(self, layer: int) -> list[Tensor]:
@@ -169,7 +186,7 @@ class Trace:
         if not self.pictures:
             return 1.0
         kept = sum(sum(self.n_kept_at(first)) * layers for first, layers in self._groups())
-        return kept / (sum(self.n_visual) * self.shapes.text.layers)
+        return kept / (sum(self.n_visual) * self.shapes.layers)
 
     @property
     def selection_seconds(self) -> float:
@@ -181,7 +198,7 @@ class Trace:
         valid = self.present_at(0)
         for picture in self.pictures:
             valid.view(-1)[picture.rows.cpu()] = True
-        dense = [[n] * self.shapes.text.layers for n in valid.sum(1).tolist()]
+        dense = [[n] * self.shapes.layers for n in valid.sum(1).tolist()]
         per_layer: list[list[int]] = [[] for _ in range(self.batch)]
         for first, layers in self._groups():
             for sample, n in enumerate(self.present_at(first).sum(1).tolist()):
@@ -190,7 +207,8 @@ class Trace:
 
     def flops(self, causal: bool = False) -> dict[str, dict[str, int]]:
         """{"dense", "compressed"} -> {"encoder", "prefill", "decode"}: operations of the whole batch by formula
-        (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill."""
+        (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill. Raises
+        `Unsupported` for a tower or a decoder that cannot be counted."""
         text, vision = self.shapes.text, self.shapes.vision
         small = [p.layout if self._encoder_stage is not None else p.dense for p in self.pictures]
         layouts = {"dense": self.layouts, "compressed": small}
@@ -232,7 +250,7 @@ class Trace:
         return prompts * copied_bytes(self.shapes.text, self.neurons, self.shapes.bytes_per_value)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers and lists, for JSON."""
+        """All of it as plain numbers and lists, for JSON; None for what cannot be counted."""
         return {
             "n_visual": self.n_visual,
             "n_kept": self.n_kept,
@@ -241,8 +259,8 @@ class Trace:
             "selection_seconds": self.selection_seconds,
             "positions": {str(first): [p.tolist() for p in self.positions_at(first)] for first, _ in self._groups()},
             "merged_into": [None if m is None else m.tolist() for m in self.merged_into],
-            "flops": self.flops(),
-            "kv_bytes": self.kv_bytes(),
+            "flops": _counted(self.flops),
+            "kv_bytes": _counted(self.kv_bytes),
             "neurons": {str(layer): n for layer, n in self.neurons.items()},
             "copied_bytes": self.copied_bytes,
         }
@@ -250,8 +268,15 @@ class Trace:
     def _groups(self) -> Iterator[tuple[int, int]]:
         """(first layer, number of layers) of each run of layers that see the same positions."""
         starts = sorted(self.rows)
-        for start, end in zip(starts, [*starts[1:], self.shapes.text.layers]):
+        for start, end in zip(starts, [*starts[1:], self.shapes.layers]):
             yield start, end - start
+
+
+def _counted(count: Callable[[], Any]) -> Any:
+    try:
+        return count()
+    except Unsupported:
+        return None
 
 
 def _views(layout: Layout, merge: int) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vtok import adapter as adapters
 from vtok import zoo
-from vtok.engine.accounting import TextShape, VisionShape
+from vtok.engine.accounting import TextShape
 from vtok.eval.pages.checkpoints import (
     CHECKPOINTS,
     REMARKS,
@@ -140,7 +140,7 @@ def _default(c: Checkpoint) -> str:
 
 def _sizes(c: Checkpoint) -> str:
     config = c.build()
-    text, vision = TextShape.of(config), VisionShape.of(config)
+    text, vision = TextShape.of(config), adapters.of(config).tower(config).shape()
     head = text.query_width // text.heads
     heads = f"{text.heads} query and {text.kv_width // head} key-value heads of {head}"
     windows = vision.layers - vision.full_layers
