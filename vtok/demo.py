@@ -85,11 +85,26 @@ def open_picture(file: str | Path) -> Image.Image:
     """The picture in a file, upright and RGB. Raises `InvalidValue` if it is missing or cannot be read."""
     try:
         with Image.open(file) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return rgb(ImageOps.exif_transpose(opened))
     except FileNotFoundError as error:
         raise InvalidValue(f"There is no picture {str(file)!r}.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidValue(f"{str(file)!r} is not a picture that can be read ({error}).") from error
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """8 bits a channel. Greys of 16 bits keep their whole range, which Pillow's own conversion cuts at 255.
+
+    Raises `InvalidValue` for numbers of which nobody says what is white."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture.convert("RGB")
+    low, high = picture.getextrema()
+    if picture.mode == "F" or low < 0 or high > 0xFFFF:
+        raise InvalidValue(
+            f"A picture with values from {low:g} to {high:g} does not say what is white: save it with 8 or 16 bits a "
+            f"channel."
+        )
+    return picture.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
 
 
 def options(method: str, keep: float | int) -> dict[str, Any]:

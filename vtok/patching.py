@@ -391,16 +391,16 @@ def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapter
             part.sparse_layers(len(adapter.layers(adapter.core(vlm).language_model)))
         if part.stage == "llm":
             part.schedule(len(adapter.layers(adapter.core(vlm).language_model)))  # raises where the depth is too small
-        if "ffn" in part.needs_now and not part.is_identity:
-            layers = adapter.layers(adapter.core(vlm).language_model)
-            for layer in layers:
-                ffn.check(layer, part.name, copies=part.stage == "decode")
-            ffn.check_formula(layers[0].mlp, part.name)
         if missing := sorted(part.needs_now - adapter.available(vlm.config)):
             hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
             raise Unsupported(
                 f"{part.name} needs {', '.join(missing)}, which this {adapter.family} model does not have.{hints}"
             )
+        if "ffn" in part.needs_now and not part.is_identity:
+            layers = adapter.layers(adapter.core(vlm).language_model)
+            for layer in layers:
+                ffn.check(layer, part.name, copies=part.stage == "decode")
+            ffn.check_formula(layers[0].mlp, part.name)
     whole_views = ENCODER_NEEDS | {"crops"}
     for part, other in permutations(parts, 2):
         if part.scatters and not part.is_identity and (needs := sorted(other.needs_now & whole_views)):

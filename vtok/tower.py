@@ -219,9 +219,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Tower] | None:
     found = [(module, tower) for module in model.modules() for kind in _KINDS if (tower := kind.alone(module))]
     if len(found) > 1:
         names = ", ".join(type(module).__name__ for module, _ in found)
-        raise Unsupported(
-            f"{type(model).__name__} holds {len(found)} vision towers ({names}): patch the one you mean."
-        )
+        raise Unsupported(f"{type(model).__name__} holds {len(found)} vision towers ({names}): patch the one you mean.")
     return found[0] if found else None
 
 

@@ -162,7 +162,7 @@ def run_cell(
 
 
 def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
-    """Of how many of a cell's items the method dropped nothing although told to, as GlobalCom2 of one without crops."""
+    """Of how many of a cell's items the method dropped nothing although told to."""
     return sum(line["mean_keep"] >= 1 for line in lines.values()) if cell.budget < 1 else 0
 
 

@@ -18,7 +18,7 @@ class Pool(Compressor):
 
     keep: fraction or count of the tokens that enter the language model, per picture, which each plane (a frame, a
         thumbnail) gets its share of. Each is at most that, as near as a grid of about the plane's aspect comes; at a
-        fraction every plane keeps at least one.
+        fraction every plane that has tokens keeps at least one.
     The mean, taken in fp32, stands at the place of the token in the middle of its cell.
     Differs from the paper: there is none; a baseline.
     """
@@ -32,8 +32,8 @@ class Pool(Compressor):
         b, n, d = tokens.features.shape
         layout = tokens.layout
         counts = share(keep_count(n, self.keep), [plane.size for plane in layout.planes])
-        if isinstance(self.keep, float):
-            counts = [max(1, count) for count in counts]
+        if isinstance(self.keep, float):  # but for a mosaic of which all was padding
+            counts = [max(1, count) if plane.size else 0 for plane, count in zip(layout.planes, counts)]
         index, into, means = [], [], []
         for plane, start, count in zip(layout.planes, layout.starts, counts):
             if count == 0:
