@@ -217,7 +217,7 @@ def test_mixtures_of_experts():
     """One whose experts can be counted, and one of a kind that is not known."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
     flops = []
-    for text in ({"model_type": "mixtral", **experts}, {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2}):
+    for text in ({"model_type": "mixtral", **experts}, {"model_type": "olmoe", "num_experts": 4, **experts}):
         model, inputs = varied("llava", text=text)
         trace = against_the_oracle(model, inputs, vtok.FastV(keep=0.5, layer=1))
         assert trace.kv_bytes()["compressed"] < trace.kv_bytes()["dense"]

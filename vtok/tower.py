@@ -29,7 +29,7 @@ OF_PATCHES = frozenset({"encoder_keys", "encoder_attention", "encoder_states"}) 
 OF_CLS = frozenset({"cls_attention", "cls_probs"})  # only towers with a CLS token
 NEEDS = OF_PATCHES | OF_CLS
 ROWS = 1 << 25  # attention probabilities held at once while columns are summed
-_KINDS: list[type[Tower]] = []
+_KINDS: list[type[Tower]] = []  # those that can be found alone
 
 
 def check_layer(layer: Layer, name: str) -> Layer:
@@ -94,7 +94,8 @@ class Tower:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _KINDS.append(cls)
+        if "alone" in cls.__dict__:
+            _KINDS.append(cls)
 
     # ---- its modules -----------------------------------------------------------------------------------------------
     @classmethod
