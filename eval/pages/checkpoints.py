@@ -180,7 +180,7 @@ def _native(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> 
     vision, size = config.vision_config, (shown.height, shown.width)
     factor, step = vision.patch_size * vision.spatial_merge_size, vision.temporal_patch_size
     least, most = checkpoint.video_limits if shown.frames else checkpoint.limits
-    if shown.frames and checkpoint.family == "qwen3_vl":
+    if shown.frames and checkpoint.family.startswith("qwen3"):
         height, width = resize_clip(shown.frames, *size, step, factor, least, most)
     else:
         height, width = smart_resize(*size, factor, least, most)
@@ -197,6 +197,7 @@ _GRIDS = {
     "qwen2_vl": _native,
     "qwen2_5_vl": _native,
     "qwen3_vl": _native,
+    "qwen3_vl_moe": _native,
 }
 
 
@@ -272,6 +273,19 @@ QWEN3_8B = {
     "vocab_size": 151936,
     "max_position_embeddings": 262144,
 }
+QWEN3_30B_A3B = {
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 262144,
+}
 CLIP_L_336 = {
     "model_type": "clip_vision_model",
     "num_hidden_layers": 24,
@@ -335,6 +349,10 @@ QWEN3_VIT = {
 QWEN_PIXELS = (3136, 12845056)
 QWEN_FRAMES = (128 * 28 * 28, 768 * 28 * 28)  # those of transformers' video processor; our clip is within both
 SIDES = (384, 768, 1152, 1536, 1920, 2304)
+DEEPSTACK = (
+    "DeepStack adds features of three encoder layers behind the first three decoder layers, at the tokens that were "
+    "kept; the counts below are not changed by it."
+)
 CORE_QWEN = (
     "CoreMatching's paper (arXiv 2505.19235) has this checkpoint on DocVQA, InfoVQA, ChartQA, OCRBench and AI2D; its "
     "numbers could not be confirmed and are left out. `compressor=corematching` runs the method."
@@ -680,8 +698,20 @@ CHECKPOINTS = (
         benchmarks=(*GENERAL, *DOCUMENTS, "RefCOCO (grounding)", *VIDEO),
         methods=("dart",),
         notes=(
-            "DeepStack adds features of three encoder layers behind the first three decoder layers, at the tokens that "
-            "were kept; the counts below are not changed by it.",
+            DEEPSTACK,
+            LARGE_PAGES,
+        ),
+        limits=(65536, 16777216),
+        video_limits=(4096, 25165824),
+    ),
+    Checkpoint(
+        hub="Qwen/Qwen3-VL-30B-A3B-Instruct",
+        family="qwen3_vl_moe",
+        config={"text_config": QWEN3_30B_A3B, "vision_config": {**QWEN3_VIT, "out_hidden_size": 2048}},
+        benchmarks=(*GENERAL, *DOCUMENTS, "RefCOCO (grounding)", *VIDEO),
+        methods=("dart",),
+        notes=(
+            DEEPSTACK,
             LARGE_PAGES,
         ),
         limits=(65536, 16777216),

@@ -146,13 +146,16 @@ def _sizes(c: Checkpoint) -> str:
     windows = vision.layers - vision.full_layers
     seen = f", {windows} of them in windows of {vision.window} x {vision.window} patches" if windows else ""
     merged = f"; {vision.merge} x {vision.merge} patches are one visual token" if vision.merge > 1 else ""
+    mlp, experts = f"MLP of {text.ffn} ({text.ffn / text.hidden:.2f} times the width)", text.experts
+    if experts is not None:
+        mlp = f"{experts.router} experts in {len(experts.layers)} layers, of whose neurons a token uses {experts.width}"
     size = sum(parameter.numel() for parameter in c.hollow().parameters())
     cache = 2 * text.kv_width * text.layers * 2 / 1e3
     return "\n".join(
         (
             f"- {size / 1e9:.2f} billion parameters, {2 * size / 1e9:.1f} GB in half precision",
-            f"- decoder: {text.layers} layers of width {text.hidden}, {heads}, MLP of {text.ffn} "
-            f"({text.ffn / text.hidden:.2f} times the width); {cache:.1f} kB of cache a token in half precision",
+            f"- decoder: {text.layers} layers of width {text.hidden}, {heads}, {mlp}; "
+            f"{cache:.1f} kB of cache a token in half precision",
             f"- encoder: {vision.layers} layers of width {vision.hidden}, {vision.heads} heads, MLP of {vision.ffn}"
             f"{seen}{merged}",
         )
