@@ -183,7 +183,7 @@ class Masked:
 
     def __init__(self, model: nn.Module, trace, embeds: torch.Tensor | None = None) -> None:
         self.model, self.trace, self.embeds = model, trace, embeds
-        self.present = [trace.present_at(i) for i in range(trace.shapes.text.layers)]
+        self.present = [trace.present_at(i) for i in range(trace.shapes.layers)]
 
     def __enter__(self) -> None:
         lm = self.model.model.language_model

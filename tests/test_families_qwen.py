@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import vtok
+from vtok import adapter as adapters
 from vtok.adapters.qwen2_5_vl import stretch_frames
 from vtok.engine import accounting
-from vtok.engine.accounting import VisionShape, encoder_flops
+from vtok.engine.accounting import encoder_flops
 from vtok.errors import Unsupported
 from vtok.types import Layout, Plane, mean_of_members
 
@@ -336,7 +337,7 @@ def test_encoder_against_flop_counter(family):
     config = configure(vision_config=vision, text_config=text)
     model = build(config).eval()
     model.set_attn_implementation("eager")
-    shape = VisionShape.of(config)
+    shape = adapters.of(config).tower(config).shape()
     assert (shape.hidden, shape.window, shape.full_layers) == (32, 0, 3)
     assert shape.projectors == (3 if family == "qwen3_vl" else 1)
     grid = (2, 6, 10)

@@ -11,9 +11,10 @@ from contract import ADAPTERS, FAMILIES, SIZES, batch, mark, mixed, picture, tin
 from test_undo import snapshot
 
 import vtok
-from vtok.engine.install import Seam
+from vtok.adapters.qwen2_5_vl import QwenTower, window_order
+from vtok.engine.seams import Seam
 from vtok.errors import InvalidValue, Unsupported
-from vtok.tower import NEEDS, OF_CLS, OF_PATCHES, PackedTower, Tower, layer_index, received, window_order
+from vtok.tower import NEEDS, OF_CLS, OF_PATCHES, Tower, layer_index, received
 from vtok.types import Layout, Plane
 
 SEEING = [family for family in FAMILIES if ADAPTERS[family].provides >= OF_PATCHES]
@@ -83,7 +84,7 @@ def test_views_apart(family):
     core, adapter = model.model, ADAPTERS[family]
     projected, states, maps, normed = [], {}, {}, {}
     layers = adapter.encoder_layers(core)
-    tower = adapter.tower(core)
+    tower = adapter.tower(core.config)
 
     def note(store, key, pick):
         def hook(module, args, kwargs, out):
@@ -112,7 +113,7 @@ def test_views_apart(family):
     for key in found[0]:
         need, layer = key
         ours = [ungrouped(x[key], layout, tower.merge) for x, layout in zip(found, trace.layouts)]
-        made = tower.features % (n + 1)
+        made = tower.features[0] % (n + 1)
         state = made if layer is None else layer % (n + 1)
         index = made - 1 if layer is None else layer % n
         attention = getattr(layers[index], tower.attention)
@@ -432,5 +433,5 @@ def test_pixel_shuffle_order():
     assert torch.equal(ungrouped(x, layout, 2), raster)
     with pytest.raises(Unsupported, match="saw 1 views where 2 were expected"):
         Tower().arrange(raster, [layout, layout])
-    packed = PackedTower(merge=2, window=0).arrange(torch.arange(24), [layout])
+    packed = QwenTower(merge=2, window=0).arrange(torch.arange(24), [layout])
     assert packed[0].tolist() == [list(range(24))]

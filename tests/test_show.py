@@ -88,7 +88,7 @@ def test_the_page_draws_the_masks_of_the_trace(llava, how):
         trace = traced(model, processor, seen, method, **how)
         thumbnail, crops = trace.layouts[0].planes
         assert (thumbnail.kind, crops.kind) == ("thumbnail", "crops")
-        for layer in range(trace.shapes.text.layers):
+        for layer in range(trace.shapes.layers):
             mask = trace.keep_masks_at(layer)[0]
             large, small = drawn(text, layer)[method]
             assert torch.equal(small.flatten(), mask[: thumbnail.size])
@@ -152,7 +152,7 @@ def test_a_clip_is_drawn_frame_by_frame(qwen, tmp_path):
         planes = trace.layouts[0].planes
         across, down = show.grid(CLIP, len(planes))
         assert len(planes) == 3 <= across * down
-        for layer in range(trace.shapes.text.layers):
+        for layer in range(trace.shapes.layers):
             (sheet,) = drawn(text, layer)[method]
             mask, at = trace.keep_masks_at(layer)[0].tolist(), 0
             for t, plane in enumerate(planes):

@@ -85,11 +85,26 @@ def open_picture(file: str | Path) -> Image.Image:
     """The picture in a file, upright and RGB. Raises `InvalidValue` if it is missing or cannot be read."""
     try:
         with Image.open(file) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return rgb(ImageOps.exif_transpose(opened))
     except FileNotFoundError as error:
         raise InvalidValue(f"There is no picture {str(file)!r}.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidValue(f"{str(file)!r} is not a picture that can be read ({error}).") from error
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """8 bits a channel. Greys of 16 bits keep their whole range, which Pillow's own conversion cuts at 255.
+
+    Raises `InvalidValue` for numbers of which nobody says what is white."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture.convert("RGB")
+    low, high = picture.getextrema()
+    if picture.mode == "F" or low < 0 or high > 0xFFFF:
+        raise InvalidValue(
+            f"A picture with values from {low:g} to {high:g} does not say what is white: save it with 8 or 16 bits a "
+            f"channel."
+        )
+    return picture.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
 
 
 def options(method: str, keep: float | int) -> dict[str, Any]:
@@ -262,7 +277,7 @@ def panel(answer: Answer, reference: Trace) -> Panel:
     if trace is None:
         whole = torch.ones(picture.dense.n)
         return Panel(answer.method, f"{answer.tokens} visual tokens", answer.text, picture.dense, whole)
-    layers = trace.shapes.text.layers
+    layers = trace.shapes.layers
     seen = torch.stack([trace.keep_masks_at(layer)[0].float() for layer in range(layers)]).mean(0)  # [N]
     if trace.n_kept_at(layers - 1) != trace.n_kept:
         caption += ", mean over layers"

@@ -150,7 +150,8 @@ def _columns(n: int, ratio: float) -> int:
 def planes(item: Panel) -> list[int]:
     """Indices of the planes to draw: the crops, the only one or one of a clip's, then the thumbnail."""
     parts = item.layout.planes
-    order = sorted(range(len(parts)), key=lambda i: parts[i].kind == "thumbnail")
+    drawn = (i for i, plane in enumerate(parts) if plane.size)  # a banner's crops may have been padding alone
+    order = sorted(drawn, key=lambda i: parts[i].kind == "thumbnail")
     return [order[item.frame], *(i for i in order[1:] if parts[i].kind == "thumbnail")]
 
 

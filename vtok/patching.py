@@ -19,23 +19,18 @@ from torch import Tensor, nn
 from vtok import adapter as adapters
 from vtok import compressor as compressors
 from vtok import config as configs
-from vtok import vit as vits
+from vtok import tower as towers
 from vtok.compressor import Compressor
 from vtok.engine.forward import Engine
-from vtok.engine.install import (
-    Seam,
-    Seams,
-    adapter_site,
-    install,
-    refuse_compiled,
-    refuse_unseen,
-    refuse_windows,
-)
+from vtok.engine.install import adapter_site, install, refuse_compiled, refuse_unseen, refuse_windows
 from vtok.engine.prompt import Told
+from vtok.engine.seams import Seams
 from vtok.engine.trace import Shapes, Trace
 from vtok.errors import InvalidValue, NothingToReport, PatchStateError, Unsupported
 from vtok.stages import stage as stages
+from vtok.stages.blocks import Grouping, VitTrace, check_tower
 from vtok.stages.stage import Site, Stage
+from vtok.tower import Tower
 from vtok.types import check_keep
 
 TRANSFORMERS = ((5, 19), (5, 25))  # tested from the first up to, not with, the second; as in pyproject.toml
@@ -79,7 +74,7 @@ def patch(
         raise PatchStateError(
             f"This model is already patched: {_PATCHES[core]!r}. Call swap() on that handle, or vtok.unpatch(model)."
         )
-    adapter.check(vlm)
+    adapter.check(vlm.config)
     return Patch(vlm, adapter, _chosen(adapter, method, options, budget, len(adapter.layers(core.language_model))))
 
 
@@ -324,21 +319,22 @@ class Patch(Handle):
 class VitPatch(Handle):
     """The handle of a patched vision transformer that is no part of a vision-language model."""
 
-    def __init__(self, vit: nn.Module, family: vits.Vit, compressor: Compressor) -> None:
-        self.family, self.compressors = family.family, (compressor,)
-        self._target, self._seams, self._blocks = weakref.ref(vit), Seams(), None
+    def __init__(self, vit: nn.Module, tower: Tower, compressor: Compressor) -> None:
+        self.family, self.compressors = tower.kind, (compressor,)
+        self._target, self._seams, self._grouping = weakref.ref(vit), Seams(), None
         if not compressor.is_identity:
-            self._blocks = vits.Blocks(compressor, family, vit)
-            for register, function, how in self._blocks.hooks(vit):
+            modules = tower.blocks(vit)
+            self._grouping = Grouping(compressor, tower, len(modules))
+            for register, function, how in self._grouping.hooks(modules):
                 self._seams.hook(register, function, **how)
         _PATCHES[vit] = self
 
     @property
-    def trace(self) -> vits.VitTrace:
+    def trace(self) -> VitTrace:
         """The record of the last forward. Raises `NothingToReport` before the first, or if nothing is ever merged."""
-        if self._blocks is None or self._blocks.last is None:
+        if self._grouping is None or self._grouping.trace is None:
             raise NothingToReport("Nothing to report: run the patched model on a picture first.")
-        return self._blocks.trace()
+        return self._grouping.trace
 
     def compile(self, **options: Any) -> None:
         """Raises `Unsupported`: there is no language model to compile apart."""
@@ -346,26 +342,19 @@ class VitPatch(Handle):
 
 
 def _patch_vit(model: nn.Module, method: Any, budget: float | None, options: dict, no_vlm: Unsupported) -> VitPatch:
-    found = None if method is None else vits.find(model)
+    found = None if method is None else towers.find(model)
     if found is None:
         raise no_vlm
-    vit, family = found
+    vit, tower = found
     if vit in _PATCHES:
         raise PatchStateError(f"This model is already patched: {_PATCHES[vit]!r}. Call vtok.unpatch(model) first.")
-    parts = _parts(method, options, budget, len(family.blocks(vit)))
+    parts = _parts(method, options, budget, len(tower.blocks(vit)))
     if len(parts) > 1 or "token_blocks" not in parts[0].needs:
         raise no_vlm
     if lacking := parts[0].needs_now - {"token_blocks"}:
         raise Unsupported(f"{parts[0]!r} needs {', '.join(lacking)}, which a vision transformer alone does not have.")
-    family.check(vit, parts[0].masks)
-    if is_patched(vit, family):
-        raise PatchStateError("This vision tower is patched already, alone or in another model. Unpatch that first.")
-    return VitPatch(vit, family, parts[0])
-
-
-def is_patched(vit: nn.Module, family: vits.Vit) -> bool:
-    """Whether some patch acts in the blocks of a vision transformer."""
-    return any(isinstance(hook, Seam) for block in family.blocks(vit) for hook in block._forward_pre_hooks.values())
+    check_tower(tower, vit, parts[0])
+    return VitPatch(vit, tower, parts[0])
 
 
 def _check_arguments(model: Any, method: Any) -> None:

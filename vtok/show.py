@@ -199,7 +199,7 @@ def steps(method: str, trace: Trace | None, reference: Trace) -> tuple[Step, ...
     (picture,) = (trace or reference).pictures
     if trace is None:  # whatever the reference's encoder did
         picture = replace(picture, source=None, merged_into=None)
-    layers, n = reference.shapes.text.layers, picture.dense.n
+    layers, n = reference.shapes.layers, picture.dense.n
     everything = torch.ones(n, dtype=torch.bool)
 
     def step(first: int, last: int, count: int, present: Tensor, merged: Tensor | None) -> Step:

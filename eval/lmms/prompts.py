@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from vtok.demo import open_picture
+from vtok.demo import open_picture, rgb
 from vtok.errors import InvalidValue, Unsupported
 from vtok.eval.lmms.video import Sampling, open_clip
 from vtok.eval.tasks.answers import encode
@@ -120,7 +120,7 @@ def _part(visual: Any) -> dict[str, Any]:
 
 def _picture(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return rgb(source)
     if isinstance(source, str | Path):
         return open_picture(source)
     raise InvalidValue(f"A picture is an image or the path of one, not {type(source)}.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from vtok.demo import rgb
 from vtok.errors import InvalidValue, MissingExtra
 from vtok.show import Clip, spread
 
@@ -68,7 +69,7 @@ def open_clip(
 
 def _pictures(source: Any) -> tuple[Image.Image, ...]:
     if isinstance(source, Sequence) and all(isinstance(frame, Image.Image) for frame in source):
-        return tuple(frame.convert("RGB") for frame in source)
+        return tuple(map(rgb, source))
     with suppress(TypeError, ValueError, AttributeError):
         return tuple(Image.fromarray(frame) for frame in source)
     raise InvalidValue(f"A clip is a file, a list of pictures or an array [frames, rows, cols, 3], not {type(source)}.")

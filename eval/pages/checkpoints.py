@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
-from vtok.engine.accounting import TextShape, VisionShape, encoder_flops, kv_bytes, prefill_flops
+from vtok import adapter as adapters
+from vtok.engine.accounting import TextShape, encoder_flops, kv_bytes, prefill_flops
 from vtok.types import Layout, keep_count
 
 TEXT = 40  # text tokens of a prompt, as in AIM's table
@@ -140,26 +140,24 @@ def media(checkpoint: Checkpoint) -> Iterator[Media]:
 
 def layouts(checkpoint: Checkpoint, shown: Media) -> list[Layout]:
     """One a picture: of a clip one, or one a frame where the family reads clips as pictures."""
-    from vtok import adapter as adapters
-
-    adapter, config = adapters.load_all()[checkpoint.family], checkpoint.build()
+    config = checkpoint.build()
+    adapter = adapters.of(config)
     if shown.frames and "video" not in adapter.encoders:
         return [_GRIDS[checkpoint.family](checkpoint, adapter, config, shown)] * checkpoint.max_frames
     return [_GRIDS[checkpoint.family](checkpoint, adapter, config, shown)]
 
 
 def _one_view(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> Layout:
-    return adapter.layouts(SimpleNamespace(config=config), "image", {"pixel_values": (None,)})[0]
+    return adapter.layouts(config, "image", {"pixel_values": (None,)})[0]
 
 
 def _anyres(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> Layout:
     import torch
 
-    core = SimpleNamespace(config=config)
     if shown.frames:
         clip = torch.empty(1, shown.frames, device="meta")
-        return adapter.layouts(core, "video", {"pixel_values_videos": clip})[0]
-    return adapter.layouts(core, "image", {"image_sizes": torch.tensor([[shown.height, shown.width]])})[0]
+        return adapter.layouts(config, "video", {"pixel_values_videos": clip})[0]
+    return adapter.layouts(config, "image", {"image_sizes": torch.tensor([[shown.height, shown.width]])})[0]
 
 
 def _tiles(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> Layout:
@@ -170,7 +168,7 @@ def _tiles(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> L
 
     size = config.vision_config.image_size[0]
     cols, rows = get_optimal_tiled_canvas((shown.height, shown.width), (size, size), 1, checkpoint.tiles)
-    side = size // adapter.unit(SimpleNamespace(config=config))
+    side = size // adapter.unit(config)
     return tiled(side, (rows, cols)) if rows * cols > 1 else Layout((Plane(side, side),))
 
 
@@ -182,13 +180,13 @@ def _native(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> 
     vision, size = config.vision_config, (shown.height, shown.width)
     factor, step = vision.patch_size * vision.spatial_merge_size, vision.temporal_patch_size
     least, most = checkpoint.video_limits if shown.frames else checkpoint.limits
-    if shown.frames and checkpoint.family == "qwen3_vl":
+    if shown.frames and checkpoint.family.startswith("qwen3"):
         height, width = resize_clip(shown.frames, *size, step, factor, least, most)
     else:
         height, width = smart_resize(*size, factor, least, most)
     kind = "video" if shown.frames else "image"
     grid = [[max(1, shown.frames // step), height // vision.patch_size, width // vision.patch_size]]
-    return adapter.layouts(SimpleNamespace(config=config), kind, {f"{kind}_grid_thw": torch.tensor(grid)})[0]
+    return adapter.layouts(config, kind, {f"{kind}_grid_thw": torch.tensor(grid)})[0]
 
 
 _GRIDS = {
@@ -199,6 +197,7 @@ _GRIDS = {
     "qwen2_vl": _native,
     "qwen2_5_vl": _native,
     "qwen3_vl": _native,
+    "qwen3_vl_moe": _native,
 }
 
 
@@ -228,7 +227,8 @@ def costs(checkpoint: Checkpoint, shown: Media, shares: tuple[float, ...]) -> li
 
 def encoder(checkpoint: Checkpoint, shown: Media) -> int:
     """FLOPs of the vision tower and the projector, which a compressor behind them does not save."""
-    shape = VisionShape.of(checkpoint.build())
+    config = checkpoint.build()
+    shape = adapters.of(config).tower(config).shape()
     planes = [plane for picture in layouts(checkpoint, shown) for plane in picture.planes]
     views = [tuple(shape.merge * side for side in plane.view_shape) for plane in planes for _ in range(plane.views)]
     return encoder_flops(shape, views)
@@ -269,6 +269,19 @@ QWEN3_8B = {
     "intermediate_size": 12288,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 262144,
+}
+QWEN3_30B_A3B = {
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
     "head_dim": 128,
     "vocab_size": 151936,
     "max_position_embeddings": 262144,
@@ -336,6 +349,10 @@ QWEN3_VIT = {
 QWEN_PIXELS = (3136, 12845056)
 QWEN_FRAMES = (128 * 28 * 28, 768 * 28 * 28)  # those of transformers' video processor; our clip is within both
 SIDES = (384, 768, 1152, 1536, 1920, 2304)
+DEEPSTACK = (
+    "DeepStack adds features of three encoder layers behind the first three decoder layers, at the tokens that were "
+    "kept; the counts below are not changed by it."
+)
 CORE_QWEN = (
     "CoreMatching's paper (arXiv 2505.19235) has this checkpoint on DocVQA, InfoVQA, ChartQA, OCRBench and AI2D; its "
     "numbers could not be confirmed and are left out. `compressor=corematching` runs the method."
@@ -681,8 +698,20 @@ CHECKPOINTS = (
         benchmarks=(*GENERAL, *DOCUMENTS, "RefCOCO (grounding)", *VIDEO),
         methods=("dart",),
         notes=(
-            "DeepStack adds features of three encoder layers behind the first three decoder layers, at the tokens that "
-            "were kept; the counts below are not changed by it.",
+            DEEPSTACK,
+            LARGE_PAGES,
+        ),
+        limits=(65536, 16777216),
+        video_limits=(4096, 25165824),
+    ),
+    Checkpoint(
+        hub="Qwen/Qwen3-VL-30B-A3B-Instruct",
+        family="qwen3_vl_moe",
+        config={"text_config": QWEN3_30B_A3B, "vision_config": {**QWEN3_VIT, "out_hidden_size": 2048}},
+        benchmarks=(*GENERAL, *DOCUMENTS, "RefCOCO (grounding)", *VIDEO),
+        methods=("dart",),
+        notes=(
+            DEEPSTACK,
             LARGE_PAGES,
         ),
         limits=(65536, 16777216),

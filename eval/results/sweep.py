@@ -64,7 +64,7 @@ def options(model: Any, method: str) -> dict[str, Any]:
     """What a method has to be told to run on this model at a budget."""
     vlm, adapter = adapters.find(model)
     cls = load_all()[method]
-    lacking = sorted((cls.needs - adapter.available(vlm)) & cls.optional.keys())
+    lacking = sorted((cls.needs - adapter.available(vlm.config)) & cls.optional.keys())
     return BUDGETED.get(method, {}) | {key: value for need in lacking for key, value in cls.optional[need].items()}
 
 
@@ -162,7 +162,7 @@ def run_cell(
 
 
 def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
-    """Of how many of a cell's items the method dropped nothing although told to, as GlobalCom2 of one without crops."""
+    """Of how many of a cell's items the method dropped nothing although told to."""
     return sum(line["mean_keep"] >= 1 for line in lines.values()) if cell.budget < 1 else 0
 
 

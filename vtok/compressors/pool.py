@@ -18,7 +18,7 @@ class Pool(PreLLM):
 
     keep: fraction or count of the tokens that enter the language model, per picture, which each plane (a frame, a
         thumbnail) gets its share of. Each is at most that, as near as a grid of about the plane's aspect comes; at a
-        fraction every plane keeps at least one.
+        fraction every plane that has tokens keeps at least one.
     The mean, taken in fp32, stands at the place of the token in the middle of its cell.
     Differs from the paper: there is none; a baseline.
     """
@@ -30,7 +30,10 @@ class Pool(PreLLM):
     def counts(self, layout: Layout) -> list[int]:
         """How many tokens each plane may keep."""
         counts = share(keep_count(layout.n, self.keep), [plane.size for plane in layout.planes])
-        return [max(1, count) for count in counts] if isinstance(self.keep, float) else counts
+        if isinstance(self.keep, int):
+            return counts
+        # but for a mosaic of which all was padding
+        return [max(1, count) if plane.size else 0 for plane, count in zip(layout.planes, counts)]
 
     def count(self, layout: Layout) -> int:
         grids = (coarser(*each) for each in zip(layout.planes, self.counts(layout)) if each[1])

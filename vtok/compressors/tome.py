@@ -11,9 +11,8 @@ from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
 from vtok.options import AtLeast0, Keep
-from vtok.stages.blocks import Blocks
+from vtok.stages.blocks import Block, Blocks
 from vtok.types import keep_count, ranks, share
-from vtok.vit import Block
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class Encoding:
         seen = {key: torch.cat(parts) for key, parts in self.seen.items() if parts}
         if not seen:
             return None
-        tower = call.adapter.tower(call.core)
+        tower = call.adapter.tower(call.core.config)
         split = [tower.arrange(x, call.small or call.layouts) for x in seen.values()]
         return tuple(dict(zip(seen, of_picture)) for of_picture in zip(*split))
 
@@ -84,7 +84,8 @@ def begin(
 ) -> EncoderCall:
     """What a call of an encoder method is about."""
     arguments = bind(method, args, kwargs)
-    return EncoderCall(adapter, core, modality, method, arguments, tuple(adapter.layouts(core, modality, arguments)))
+    layouts = tuple(adapter.layouts(core.config, modality, arguments))
+    return EncoderCall(adapter, core, modality, method, arguments, layouts)
 
 
 def passed_on(modality: str, output: Any, noted: Encoded | None, places: Callable[[], Tensor]) -> Encoded:

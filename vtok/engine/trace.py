@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,11 @@ from vtok.engine.accounting import (
 )
 from vtok.engine.cache import Rows
 from vtok.engine.stopwatch import Stopwatch
+from vtok.errors import Unsupported
 from vtok.types import Layout
+
+if TYPE_CHECKING:
+    from vtok.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,18 @@ class Shapes:
     adapter: Adapter
     config: Any  # of the whole model
 
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.config.get_text_config().num_hidden_layers
+
     @cached_property
     def text(self) -> TextShape:
         return TextShape.of(self.config)
 
     @cached_property
     def vision(self) -> VisionShape:
-        return VisionShape.of(self.config)
-
-    @property
-    def layers(self) -> int:
-        """Decoder layers."""
-        return self.config.get_text_config().num_hidden_layers
+        return self.adapter.tower(self.config).shape()
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,8 @@ class Trace:
 
     def flops(self, causal: bool = False) -> dict[str, dict[str, int]]:
         """{"dense", "compressed"} -> {"encoder", "prefill", "decode"}: operations of the whole batch by formula
-        (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill."""
+        (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill. Raises
+        `Unsupported` for a tower or a decoder that cannot be counted."""
         text, vision = self.shapes.text, self.shapes.vision
         views = {"dense": self.layouts, "compressed": [self._seen_as(picture) for picture in self.pictures]}
         merged_at = {"dense": None, "compressed": self._merged_at}
@@ -294,7 +299,7 @@ class Trace:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers and lists, for JSON."""
+        """All of it as plain numbers and lists, for JSON; None for what cannot be counted."""
         return {
             "n_visual": self.n_visual,
             "n_kept": self.n_kept,
@@ -303,8 +308,8 @@ class Trace:
             "selection_seconds": self.selection_seconds,
             "positions": {str(first): [p.tolist() for p in self.positions_at(first)] for first, _ in self._groups()},
             "merged_into": [None if m is None else m.tolist() for m in self.merged_into],
-            "flops": self.flops(),
-            "kv_bytes": self.kv_bytes(),
+            "flops": _counted(self.flops),
+            "kv_bytes": _counted(self.kv_bytes),
             "neurons": {str(layer): n for layer, n in self.neurons.items()},
             "copied_bytes": self.copied_bytes,
             **{key: value for part in self.parts.values() for key, value in part.to_dict().items()},
@@ -315,6 +320,13 @@ class Trace:
         starts = sorted(self.rows)
         for start, end in zip(starts, [*starts[1:], self.shapes.layers]):
             yield start, end - start
+
+
+def _counted(count: Callable[[], Any]) -> Any:
+    try:
+        return count()
+    except Unsupported:
+        return None
 
 
 def _views(layout: Layout, merge: int) -> Iterator[tuple[int, int]]:

@@ -40,12 +40,11 @@ def projector_for(
     MLP of a LLaVA's own projector (`linear_1`, `linear_2`) is copied: what it knows need not be learnt again."""
     vlm, adapter = adapters.find(model)
     core = adapter.core(vlm)
-    depth, vision = len(adapter.encoder_layers(core)), vlm.config.vision_config
+    depth, tower = len(adapter.encoder_layers(core)), adapter.tower(vlm.config)
     if layers is None:
         layers = tuple(round(layer * depth / DEPTH) for layer in LAYERS)
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL's hidden_size is the decoder's
     out = vlm.get_input_embeddings().weight
-    dim = width * adapter.tower(core).merge ** 2
+    dim = tower.width * tower.merge**2
     projector = QueCCProjector(dim, out.shape[1], kernel, layers=layers, heads=heads, partial=partial).to(out.device)
     own = getattr(core, "multi_modal_projector", None)
     pairs = [(getattr(own, "linear_1", None), projector.mlp[0]), (getattr(own, "linear_2", None), projector.mlp[2])]

@@ -29,9 +29,8 @@ PLACE = "token_projector"  # the attribute of the core model that holds the proj
 
 def projector_for(model: nn.Module, mult: int = 3, pool: str = "resize") -> TokenFlexProjector:
     """A fresh projector of the model's sizes, in its dtype and on its device."""
-    vlm, _ = adapters.find(model)
-    vision = vlm.config.vision_config
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size  # the hidden_size of Qwen2-VL is the decoder's
+    vlm, adapter = adapters.find(model)
+    width = adapter.tower(vlm.config).width
     out = vlm.get_input_embeddings().weight
     return TokenFlexProjector(width, out.shape[1], mult, pool).to(out)
 
