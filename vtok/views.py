@@ -65,10 +65,15 @@ class Views:
         return x.unflatten(2, (t, -1))
 
 
-def ranks(score: Tensor) -> Tensor:
-    """Rank of each entry of `score` [..., T], best first, ties to the lower index. [..., T] long."""
+def ranks(score: Tensor, group: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
+    """Rank of each entry of `score` [..., T], best first, ties to the lower index. [..., T] long.
+
+    Within its `group` [T], of which there are as many as `sizes` [G] says, if given; score is then [B, T]."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    if group is not None:
+        order = order.gather(1, group[order].argsort(dim=1, stable=True))  # by group, then score
+        place = place - (sizes.cumsum(0) - sizes)[group[order]]
     return torch.empty_like(order).scatter_(-1, order, place)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.types import Activations, check_keep
+from vtok.views import ranks
 
 PAPER = "CoreMatching: A Co-adaptive Sparse Inference Framework for VLMs, arXiv 2505.19235"
 BLOCK = 256  # tokens whose strongest neurons are found at once
@@ -88,10 +89,7 @@ def core_tokens(
     n = elbow(counts, members, inclusive)
     n = n if low is None else n.maximum(low)
     n = n if high is None else n.minimum(high)
-    order = counts.masked_fill(~members, -1).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)
-    return members & (rank < n[:, None])
+    return members & (ranks(counts.masked_fill(~members, -1)) < n[:, None])
 
 
 def _fraction(value: Any, name: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
 from vtok.types import Plane, Selection, VisualTokens, keep_count, share
+from vtok.views import ranks
 
 SOURCES = ("cls_logits", "cls_probs", "neg_cos_mean")
 ALLOCATIONS = ("softmax_sum", "uniform")
@@ -281,15 +282,3 @@ def cos_to_view_mean(x: Tensor, crops: Plane) -> Tensor:
 def group_sums(values: Tensor, group: Tensor, n_groups: int) -> Tensor:
     """[B, G] sums of `values` [B, n] over the members of each `group` [n], the same in each run."""
     return values @ (group[:, None] == torch.arange(n_groups, device=group.device)).to(values)
-
-
-def ranks(score: Tensor, group: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
-    """Rank of each entry of `score` [B, n], best first, ties to the lower index. [B, n] long.
-
-    Within its `group` [n], of which there are as many as `sizes` [G] says, if given."""
-    order = score.argsort(dim=1, descending=True, stable=True)  # [B, n]
-    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    if group is not None:
-        order = order.gather(1, group[order].argsort(dim=1, stable=True))  # by group, then score
-        place = place - (sizes.cumsum(0) - sizes)[group[order]]
-    return torch.empty_like(order).scatter_(1, order, place)
