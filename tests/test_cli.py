@@ -1,11 +1,15 @@
 """The command line on a tiny random model: the demo's table and picture, bad input, the list of methods."""
 
+import dataclasses
 import io
+import json
 import re
+import shlex
 import sys
 
 import pytest
 import torch
+import typer
 from contract import one_line_error
 from PIL import Image, ImageFile
 from typer.testing import CliRunner
@@ -231,7 +235,8 @@ def test_a_call_has_what_the_line_and_the_model_say():
     assert "crops" in methods.refusal(qwen, "globalcom2") and methods.refusal(qwen, "fastv") is None
 
 
-def test_the_options_of_a_method_reach_it(run):
+def test_the_options_of_a_method_reach_it(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code, output = run("--methods", "uniform,fastv:layer=3,fastv:layer=3,keep=0.5")
     assert code == 0, output
     folded = {line.split(" ")[0] for line in output.split("\n")}
@@ -277,6 +282,127 @@ def test_methods_and_version():
     assert "train" in CliRunner().invoke(cli.app, ["zoo", "--help"]).output
 
 
+def commands():
+    """The path of every command and group of commands."""
+    found, open_ = [], [((), typer.main.get_command(cli.app))]
+    while open_:
+        path, command = open_.pop()
+        found.append(path)
+        open_ += [((*path, name), sub) for name, sub in getattr(command, "commands", {}).items()]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_help_has_an_example_that_is_understood(path):
+    result = CliRunner().invoke(cli.app, [*path, "-h"], env={"COLUMNS": str(WIDTH)})
+    assert result.exit_code == 0 and result.output == CliRunner().invoke(cli.app, [*path, "--help"]).output
+    assert max(map(len, result.output.split("\n"))) <= WIDTH
+    examples = re.findall(r"^ +(?:vtok|torchrun .* -m vtok\.cli) (.+)$", result.output, re.MULTILINE)
+    assert examples
+    for words in map(shlex.split, examples):
+        command = typer.main.get_command(cli.app)
+        while hasattr(command, "commands"):
+            name = words.pop(0)
+            command = command.commands[name]
+        context = command.make_context(name, words)
+        for method in (context.params.get("methods") or "").split(","):
+            assert not method or methods.read(method)
+
+
+def test_one_word_for_one_thing():
+    """Wherever a model runs there are --device, --dtype and --threads, and they are told of alike."""
+    told = {}
+    for path in commands():
+        command = typer.main.get_command(cli.app)
+        for name in path:
+            command = command.commands[name]
+        if hasattr(command, "commands"):
+            continue
+        named = {option: parameter.help for parameter in command.params for option in parameter.opts}
+        if {"--model", "--workload"} & named.keys():
+            assert {"--device", "--dtype", "--threads"} <= named.keys(), path
+        assert not {"--count", "--scenes", "--method", "--keeps"} & named.keys()
+        for option in named.keys() & {"--device", "--threads"}:
+            told.setdefault(option, set()).add(named[option])
+    assert [len(words) for words in told.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("name", vtok.available()["compressors"])
+def test_each_method_is_explained(name):
+    result = CliRunner().invoke(cli.app, ["methods", name], env={"COLUMNS": str(WIDTH)})
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.split("\n"))) <= WIDTH
+    told = methods.explain(name)
+    cls = vtok.compressor.load_all()[name]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    assert list(told["options"]) == list(fields)
+    for option, (default, meaning) in told["options"].items():
+        assert meaning and f"{option}=" in result.output
+        assert default == (fields[option].default if default != "required" else "required")
+    assert "Differs from the paper" in told["remarks"] + told["summary"] or told["paper"] == "baseline"
+    assert all(family in result.output for family in vtok.available()["adapters"])
+
+
+def test_what_is_not_there_is_one_line_with_a_guess():
+    for words, says in (
+        (["methods", "vizionzip"], "Did you mean 'visionzip'?"),
+        (["demoo"], "Did you mean 'demo'?"),
+        (["zoo", "eval", "vtok-tiny-internvll"], "Did you mean 'vtok-tiny-internvl'?"),
+        (["eval"], "Missing option '--out'"),
+        (["tasks", "sample"], "-h."),
+    ):
+        result = CliRunner().invoke(cli.app, words)
+        assert result.stdout == ""
+        one_line_error(result.exit_code, result.stderr, says)
+
+
+def test_what_fails_is_one_line_unless_asked(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory\nat length")
+
+    monkeypatch.setattr(models, "load", broken)
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 1
+    last = result.stderr.strip().split("\n")[-1]
+    assert last == "vtok: RuntimeError: out of memory. VTOK_DEBUG=1 shows where."
+    assert "loading vtok-tiny-llava-next (bundled) on " in result.stderr
+    monkeypatch.setenv("VTOK_DEBUG", "1")
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "x.png")])
+    assert isinstance(result.exception, RuntimeError)
+    assert isinstance(CliRunner().invoke(cli.app, ["demo", "--methods", "nope"]).exception, UnknownName)
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
+    from vtok.eval.results import sweep
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run", stopped)
+    monkeypatch.setattr(demo, "compare", stopped)
+    result = CliRunner().invoke(cli.app, ["eval", "--out", str(tmp_path), "--tasks", "scenes", "--items", "1"])
+    assert result.exit_code == 130
+    assert "vtok: Stopped. The same command again goes on where this one stopped." in result.stderr.split("\n")
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 130 and result.stderr.rstrip().endswith("vtok: Stopped.")
+
+
+def test_zoo_eval_writes_only_where_asked(monkeypatch, tmp_path):
+    from vtok import zoo
+    from vtok.zoo import evaluate
+
+    name = "vtok-tiny-llava-next"
+    row = {"accuracy": 0.5, "n": 2, "chance": 0.1}
+    made = {"categories": {"colour": row}, "overall": row}
+    monkeypatch.setattr(evaluate, "report", lambda *given, **options: made)
+    before = {file: file.stat().st_mtime_ns for file in zoo.path(name).iterdir()}
+    words = ["zoo", "eval", name, "--items", "1"]
+    assert "0.500" in CliRunner().invoke(cli.app, words).output
+    assert CliRunner().invoke(cli.app, [*words, "--out", str(tmp_path / "a" / "eval.json")]).exit_code == 0
+    assert json.loads((tmp_path / "a" / "eval.json").read_text()) == made
+    assert before == {file: file.stat().st_mtime_ns for file in zoo.path(name).iterdir()}
+
+
 def test_the_bundled_demo(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     from vtok import zoo
@@ -291,8 +417,6 @@ def test_the_bundled_demo(monkeypatch, tmp_path):
 
 
 def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
-    import json
-
     from vtok.eval.bench import bars, machine
 
     file = tmp_path / "bench.json"
