@@ -40,9 +40,7 @@ def path(name: str) -> Path:
 
 def load(name: str, dtype: str = "float32", device: str = "cpu"):
     """The model, in eval mode, and its processor. The weights are stored as float16."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from vtok import models
 
-    folder = path(name)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+    path(name)  # raises
+    return models.load(name, device, dtype)
