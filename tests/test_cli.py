@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,6 +281,19 @@ def test_methods_and_version():
     assert all(line.startswith("- ") for line in hints.split("\n"))
     assert CliRunner().invoke(cli.app, ["--version"]).output == f"vtok {vtok.__version__}\n"
     assert "train" in CliRunner().invoke(cli.app, ["zoo", "--help"]).output
+
+
+def test_commands_import_the_library_and_never_each_other():
+    folder = Path(cli.__file__).parent
+    imports = lambda file: set(re.findall(r"^ *(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE))
+    for file in folder.glob("*.py"):
+        if file.name != "__init__.py":
+            ours = {name for name in imports(file) if name.startswith("vtok.cli.")}
+            assert ours <= {"vtok.cli.options", "vtok.cli.group"}, file
+            words = re.findall(r"^from vtok.cli import (.+)$", file.read_text(), re.MULTILINE)
+            assert set(words) <= {"options", "main"}, file
+    for library in (demo, draw, media, methods, models, prompts, runs):
+        assert not [name for name in imports(Path(library.__file__)) if name.startswith(("vtok.cli", "vtok.eval"))]
 
 
 def commands():
