@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_panels_of_every_stage(folder):
         (["--methods", "fastvv"], "Did you mean 'fastv'?"),
         (["--methods", "fastv:layr=2"], "no option 'layr'. It has: keep, layer, anchor. Did you mean 'layer'?"),
         (["--methods", "fastv:layer=two"], "fastv: layer is a whole number, not 'two'"),
-        (["--methods", "visionzip:importance=mine"], "importance must be one of ('cls', 'received')"),
+        (["--methods", "visionzip:importance=mine"], "received"),
         (["--methods", "layer=2,fastv"], "'layer=2' is an option without a method"),
         (["--keep", "0.5", "--budget", "0.5"], "not both"),
         (["--threads", "0"], "Invalid value for '--threads': "),
@@ -202,8 +203,9 @@ def test_pictures_keep_their_range_and_lose_their_alpha(tmp_path):
     dark = Image.new("I;16", (1, 1), 200)  # of 65,535: not to be stretched
     dark.save(tmp_path / "dark.png")
     assert media.open_picture(tmp_path / "dark.png").getpixel((0, 0)) == (1, 1, 1)
-    assert media.rgb(Image.new("I", (1, 1), 200)).getpixel((0, 0)) == (200,) * 3
-    assert media.rgb(Image.new("F", (1, 1), 0.5)).getpixel((0, 0)) == (128,) * 3
+    for unclear in (Image.new("F", (1, 1), 0.5), Image.new("I", (1, 1), 70_000)):
+        with pytest.raises(InvalidValue, match="what is white"):
+            media.rgb(unclear)
     for clear in (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), Image.new("LA", (2, 2), (0, 0))):
         assert media.rgb(clear).getpixel((0, 0)) == (255, 255, 255)
     assert media.rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
@@ -223,6 +225,36 @@ def test_methods_are_read_with_their_options():
             methods.split(wrong)
     with pytest.raises(UnknownName, match="Did you mean 'divprune'"):
         methods.split("divprun")
+
+
+def test_values_are_read_by_the_type_of_the_option(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Typed(vtok.Compressor):
+        """For this test."""
+
+        stage = "pre_llm"
+        how: typing.Literal["near", "far"] = "near"
+        at: typing.Annotated[int | None, "positive"] = None
+        where: float | typing.Literal["last"] | tuple[float, ...] = "last"
+
+    monkeypatch.setattr(methods, "load_all", lambda: {"typed": Typed})
+    monkeypatch.setitem(globals(), "Typed", Typed)
+    for option, text, value in (
+        ("how", "far", "far"),
+        ("at", "3", 3),
+        ("at", "None", None),
+        ("where", "0.5", 0.5),
+        ("where", "last", "last"),
+        ("where", "[1, 2]", (1, 2)),
+    ):
+        assert methods.typed("typed", option, text) == value
+    for option, text, says in (
+        ("how", "fare", "typed: how is near or far, not 'fare'. Did you mean 'far'"),
+        ("at", "0.5", "at is none or a whole number, not '0.5'"),
+        ("where", "first", "where is a number or a list such as .* or last, not 'first'"),
+    ):
+        with pytest.raises(InvalidValue, match=says):
+            methods.typed("typed", option, text)
 
 
 def test_a_call_has_what_the_line_and_the_model_say():

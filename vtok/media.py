@@ -37,16 +37,18 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
 
 def rgb(image: Image.Image) -> Image.Image:
     """The picture upright, as its EXIF data say, with 8 bits a colour. What is transparent becomes white, and grey of
-    16 or 32 bits keeps its range."""
-    deep = image.mode == "F" or image.mode.startswith("I")
-    high = 65535.0
-    if deep and not image.mode.startswith("I;16") and image.format != "PNG":  # of a PNG also "I" has 16 bits
-        high = float(image.getextrema()[1])
-        high = 1.0 if image.mode == "F" and high <= 1 else max(255.0, high)
+    16 bits keeps its range, which Pillow's own conversion cuts at 255.
+
+    Raises `InvalidValue` for numbers of which nobody says what is white."""
     image = ImageOps.exif_transpose(image)
-    if deep:
-        image = image.convert("I" if image.mode.startswith("I") else "F").convert("F")
-        image = image.point(lambda value: value * (255 / high) + 0.5).convert("L")
+    if image.mode.startswith(("I", "F")):
+        low, high = image.getextrema()
+        if image.mode == "F" or low < 0 or high > 0xFFFF:
+            raise InvalidValue(
+                f"A picture with values from {low:g} to {high:g} does not say what is white: save it with 8 or 16 bits "
+                f"a channel."
+            )
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -11,8 +11,9 @@ import json
 import re
 import types
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vtok import adapter as adapters
 from vtok.compressor import Compressor, build, load_all
@@ -60,13 +61,15 @@ def typed(name: str, option: str, value: str) -> Any:
     own = [field.name for field in fields(cls) if field.init]
     if option not in own:
         raise InvalidValue(f"{name} has no option {option!r}. It has: {', '.join(own)}.{meant(option, own)}")
-    for kind in _kinds(get_type_hints(cls)[option]):
-        try:
-            return _as(kind, value)
-        except ValueError:
-            continue
-    accepted = " or ".join(dict.fromkeys(_WORDS[kind] for kind in _kinds(get_type_hints(cls)[option])))
-    raise InvalidValue(f"{name}: {option} is {accepted or 'not to be given as text'}, not {value!r}.")
+    hint = get_type_hints(cls)[option]
+    words = [str(word) for part in _parts_of(hint) if get_origin(part) is Literal for word in get_args(part)]
+    for kind in _kinds(hint):
+        with suppress(ValueError):
+            read_as = _as(kind, value)
+            if not (words and kind is str and value not in words):
+                return read_as
+    accepted = [_WORDS[kind] for kind in _kinds(hint) if not (words and kind is str)] + words
+    raise InvalidValue(f"{name}: {option} is {' or '.join(accepted)}, not {value!r}.{meant(value, words)}")
 
 
 _WORDS = {  # the types that a text can be read as, the narrowest first
@@ -79,14 +82,21 @@ _WORDS = {  # the types that a text can be read as, the narrowest first
 }
 
 
+def _parts_of(hint: Any) -> list[Any]:
+    """The members of a union, of unions in it too, or what is none."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [part for member in get_args(hint) for part in _parts_of(member)]
+    return [hint]
+
+
 def _kinds(hint: Any) -> list[type]:
-    """Those of them that an annotation allows."""
-    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    flat = {get_origin(part) or part for part in parts}
-    if any(get_origin(part) in (Union, types.UnionType) for part in parts):
-        flat = {kind for part in parts for kind in _kinds(part)}
-    if any(issubclass(kind, Sequence) and kind is not str for kind in flat if isinstance(kind, type)):
-        flat.add(tuple)
+    """Those of `_WORDS` that an annotation allows."""
+    flat = set()
+    for part in _parts_of(hint):
+        kind = get_origin(part) or part
+        flat |= {type(word) for word in get_args(part)} if kind is Literal else {kind}
+        if isinstance(kind, type) and issubclass(kind, Sequence) and kind is not str:
+            flat.add(tuple)
     return [kind for kind in _WORDS if kind in flat]
 
 
