@@ -9,14 +9,14 @@ import typer
 
 from vtok.cli import options
 
+Visual = Annotated[str, typer.Option(metavar="N,...", help="Pictures of so many visual tokens.  [default: all]")]
+
 
 def bench(
     workload: Annotated[
         str, typer.Option(help="small, smollm2, llava-next-7b, qwen2.5-vl-3b, or a bundled model.")
     ] = "small",
-    visual: Annotated[
-        str, typer.Option(metavar="N,...", help="Pictures of so many visual tokens.  [default: all]")
-    ] = "",
+    visual: Visual = "",
     methods: Annotated[
         str | None, typer.Option(metavar="NAME,...", help=f"{options.METHODS_HELP}  [default: all training-free ones]")
     ] = None,
