@@ -264,8 +264,9 @@ class Entered:
 
 
 def one_line_error(code, output, complaint):
-    """Of the command line: bad input ends with exit code 2 and one sentence that has `complaint`."""
-    lines = output.strip().split("\n")
+    """Of the command line: bad input ends with exit code 2 and one sentence that has `complaint`, behind nothing but
+    the word on what is loaded."""
+    lines = [line for line in output.strip().split("\n") if not line.startswith("loading ")]
     assert code == 2, output
     assert len(lines) == 1 and lines[0].startswith("vtok: "), output
     assert complaint in lines[0]

@@ -20,12 +20,12 @@ from vtok.compressors.globalcom2 import (
     crop_sizes,
     global_map,
     mosaic_index,
-    ranks,
     speaks_for,
     token_scores,
 )
 from vtok.errors import InvalidValue, Unsupported
 from vtok.types import Layout, Plane, VisualTokens
+from vtok.views import ranks
 
 # (side, grid, picture size): exact fit, padding above, padding at the sides, one crop, odd remainders, outer
 # crops that are half padding, outer crops of padding alone, the first

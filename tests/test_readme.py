@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import vtok
 from vtok import cli
 from vtok.errors import Unsupported
+from vtok.methods import fit
 
 README = Path(__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="not in the repository")
@@ -25,13 +26,13 @@ def test_the_table_of_methods_and_families_is_true(family):
     for name, about in vtok.available()["compressors"].items():
         if about["trained"]:
             continue  # needs weights; their own tests go through the families
-        fit = cli._fit(about, family)
-        if fit == "yes":
+        fits = fit(about, family)
+        if fits == "yes":
             vtok.patch(model, name).remove()
         else:
             with pytest.raises(Unsupported, match="needs") as refusal:
                 vtok.patch(model, name)
-            assert fit == "option" or fit.removeprefix("no ").split(", ")[0] in str(refusal.value)
+            assert fits == "option" or fits.removeprefix("no ").split(", ")[0] in str(refusal.value)
 
 
 def test_the_readmes_compressor_works():

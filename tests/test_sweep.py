@@ -18,8 +18,8 @@ from vtok import cli, zoo
 from vtok.errors import InvalidValue, UnknownName
 from vtok.eval.results import sweep
 from vtok.eval.results.sweep import Cell
-from vtok.eval.tasks import answers
 from vtok.eval.tasks.task import tasks
+from vtok.prompts import ask, encode
 
 NAME, TASK = "vtok-tiny-llava-next", tasks()["scenes"]
 
@@ -81,10 +81,13 @@ def test_a_template_that_begins_the_sequence_leaves_none_to_add(loaded):
     tok.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tok.bos_token_id)]
     )
-    images = [list(item.images)] * 2
     assert tok("USER: a")["input_ids"][0] == tok.bos_token_id
-    for texts in (["<s>USER: <image>\na", "<s>USER: <image>\na b"], ["USER: <image>\na", "USER: <image>\na b"]):
-        ids = answers.encode(processor, texts, images=images)["input_ids"]
+    asked = [ask(text, *item.images) for text in ("a", "a b")]
+    begins = processor.chat_template
+    assert begins != begins.removeprefix("{{ '<s>' }}")
+    for template in (begins, begins.removeprefix("{{ '<s>' }}")):
+        processor.chat_template = template
+        ids = encode(processor, asked)["input_ids"]
         assert (ids == tok.bos_token_id).sum(1).tolist() == [1, 1]
 
 

@@ -519,7 +519,7 @@ def test_command_line(tmp_path):
     listed = runner.invoke(cli.app, ["tasks", "list"], env={"COLUMNS": "160"})
     assert listed.exit_code == 0 and all(name in listed.output for name in TASKS)
     for name in ("needle", "video"):
-        done = runner.invoke(cli.app, ["tasks", "sample", name, "--out", str(tmp_path / name), "--count", "3"])
+        done = runner.invoke(cli.app, ["tasks", "sample", name, "--out", str(tmp_path / name), "--items", "3"])
         assert done.exit_code == 0, done.output
         rows = json.loads((tmp_path / name / "questions.json").read_text())
         assert len(rows) == 3 and all((tmp_path / name / row["file"]).is_file() for row in rows)

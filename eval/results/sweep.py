@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vtok import adapter as adapters
 from vtok.compressor import load_all
-from vtok.errors import InvalidValue, UnknownName, VtokError
+from vtok.errors import InvalidValue, VtokError
 from vtok.eval.bench.machine import commit, describe
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.task import Item, Task
+from vtok.methods import call
+from vtok.methods import read as read_method
 from vtok.patching import Patch, patch
 from vtok.zoo.evaluate import TEST_SEED
 
@@ -51,7 +52,7 @@ class Cell:
         return f"{self.method}@{self.budget:g}.jsonl"
 
     def patch(self, model: Any) -> Patch:
-        return patch(model, self.method, budget=self.budget, **options(model, self.method))
+        return patch(model, read_method(self.method)[0], budget=self.budget, **options(model, self.method))
 
 
 def training_free() -> list[str]:
@@ -62,29 +63,20 @@ def training_free() -> list[str]:
 
 def options(model: Any, method: str) -> dict[str, Any]:
     """What a method has to be told to run on this model at a budget."""
-    vlm, adapter = adapters.find(model)
-    cls = load_all()[method]
-    lacking = sorted((cls.needs - adapter.available(vlm.config)) & cls.optional.keys())
-    return BUDGETED.get(method, {}) | {key: value for need in lacking for key, value in cls.optional[need].items()}
+    name, told = call(model, method)
+    return BUDGETED.get(name, {}) | told
 
 
 def calls(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Methods that had to be told something, as in "tome(carry=True)"."""
-    return sorted(
-        {
-            f"{row['method']}({', '.join(f'{key}={value!r}' for key, value in row['options'].items())})"
-            for row in rows
-            if "options" in row
-        }
-    )
+    told = lambda row: ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
+    return sorted({f"{row['method'].partition(':')[0]}({told(row)})" for row in rows if "options" in row})
 
 
 def cells(methods: Sequence[str] | None, budgets: Sequence[float]) -> list[Cell]:
     """The dense model and every method at every budget. Raises `UnknownName` and `InvalidValue`."""
-    known = load_all()
     for name in methods or ():
-        if name not in known:
-            raise UnknownName(f"No compressor is named {name!r}. There are: {', '.join(known)}.")
+        read_method(name)
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InvalidValue(f"A budget is a fraction in (0, 1], not {budget}.")

@@ -14,6 +14,7 @@ from vtok.compressor import Compressor
 from vtok.compressors.schedule import Schedule
 from vtok.errors import InvalidValue, VtokError
 from vtok.patching import patch
+from vtok.prompts import ask, encode
 from vtok.search.schedules import Rates
 from vtok.zoo import evaluate, scenes
 from vtok.zoo.scenes import CATEGORIES, Question
@@ -68,12 +69,8 @@ def accuracy(model: Any, processor: Any, asked: Asked) -> float:
 def teacher_forced(processor: Any, image: Image.Image, questions: list[Question], model: Any) -> dict[str, Tensor]:
     """Inputs and labels of the right answers to questions about one picture: prompts padded on the left, answers and
     the end token on the right, labels on these alone."""
-    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}] for q in questions]
-    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     tokenizer = processor.tokenizer
-    inputs = processor(
-        text=prompts, images=[image] * len(prompts), padding=True, padding_side="left", return_tensors="pt"
-    )
+    inputs = encode(processor, [ask(q.text, image) for q in questions])
     answers = [tokenizer(f" {q.answer}", add_special_tokens=False)["input_ids"] for q in questions]
     answers = [[*ids, tokenizer.eos_token_id] for ids in answers]
     longest = max(map(len, answers))

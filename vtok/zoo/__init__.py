@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["DEMO_ANSWER", "DEMO_IMAGE", "DEMO_QUESTION", "load", "names", "path"]
 
-# A held-out scene, nothing of which was trained on. Drawn by `vtok zoo sample --first 345 --count 1`.
+# A held-out scene, nothing of which was trained on. Drawn by `vtok zoo sample --first 345 --items 1`.
 DEMO_IMAGE = Path(__file__).with_name("demo.png")
 DEMO_QUESTION = "What does the label say?"
 DEMO_ANSWER = "AHK"
@@ -40,9 +40,7 @@ def path(name: str) -> Path:
 
 def load(name: str, dtype: str = "float32", device: str = "cpu"):
     """The model, in eval mode, and its processor. The weights are stored as float16."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from vtok import models
 
-    folder = path(name)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+    path(name)  # raises
+    return models.load(name, device, dtype)

@@ -23,7 +23,7 @@ from torch import nn
 from vtok import zoo
 from vtok.eval.tasks import task as offline
 from vtok.eval.tasks.task import Box, Item, Question, Task
-from vtok.show import Clip
+from vtok.media import Clip
 from vtok.zoo import items, loop
 from vtok.zoo.items import Lexicon
 from vtok.zoo.muon import Muon
