@@ -16,10 +16,9 @@ FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]
 
 # Modules that only an extra's user imports: package or module -> what they may import beside the core.
 EXTRAS = {
-    "vtok.zoo": {"numpy", "skimage", "sklearn", "aeon", "matplotlib", "tokenizers", "safetensors"},
     "vtok.draw": {"numpy", "matplotlib"},  # numpy comes with matplotlib
     "vtok.kernels": {"triton"},
-    "vtok.eval": {"lmms_eval", "loguru", "numpy", "tqdm", "yaml"},  # its pictures come from the zoo, which brings numpy
+    "vtok.eval": {"lmms_eval", "loguru", "numpy", "scipy", "tqdm", "yaml"},  # its pictures take the extra zoo, which brings numpy
 }
 
 
@@ -94,7 +93,7 @@ def test_every_folder_with_code_is_a_listed_package():
 
 def test_the_wheel_takes_the_bundled_models_along():
     data = PROJECT["tool"]["setuptools"]["package-data"]
-    for package, suffixes in {"vtok.zoo": {".png"}, "vtok.model_cards": None}.items():
+    for package, suffixes in {"vtok": {".png"}, "vtok.model_cards": None}.items():
         folder = FOLDERS[package]
         taken = {file for pattern in data[package] for file in folder.glob(pattern)}
         kept = {f for f in folder.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts}

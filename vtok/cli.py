@@ -15,7 +15,7 @@ import vtok
 from vtok.errors import InvalidValue, VtokError
 from vtok.search.cli import app as search_app
 from vtok.tasks_cli import app as tasks_app
-from vtok.zoo.cli import app as zoo_app
+from vtok.zoo_cli import app as zoo_app
 
 MODEL = "vtok-tiny-llava-next"
 
