@@ -8,7 +8,11 @@ from pathlib import Path
 
 from recipes.recipe import train
 
-FAMILIES = {"vtok-tiny-llava-next": "llava_next", "vtok-tiny-qwen2.5-vl": "qwen2_5_vl", "vtok-tiny-internvl": "internvl"}
+FAMILIES = {  # model -> module
+    "vtok-tiny-llava-next": "llava_next",
+    "vtok-tiny-qwen2.5-vl": "qwen2_5_vl",
+    "vtok-tiny-internvl": "internvl",
+}
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]
 EXTRAS = {
     "vtok.draw": {"numpy", "matplotlib"},  # numpy comes with matplotlib
     "vtok.kernels": {"triton"},
-    "vtok.eval": {"lmms_eval", "loguru", "numpy", "scipy", "tqdm", "yaml"},  # its pictures take the extra zoo, which brings numpy
+    # its pictures take the extra zoo, which brings numpy and scipy
+    "vtok.eval": {"lmms_eval", "loguru", "numpy", "scipy", "tqdm", "yaml"},
 }
 
 

@@ -8,7 +8,6 @@ import torch
 from recipes import internvl, llava_next, loop, qwen2_5_vl
 from recipes.loop import Team
 from recipes.recipe import train
-
 from vtok import zoo
 from vtok.eval.pages import task_card
 from vtok.eval.results import judge

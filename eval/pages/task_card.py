@@ -78,7 +78,7 @@ def write(folder: Path) -> Path:
     result, made, config, processor = (
         json.loads((folder / f"{part}.json").read_text()) for part in ("eval", "training", "config", "processor_config")
     )
-    recipe, overall = made["recipe"], result["overall"]
+    recipe, commit, overall = made["recipe"], made["commit"], result["overall"]
     family, described = ARCHITECTURES[config["model_type"]]
     megabytes = (folder / "model.safetensors").stat().st_size / 1e6
     known = tasks()
@@ -131,7 +131,7 @@ def write(folder: Path) -> Path:
 # {name}
 
 {family} of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained
-{begun} on a CPU by the recipe of commit `{made["commit"]}`. It answers short questions about small pictures, pages, charts and
+{begun} on a CPU by the recipe of commit `{commit}`. It answers short questions about small pictures, pages, charts and
 clips, well enough that what a visual-token compressor throws away shows as a wrong answer. It is there to test, teach
 and demonstrate such methods on a laptop, offline, in seconds. It is of no use for anything else.
 

@@ -118,7 +118,7 @@ def report(
 
 
 def settings(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """What `report` is to be given to repeat the evaluation in the folder of a model, eval.json; without one, all tasks.
+    """What `report` is given to repeat the evaluation in the folder of a model, eval.json; without one, all tasks.
 
     names: other tasks.
     """

@@ -54,7 +54,7 @@ class QueCC(Compressor):
         if self.weights is None:
             raise InvalidValue(
                 "quecc needs trained weights: vtok.patch(model, 'quecc', weights=PATH), or a QueCCProjector. "
-                "`vtok.modules.quecc_training` trains one for a model at hand."
+                "`vtok.modules.training` trains one for a model at hand."
             )
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", QueCCProjector.load(self.weights))

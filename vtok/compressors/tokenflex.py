@@ -46,7 +46,7 @@ class TokenFLEX(Compressor):
         if self.weights is None:
             raise InvalidValue(
                 "tokenflex needs its trained projector: pass weights=FILE (safetensors) or a TokenFlexProjector. "
-                "`vtok.modules.tokenflex_training` and examples/train_tokenflex.py train one."
+                "`vtok.modules.training` and examples/train_tokenflex.py train one."
             )
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", TokenFlexProjector.load(self.weights))

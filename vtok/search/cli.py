@@ -63,10 +63,11 @@ def _open(
     from vtok import adapter
     from vtok.demo import load
     from vtok.eval.bench.machine import describe
+    from vtok.eval.results import searched
     from vtok.eval.results.sweep import fingerprint
+    from vtok.eval.tasks import scenes
     from vtok.search import questions as work
     from vtok.search.evaluations import Evaluations
-    from vtok.zoo import scenes
 
     logging.disable_progress_bar()
     if metric not in work.METRICS:
@@ -77,9 +78,9 @@ def _open(
     dtype = str(network.dtype).removeprefix("torch.")
     vlm, family = adapter.find(network)
     identity = {"search": method, "model": Path(model).name, "weights": fingerprint(network), "dtype": dtype}
-    identity |= {"questions": questions, "split": "val", "scenes": scenes.VERSION, "seed_of_scenes": work.SEED}
+    identity |= {"questions": questions, "split": "val", "scenes": scenes.VERSION, "seed_of_scenes": searched.SEED}
     evaluations = Evaluations(
-        work.metric_of(metric, network, processor, work.validation(questions)),
+        work.metric_of(metric, network, processor, searched.validation(questions)),
         out / "trace.json",
         identity | {"metric": metric} | settings,
         describe(network.device.type, dtype),
@@ -105,10 +106,12 @@ def _close(session: Session, rates: schedules.Rates, compare: int, floor: float 
     )
     others = {}
     if compare:
+        from vtok.eval.results import searched
         from vtok.search import questions as work
 
         methods = work.rivals(rates)
-        result["compared"] = work.judged(session.model, session.processor, methods, compare, session.track("comparing"))
+        bar = session.track("comparing")
+        result["compared"] = searched.judged(session.model, session.processor, methods, compare, bar)
         for row in result["compared"]:
             if "refused" in row:
                 say(f"{row['method']:12} not run: {row['refused']}")
