@@ -40,7 +40,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = defaultdict(list)
             for weight in group["params"]:
-                shapes[weight.shape].append(weight)
+                if weight.grad is not None:
+                    shapes[weight.shape].append(weight)
             for shape, weights in shapes.items():
                 for w in weights:
                     mean = self.state[w].setdefault("momentum", torch.zeros_like(w))
