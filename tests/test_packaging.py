@@ -119,3 +119,16 @@ def test_modules_import_only_declared_dependencies(package):
         extra = set().union(*(EXTRAS.get(".".join(parts[: i + 1]), set()) for i in range(len(parts))))
         allowed = core | extra | {"vtok"} | sys.stdlib_module_names
         assert set(top_level_imports(file)) <= allowed, file
+
+
+def test_the_suite_does_not_import_what_makes_the_evidence():
+    """Outside of the command line nothing in vtok/ imports eval or recipes, not even in functions."""
+    assert ROOT / "recipes" not in FOLDERS.values()  # no wheel has it
+    for file in (ROOT / "vtok").rglob("*.py"):
+        if "cli" in file.stem or "cli" in file.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert not [name for name in names if name.startswith(("vtok.eval", "recipes"))], file
