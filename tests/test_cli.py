@@ -433,22 +433,6 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
     assert result.exit_code == 130 and result.stderr.rstrip().endswith("vtok: Stopped.")
 
 
-def test_zoo_eval_writes_only_where_asked(monkeypatch, tmp_path):
-    from vtok import zoo
-    from vtok.zoo import evaluate
-
-    name = "vtok-tiny-llava-next"
-    row = {"accuracy": 0.5, "n": 2, "chance": 0.1}
-    made = {"categories": {"colour": row}, "overall": row}
-    monkeypatch.setattr(evaluate, "report", lambda *given, **options: made)
-    before = {file: file.stat().st_mtime_ns for file in zoo.path(name).iterdir()}
-    words = ["zoo", "eval", name, "--items", "1"]
-    assert "0.500" in CliRunner().invoke(cli.app, words).output
-    assert CliRunner().invoke(cli.app, [*words, "--out", str(tmp_path / "a" / "eval.json")]).exit_code == 0
-    assert json.loads((tmp_path / "a" / "eval.json").read_text()) == made
-    assert before == {file: file.stat().st_mtime_ns for file in zoo.path(name).iterdir()}
-
-
 def test_the_bundled_demo(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     from vtok import zoo

@@ -299,7 +299,7 @@ def test_after_a_smaller_picture(family):
     compressor = spy(everything(family, (0, None)))
     with torch.no_grad(), vtok.patch(model, [vtok.Downsample(keep=0.5), compressor]) as patch:
         model(**mixed(processor), use_cache=True)
-    merge = ADAPTERS[family].tower(model.model).merge
+    merge = ADAPTERS[family].tower(model.config).merge
     for tokens in compressor.seen:
         views = [plane for plane in tokens.layout.planes for _ in range(plane.views)]
         for (need, _), x in tokens.encoder.items():

@@ -12,7 +12,7 @@ import vtok
 from vtok.compressors.quecc import places
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.quecc import LAYERS, RELEASED, QueCC, QueCCProjector, question_end, windows
-from vtok.modules.quecc_training import projector_for, train
+from vtok.modules.training import quecc_for, train
 from vtok.types import Layout, Plane
 
 
@@ -229,7 +229,7 @@ CELLS = [family for family in FAMILIES if ADAPTERS[family].provides >= vtok.QueC
 @functools.cache
 def weights(family, kernel=2):
     """A random projector for the tiny model, whose tokens are about as large as the model's own."""
-    return randomise(projector_for(tiny(family)[0], kernel, layers=(0, 1, -1, 1.0), heads=4, partial=True)).eval()
+    return randomise(quecc_for(tiny(family)[0], kernel, layers=(0, 1, -1, 1.0), heads=4, partial=True)).eval()
 
 
 def slow_cells(plane, kernel):
@@ -296,7 +296,7 @@ def test_tokens_are_the_projectors():
     model, processor = tiny("llava")
     inputs = batch(processor, ["some # What colour is it?"], [picture(56, 56)])
     model, inputs = double(model, inputs)  # the random weights blow rounding up, on some processors beyond 1e-5
-    projector = randomise(projector_for(model, 2, layers=(0, 1, -2, -1), heads=4)).double()
+    projector = randomise(quecc_for(model, 2, layers=(0, 1, -2, -1), heads=4)).double()
     image = inputs["input_ids"][0] == model.config.image_token_id
     behind = inputs["input_ids"][:, int(image.nonzero()[-1]) + 1 :]
     stop = behind[0, -2:].tolist()
@@ -471,19 +471,11 @@ def test_training_recipe(decoder):
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    projector = projector_for(model, 2, heads=4)
+    projector = quecc_for(model, 2, heads=4)
     start = {name: value.clone() for name, value in projector.state_dict().items()}
-    seen = []
-    losses = train(
-        model,
-        projector,
-        [{**inputs, "labels": labels}] * 20,
-        12,
-        lr=3e-3,
-        decoder=decoder,
-        on_step=lambda step, loss: seen.append((step, loss)),
-    )
-    assert seen == list(enumerate(losses)) and len(losses) == 12
+    batches = [{**inputs, "labels": labels}] * 20
+    losses = train(model, projector, lambda step: vtok.QueCC(weights=projector), batches, 12, lr=3e-3, decoder=decoder)
+    assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.1
     unmoved = {name for name, value in projector.state_dict().items() if torch.equal(value, start[name])}
     assert not unmoved
@@ -499,15 +491,19 @@ def test_training_recipe(decoder):
 def test_training_needs_labels():
     model, processor = tiny("llava")
     inputs = dict(mixed(processor))
+    projector = quecc_for(model, 2, heads=4)
+    method = lambda step: vtok.QueCC(weights=projector)
     with pytest.raises(Unsupported, match="Pass labels"):
-        train(model, projector_for(model, 2, heads=4), [inputs], 1)
+        train(model, projector, method, [inputs], 1)
+    assert not any("token_projector" in name for name in model.state_dict())
+    vtok.patch(model, "uniform").remove()  # nothing is left of it
     with pytest.raises(InvalidValue, match="steps"):
-        train(model, projector_for(model, 2, heads=4), [inputs], 0)
+        train(model, projector, method, [inputs], 0)
 
 
 def test_a_fresh_projector_knows_the_models_mlp():
     model, _ = tiny("llava")
-    projector = projector_for(model, 2, heads=4)
+    projector = quecc_for(model, 2, heads=4)
     own = model.model.multi_modal_projector
     assert torch.equal(projector.mlp[0].weight, own.linear_1.weight)
     assert torch.equal(projector.mlp[2].bias, own.linear_2.bias)

@@ -230,20 +230,21 @@ def model():
 
 
 def test_questions_are_of_the_validation_split():
-    from vtok.search.questions import validation
-    from vtok.zoo import scenes
+    from vtok.eval.results.searched import validation
+    from vtok.eval.tasks import scenes
 
     asked = validation(10)
     assert sum(len(questions) for _, questions in asked) == 10
     assert asked[0][1] == validation(3)[0][1] + asked[0][1][3:]
-    scene = scenes.generate("val", 2026, 0)
-    assert asked[0][0].tobytes() == scene.image.tobytes()
+    scene = scenes.TASK.item("val", 2026, 0)
+    assert asked[0][0].tobytes() == scene.images[0].tobytes()
     assert set(asked[0][1]) <= set(scene.questions)
     assert len({q.category for q in asked[0][1]}) == len(asked[0][1])
 
 
 def test_log_probabilities_by_single_forwards(model):
-    from vtok.search.questions import log_probability, teacher_forced, validation
+    from vtok.eval.results.searched import validation
+    from vtok.search.questions import log_probability, teacher_forced
 
     network, processor = model
     asked = validation(9)
@@ -266,7 +267,8 @@ def test_log_probabilities_by_single_forwards(model):
 
 
 def test_metrics_tell_schedules_apart(model):
-    from vtok.search.questions import metric_of, validation
+    from vtok.eval.results.searched import validation
+    from vtok.search.questions import metric_of
 
     asked = validation(7)
     with pytest.raises(InvalidValue, match="metric must be one of"):

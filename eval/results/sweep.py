@@ -29,11 +29,10 @@ from vtok.compressor import load_all
 from vtok.errors import InvalidValue, VtokError
 from vtok.eval.bench.machine import commit, describe
 from vtok.eval.tasks.answers import answer
-from vtok.eval.tasks.task import Item, Task
+from vtok.eval.tasks.task import TEST_SEED, Item, Task
 from vtok.methods import call
 from vtok.methods import read as read_method
 from vtok.patching import Patch, patch
-from vtok.zoo.evaluate import TEST_SEED
 
 DENSE = "dense"
 BASELINES = ("random", "pool", "downsample")  # what a method has to beat

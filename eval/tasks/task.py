@@ -19,9 +19,9 @@ from PIL import Image
 
 import vtok.eval.tasks
 from vtok.errors import InvalidValue, UnknownName, meant
-from vtok.zoo.evaluate import TEST_SEED
-from vtok.zoo.sources import SPLITS, split_of
+from vtok.eval.tasks.sources import SPLITS, split_of
 
+TEST_SEED = 2026  # of all test sets
 Box = tuple[int, float, float, float, float]  # index of the picture or frame, left, top, right, bottom in pixels
 
 

@@ -67,17 +67,18 @@ def _open(
         status("asking the model")
     from vtok import adapter
     from vtok.eval.bench.machine import describe
+    from vtok.eval.results import searched
     from vtok.eval.results.sweep import fingerprint
+    from vtok.eval.tasks import scenes
     from vtok.search import questions as work
     from vtok.search.evaluations import Evaluations
-    from vtok.zoo import scenes
 
     dtype = str(network.dtype).removeprefix("torch.")
     vlm, family = adapter.find(network)
     identity = {"search": method, "model": Path(loads[0]).name, "weights": fingerprint(network), "dtype": dtype}
-    identity |= {"questions": questions, "split": "val", "scenes": scenes.VERSION, "seed_of_scenes": work.SEED}
+    identity |= {"questions": questions, "split": "val", "scenes": scenes.VERSION, "seed_of_scenes": searched.SEED}
     evaluations = Evaluations(
-        work.metric_of(metric, network, processor, work.validation(questions)),
+        work.metric_of(metric, network, processor, searched.validation(questions)),
         out / "trace.json",
         identity | {"metric": metric} | settings,
         describe(network.device.type, dtype),
@@ -116,10 +117,11 @@ def _close(session: Session, rates: schedules.Rates, compare: int, floor: float 
 
 def _compare(session: Session, rates: schedules.Rates, count: int, result: dict[str, Any]) -> dict[str, Any]:
     """Judge the schedule and others of its mean keep on test scenes, and note it in `result`; the others' rates."""
+    from vtok.eval.results import searched
     from vtok.search import questions as work
 
     methods = work.rivals(rates)
-    result["compared"] = work.judged(session.model, session.processor, methods, count, session.track("comparing"))
+    result["compared"] = searched.judged(session.model, session.processor, methods, count, session.track("comparing"))
     for row in result["compared"]:
         if "refused" in row:
             say(f"{row['method']:12} not run: {row['refused']}")

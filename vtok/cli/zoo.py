@@ -1,93 +1,52 @@
-"""`vtok zoo`: train, judge and document the bundled models, and draw their pictures."""
+"""`vtok zoo`: judge and document the bundled models, and draw their pictures."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+import vtok
 from vtok.cli import options
-from vtok.cli.group import Group, resumable
-from vtok.errors import InvalidValue, UnknownName, meant
+from vtok.cli.group import Group
+from vtok.errors import InvalidValue
 
 app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
-    help="""Bundled tiny models and the recipes that made them.
+    help="""Bundled tiny models. What trained them is in a checkout: python -m recipes NAME --out DIR.
 
     \b
     Example:
-      vtok zoo eval vtok-tiny-llava-next --items 20
+      vtok zoo eval vtok-tiny-llava-next --items 3
     """,
 )
 
-RECIPES = {  # model -> modules of `vtok.zoo` that train it, judge it, and write its card
-    "vtok-tiny-llava-next": ("train", "evaluate", "card"),
-    "vtok-tiny-qwen2.5-vl": ("qwen2_5_vl", "judge", "task_card"),
-    "vtok-tiny-internvl": ("internvl", "judge", "task_card"),
-}
-Name = Annotated[str, typer.Argument(help="Name of a bundled model.")]
+Name = Annotated[str, typer.Argument(help="A bundled model, or the folder of one that a recipe wrote.")]
 
 
-def _module(name: str, part: int):
-    if name not in RECIPES:
-        raise UnknownName(f"No recipe {name!r}. There are: {', '.join(RECIPES)}.{meant(name, RECIPES)}")
-    return import_module(f"vtok.zoo.{RECIPES[name][part]}")
-
-
-@app.command()
-def train(
-    ctx: typer.Context,
-    name: Name,
-    out: Annotated[Path, typer.Option(help="Hub folder to write; the state to resume from lies beside it.")],
-    seed: Annotated[int, typer.Option(metavar="N", help="Of everything that is drawn.")] = 0,
-    start: Annotated[
-        str | None, typer.Option(help="Bundled model whose weights to begin with.  [default: the recipe's]")
-    ] = None,
-    tower_steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps of the tower's stage.  [default: the recipe's]")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps of the question stage.  [default: the recipe's]")
-    ] = None,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of one CPU thread.")] = 2,
-) -> None:
-    """Train a bundled model by its recipe. The same command again goes on after a kill.
-
-    \b
-    Example:
-      vtok zoo train vtok-tiny-internvl --out model --steps 1000
-    """
-    from vtok.models import place
-
-    recipe = _module(name, 0)
-    given = {"start": start, "tower_steps": tower_steps, "steps": steps}
-    settings = {"seed": seed} | {key: value for key, value in given.items() if value is not None}
-    if unknown := settings.keys() - {field.name for field in fields(recipe.Recipe)}:
-        raise InvalidValue(f"The recipe of {name} has no {', '.join(sorted(unknown))}.")
-    if start:
-        place(start)
-    resumable(ctx)
-    recipe.train(out, recipe.Recipe(**settings), workers, log=typer.echo)
+def _outside(out: Path) -> Path:
+    """A place to write to, which is never the installed package."""
+    if out.resolve().is_relative_to(Path(vtok.__file__).resolve().parent):
+        raise InvalidValue(f"--out {out} lies in the installed package, whose files are to stay as they are.")
+    return out
 
 
 @app.command(name="eval")
 def evaluate(
     name: Name,
-    model: Annotated[Path | None, typer.Option(help="Folder of its weights.  [default: the bundled ones]")] = None,
-    items: Annotated[
-        int | None, typer.Option(min=1, help="Test scenes, or items of each task.  [default: all]")
+    items: Annotated[int | None, typer.Option(min=1, help="Test items of each task.  [default: all]")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="One task.  [default: those it was judged on before, or all]")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write, as the card reads it (eval.json).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder or .json file to write.  [default: nothing]")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
 ) -> None:
-    """Exact match on the held-out set. Writes nothing unless --out says where.
+    """Exact match on the held-out sets, as a table. Writes nothing unless --out says where.
 
     \b
     Example:
@@ -96,36 +55,37 @@ def evaluate(
     from rich.console import Console
     from rich.progress import track
 
-    judge = _module(name, 1)
-    with options.loaded(str(model or name), device, dtype, threads) as (network, processor, status):
+    from vtok.eval.results import judge
+    from vtok.models import place
+
+    file = None if out is None else _outside(out if out.suffix == ".json" else out / "eval.json")
+    settings = judge.settings(Path(place(name)), tasks)
+    with options.loaded(name, device, dtype, threads) as (network, processor, status):
         status("")
-    bar = lambda items: track(list(items), "items", console=Console(stderr=True), transient=True)
-    result = judge.report(network, processor, items, progress=bar)
-    for category, row in result["categories"].items():
-        typer.echo(f"{category:20} {row['accuracy']:.3f}  n {row['n']}  chance {row['chance']:.3f}")
-    typer.echo(f"{'all':20} {result['overall']['accuracy']:.3f}  n {result['overall']['n']}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        typer.echo(f"wrote {out}")
+    bar = lambda some: track(list(some), "items", console=Console(stderr=True), transient=True)
+    result = judge.report(network, processor, count=items, progress=bar, **settings)
+    Console().print(judge.table(result))
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        typer.echo(f"wrote {file}")
 
 
 @app.command()
-def card(
-    name: Name,
-    out: Annotated[
-        Path | None, typer.Option(help="Model folder to read and to write README.md in.  [default: the bundled one]")
-    ] = None,
-) -> None:
-    """Write the model card from eval.json and training.json.
+def card(name: Name) -> None:
+    """Write the model card, README.md, from eval.json and training.json in the same folder.
 
     \b
     Example:
-      vtok zoo card vtok-tiny-internvl --out model
+      vtok zoo card model_cards/vtok-tiny-internvl
     """
+    from vtok.eval.pages import card, task_card
     from vtok.models import place
 
-    typer.echo(f"wrote {_module(name, 2).write(out or Path(place(name))).name}")
+    folder = _outside(Path(place(name)))
+    made = json.loads((folder / "training.json").read_text())
+    own = "tower_batch" in made["recipe"]  # of vtok-tiny-llava-next before all models had one recipe
+    typer.echo(f"wrote {(card if own else task_card).write(folder)}")
 
 
 @app.command(short_help="Write the pages of the public checkpoints.")
@@ -138,7 +98,7 @@ def pages(
     Example:
       vtok zoo pages --out model_cards
     """
-    from vtok.zoo.pages import write
+    from vtok.eval.pages.pages import write
 
     typer.echo(f"wrote {', '.join(path.name for path in write(out))}")
 
@@ -159,14 +119,15 @@ def sample(
     Example:
       vtok zoo sample --out scenes --first 345 --items 1
     """
-    from vtok.zoo import evaluate, scenes
+    from vtok.eval.tasks import scenes
+    from vtok.eval.tasks.task import TEST_SEED
 
     out.mkdir(parents=True, exist_ok=True)
     listed = {}
     for index in range(first, first + items):
-        scene = scenes.generate(split, evaluate.TEST_SEED if seed is None else seed, index)
+        scene = scenes.TASK.item(split, TEST_SEED if seed is None else seed, index)
         file = f"{split}-{index:05d}.png"
-        scene.image.save(out / file)
+        scene.images[0].save(out / file)
         listed[file] = [{"category": q.category, "question": q.text, "answer": q.answer} for q in scene.questions]
     (out / "questions.json").write_text(json.dumps(listed, indent=1) + "\n")
     typer.echo(f"wrote {items} pictures and questions.json")

@@ -53,7 +53,7 @@ class QueCC(PreLLM):
         if self.weights is None:
             raise InvalidValue(
                 "quecc needs trained weights: vtok.patch(model, 'quecc', weights=PATH), or a QueCCProjector. "
-                "`vtok.modules.quecc_training` trains one for a model at hand."
+                "`vtok.modules.training` trains one for a model at hand."
             )
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", QueCCProjector.load(self.weights))
@@ -63,9 +63,9 @@ class QueCC(PreLLM):
 
     @classmethod
     def small_weights(cls, model: nn.Module) -> dict[str, Any]:
-        from vtok.modules.quecc_training import projector_for
+        from vtok.modules.training import quecc_for
 
-        return {"weights": projector_for(model, 2, layers=(0, 1, -1, 1.0), heads=4, partial=True).eval()}
+        return {"weights": quecc_for(model, 2, layers=(0, 1, -1, 1.0), heads=4, partial=True).eval()}
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:

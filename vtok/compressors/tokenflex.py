@@ -45,15 +45,16 @@ class TokenFLEX(PreLLM):
         if self.weights is None:
             raise InvalidValue(
                 "tokenflex needs its trained projector: pass weights=FILE (safetensors) or a TokenFlexProjector. "
-                "`vtok.modules.tokenflex_training` and examples/train_tokenflex.py train one."
+                "`vtok.modules.training` and examples/train_tokenflex.py train one."
             )
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", TokenFlexProjector.load(self.weights))
 
     @classmethod
     def small_weights(cls, model: nn.Module) -> dict[str, Any]:
-        vision, text = model.config.vision_config, model.config.get_text_config()
-        return {"weights": TokenFlexProjector(getattr(vision, "embed_dim", vision.hidden_size), text.hidden_size)}
+        from vtok.modules.training import tokenflex_for
+
+        return {"weights": tokenflex_for(model)}
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from vtok.zoo.loop import DTYPE
+from recipes.loop import DTYPE
 
 IGNORE = -100
 PREFIX, PADDING = -2, -1  # in place of a question's number

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from vtok.eval.pages import tables
+from vtok.eval.pages.card import usage
+from vtok.eval.results import judge
 from vtok.eval.tasks.task import tasks
 from vtok.markdown import percent, table
-from vtok.zoo import judge, tables
-from vtok.zoo.card import usage
-from vtok.zoo.text import taught
 
 GUESSES = ("chance", "majority", "question_only")
+DRILLS = {"text": "letters on a page"}  # what a recipe teaches the tower alone, beside the tasks
 
 
 def _share(row: dict) -> list[str]:
@@ -55,7 +56,20 @@ def _internvl(vision: dict, text: dict, processor: dict) -> str:
   {text["num_attention_heads"]} heads; every word it was taught is one token, all else is spelled"""
 
 
-ARCHITECTURES = {"qwen2_5_vl": ("A Qwen2.5-VL", _qwen), "internvl": ("An InternVL", _internvl)}
+def _llava(vision: dict, text: dict, processor: dict) -> str:
+    views = processor["image_processor"]["image_grid_pinpoints"]
+    return f"""- vision: CLIP tower with CLS, {vision["num_hidden_layers"]} layers of {vision["hidden_size"]}, views of
+  {vision["image_size"]} x {vision["image_size"]} pixels in patches of {vision["patch_size"]}; a thumbnail and crops,
+  pinpoints (height, width) {views}, unpadding, newline tokens
+- language: Llama decoder, {text["num_hidden_layers"]} layers of {text["hidden_size"]},
+  {text["num_attention_heads"]} heads; every word it was taught is one token, all else is spelled"""
+
+
+ARCHITECTURES = {
+    "llava_next": ("A LLaVA-NeXT", _llava),
+    "qwen2_5_vl": ("A Qwen2.5-VL", _qwen),
+    "internvl": ("An InternVL", _internvl),
+}
 
 
 def write(folder: Path) -> Path:
@@ -64,7 +78,7 @@ def write(folder: Path) -> Path:
     result, made, config, processor = (
         json.loads((folder / f"{part}.json").read_text()) for part in ("eval", "training", "config", "processor_config")
     )
-    recipe, overall = made["recipe"], result["overall"]
+    recipe, commit, overall = made["recipe"], made["commit"], result["overall"]
     family, described = ARCHITECTURES[config["model_type"]]
     megabytes = (folder / "model.safetensors").stat().st_size / 1e6
     known = tasks()
@@ -106,7 +120,7 @@ def write(folder: Path) -> Path:
         " + ".join(f"{run['recipe'][k]:,}" for run in reversed(runs)) for k in ("tower_steps", "steps")
     )
     drill = dict.fromkeys(name for run in runs for name in run["recipe"].get("tower_tasks", ()))
-    drilled = "".join(f"- `{key}`, for the tower alone: {taught(key).title.lower()}\n" for key in drill)
+    drilled = "".join(f"- `{key}`, for the tower alone: {DRILLS[key]}\n" for key in drill)
     chain = f"It was {len(runs)} runs, each from the weights of the one before.\n" if len(runs) > 1 else ""
     weakest = sorted(result["categories"], key=lambda c: result["categories"][c]["accuracy"])[:3]
     weak = ", ".join(f"`{c}` ({percent(result['categories'][c]['accuracy'])} %)" for c in weakest)
@@ -117,7 +131,7 @@ def write(folder: Path) -> Path:
 # {name}
 
 {family} of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained
-{begun} on a CPU by `vtok zoo train {name}`. It answers short questions about small pictures, pages, charts and
+{begun} on a CPU by the recipe of commit `{commit}`. It answers short questions about small pictures, pages, charts and
 clips, well enough that what a visual-token compressor throws away shows as a wrong answer. It is there to test, teach
 and demonstrate such methods on a laptop, offline, in seconds. It is of no use for anything else.
 

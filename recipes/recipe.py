@@ -1,4 +1,4 @@
-"""The recipe of the models for the offline tasks, pictures and clips; a `Family` says what is peculiar to one model.
+"""The recipe of the bundled models; a `Family` says what is peculiar to one.
 
 First the vision tower alone, on what lies in every patch, then everything on questions. What lies where comes from the
 boxes of the questions.
@@ -8,39 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from recipes import items, loop
+from recipes.batches import READ, Batch, Parts, shown_ids
+from recipes.family import Family
+from recipes.items import Lexicon
+from recipes.muon import Muon
+from recipes.packed import IGNORE, PADDING, PREFIX, focus_loss, share_loss, visible
 from vtok import zoo
 from vtok.eval.tasks import task as offline
-from vtok.eval.tasks.task import Box, Item, Question, Task
-from vtok.media import Clip
-from vtok.zoo import items, loop
-from vtok.zoo.items import Lexicon
-from vtok.zoo.muon import Muon
-from vtok.zoo.packed import IGNORE, PADDING, PREFIX, Encoded, focus_loss, pack, share_loss, visible
-from vtok.zoo.text import taught
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of ChatML
-# Categories whose answer stands in its box, to be read, and the margin of the box in pixels.
-READ = {
-    ("scenes", "reading"): 2,
-    ("needle", "code"): 3,
-    ("documents", "code"): 2,
-    ("documents", "number"): 2,
-    ("documents", "cell"): 2,
-    ("documents", "total"): 2,
-    ("text", "letter"): 0,
-}
 
 
 @dataclass(frozen=True)
@@ -73,253 +57,6 @@ class Recipe:
     word_weight: float = 0.5  # of the loss that ties visual tokens to words
     focus_weight: float = 0.5  # of the loss that teaches two heads where to look
     start: str = ""  # bundled model whose weights to begin with, its decoder's if of another family; fresh if empty
-
-
-class Family(ABC):
-    """What the recipe has to know of a model.
-
-    Patches, S of all media of a batch, lie token by token: the `merge` patches of one visual token together.
-    merge: patches of a visual token. image, video: how a prompt says that one stands there.
-    """
-
-    merge: int
-    image: str
-    video: str
-
-    @abstractmethod
-    def processor(self, lexicon: Lexicon) -> Any: ...
-
-    @abstractmethod
-    def model(self, tok, seed: int = 0) -> nn.Module:
-        """A freshly initialised model, float32, for the tokens of `tok`."""
-
-    @abstractmethod
-    def tower(self, net: nn.Module) -> nn.Module:
-        """All between pixels and decoder."""
-
-    @abstractmethod
-    def planes(self, item: Item) -> list[Plane]:
-        """Where the patches of an item come from, in their order."""
-
-    @abstractmethod
-    def tower_states(self, net: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Last hidden states of the vision tower [S, D], the visual tokens [S / merge, D'] and the states of CLS.
-
-        These are [V, D] for views of S / V patches; None for a tower without CLS.
-        """
-
-    @abstractmethod
-    def places(self, net: nn.Module, batch: Batch) -> torch.Tensor:
-        """Position ids of the prefix, [B, P] or [axes, B, P]."""
-
-
-# ----------------------------------------------------------------------------------------------------- batches
-
-
-@dataclass
-class Batch:
-    """Items of one task as tensors. The S patches of all media lie one after the other, see `Family`."""
-
-    task: str
-    media: dict[str, Any]  # as the processor has them
-    labels: torch.Tensor  # bool [S, labels and characters]
-    words: torch.Tensor  # bool [S / merge, content words and characters] that each visual token shows
-    prefix: torch.Tensor  # [B, P] ids up to the questions, padded on the right
-    kinds: torch.Tensor  # [B, P] 0 = text, 1 = image, 2 = video
-    there: torch.Tensor  # bool [B, P], False = padding
-    ids: torch.Tensor  # [B, Q] and the following as `packed.pack` makes them
-    block: torch.Tensor
-    offset: torch.Tensor
-    targets: torch.Tensor
-    focus: torch.Tensor  # bool [B, Q, P]
-    asked: torch.Tensor  # bool [B, Q, Q] words that matter of the question that a target answers
-    categories: list[list[str]]  # [B][questions]
-
-
-@dataclass(frozen=True)
-class Plane:
-    """A grid of patches that lies over one picture, or over some frames of a clip.
-
-    frames: the pictures or frames. scale: patches a pixel across and down. order: its patches, numbered in raster
-    order, [rows * columns] as they lie in the batch. sharp: whether it shows letters.
-    """
-
-    frames: range
-    rows: int
-    columns: int
-    scale: tuple[float, float]
-    order: np.ndarray
-    sharp: bool = True
-
-    def patches(self, box: Box) -> np.ndarray:
-        """Those that show what is in a box, bool [rows * columns]."""
-        frame, *edges = box
-        if int(frame) not in self.frames:
-            return np.zeros(len(self.order), dtype=bool)
-        left, top, right, bottom = (edge * self.scale[i % 2] for i, edge in enumerate(edges))
-        seen = items.covered((frame, left, top, right, bottom), self.rows, self.columns, 1)
-        return seen.ravel()[self.order]
-
-
-class Ground:
-    """Which patches of an item show what lies in a box."""
-
-    def __init__(self, planes: Sequence[Plane]):
-        self.planes = planes
-        self.size = sum(len(plane.order) for plane in planes)
-
-    def patches(self, box: Box) -> np.ndarray:
-        """bool [S]"""
-        return np.concatenate([plane.patches(box) for plane in self.planes])
-
-    def letter(self, box: Box) -> tuple[np.ndarray, int]:
-        """The one patch that a letter counts for, bool [S], and the half of it that its middle lies in."""
-        frame, left, top, right, bottom = box
-        out = np.zeros(self.size, dtype=bool)
-        half = start = 0
-        for plane in self.planes:
-            if plane.sharp and int(frame) in plane.frames:
-                x, y = (left + right) / 2 * plane.scale[0], (top + bottom) / 2 * plane.scale[1]
-                raster = np.zeros((plane.rows, plane.columns), dtype=bool)
-                raster[int(y), int(x)] = True
-                out[start : start + len(plane.order)] = raster.ravel()[plane.order]
-                half = int(x % 1 >= 0.5)
-            start += len(plane.order)
-        return out, half
-
-
-def grouped(rows: int, columns: int, side: int) -> np.ndarray:
-    """The cells of a grid in raster order, those of a square of `side` x `side` together, [rows * columns]."""
-    index = np.arange(rows * columns).reshape(rows // side, side, columns // side, side)
-    return index.transpose(0, 2, 1, 3).ravel()
-
-
-@cache
-def _encode(tok, text: str) -> tuple[int, ...]:
-    return tuple(tok(text, add_special_tokens=False)["input_ids"])
-
-
-def encode(tok, question: Question) -> Encoded:
-    """Token ids of a question and its answer as the chat template writes them, and how many are the question's."""
-    prompt = _encode(tok, f"{question.text}<|im_end|><|im_start|>assistant")
-    return prompt + _encode(tok, f" {question.answer}<|im_end|>"), len(prompt)
-
-
-def _annotate(
-    item: Item, task: str, lexicon: Lexicon, rows: list[Encoded], ground: Ground, merge: int
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """labels [S, ...], words [S / merge, ...] and, for each question, what to look at for each token of its answer."""
-    size, known = len(lexicon.labels), len(lexicon.content)
-    labels = np.zeros((ground.size, size + 2 * len(lexicon.characters)), dtype=bool)
-    words = np.zeros((ground.size // merge, known + len(lexicon.characters)), dtype=bool)
-    looks = []
-
-    def tokens(patches: np.ndarray) -> np.ndarray:
-        """Which visual tokens hold one of the patches, bool [S / merge]."""
-        return patches.reshape(-1, merge).any(-1)
-
-    for q, (ids, prompt) in zip(item.questions, rows):
-        seen = np.zeros(ground.size, dtype=bool)
-        for box in q.boxes:
-            seen |= ground.patches(box)
-        look = np.repeat(tokens(seen)[None], len(ids) - prompt, axis=0)
-        look[-1] = False  # nothing, for the end
-        if items.single(q):
-            label = lexicon.label.get((task, q.category, q.answer))
-            if label is not None:
-                labels[seen, label] = True
-            read = (task, q.category) in READ
-            for word in (*items.naming(q.text), *(() if read else items.pieces(f" {q.answer}"))):
-                if word in lexicon.named:
-                    words[tokens(seen), lexicon.named[word]] = True
-            if read:
-                spelled = len(ids) - prompt == len(q.answer) + 2
-                for i, (letter, box) in enumerate(items.letters(q, READ[task, q.category])):
-                    patch, half = ground.letter(box)
-                    if letter in lexicon.characters:
-                        n = lexicon.characters.index(letter)
-                        labels[patch, size + half * len(lexicon.characters) + n] = True
-                        words[tokens(patch), known + n] = True
-                    if spelled:
-                        look[1 + i] = tokens(patch)
-        looks.append(look)
-    return labels, words, looks
-
-
-def build(family: Family, kit, lexicon: Lexicon, task: str, some: Sequence[Item]) -> Batch:
-    """A batch of items of one task, by the processor `kit`."""
-    tok = kit.tokenizer
-    rows = [[encode(tok, q) for q in item.questions] for item in some]
-    notes = [
-        _annotate(item, task, lexicon, row, Ground(family.planes(item)), family.merge) for item, row in zip(some, rows)
-    ]
-    packed = pack(rows, [looks for _, _, looks in notes], tok.pad_token_id)
-    if some[0].media == "video":
-        clips = [Clip(item.images, item.fps) for item in some]
-        given = {"videos": [list(clip.frames) for clip in clips], "do_sample_frames": False}
-        given["video_metadata"] = [clip.metadata for clip in clips]
-        shown = [family.video] * len(some)
-    else:
-        given = {"images": [list(item.images) for item in some]}
-        shown = [family.image * len(item.images) for item in some]
-    texts = [f"<|im_start|>user\n{each}" for each in shown]
-    media = dict(kit(text=texts, padding=True, padding_side="right", return_tensors="pt", **given))
-    prefix, there = media.pop("input_ids"), media.pop("attention_mask").bool()
-    kinds = (prefix == kit.image_token_id) + 2 * (prefix == getattr(kit, "video_token_id", -1))
-    focus = torch.zeros(*packed["ids"].shape, prefix.shape[1], dtype=torch.bool)
-    for b, visual in enumerate(kinds > 0):
-        focus[b][:, visual] = packed["focus"][b, :, : int(visual.sum())]
-    named = torch.tensor([_encode(tok, word)[0] for word in lexicon.content])
-    told = torch.isin(packed["ids"], named) & (packed["targets"] == IGNORE)  # in questions: an answer is no help
-    asked = (packed["block"][:, :, None] == packed["block"][:, None]) & told[:, None]
-    return Batch(
-        task=task,
-        media=media,
-        labels=torch.from_numpy(np.concatenate([labels for labels, _, _ in notes])),
-        words=torch.from_numpy(np.concatenate([words for _, words, _ in notes])),
-        prefix=prefix,
-        kinds=kinds,
-        there=there,
-        asked=asked & (packed["targets"] != IGNORE)[..., None],
-        categories=[[q.category for q in item.questions] for item in some],
-        **packed | {"focus": focus},
-    )
-
-
-def shown_ids(tok, lexicon: Lexicon) -> torch.Tensor:
-    """Token ids of what `Batch.words` tells of, [content words and characters]."""
-    return torch.tensor([_encode(tok, word)[0] for word in (*lexicon.content, *lexicon.characters)])
-
-
-class Parts:
-    """The batch of every part of a training step: a function of seed and index, so a resumed run sees the same."""
-
-    def __init__(
-        self, family: Family, kit, lexicon: Lexicon, tasks: Mapping[str, tuple[float, int]], split: str, seed: int
-    ):
-        self.family, self.kit, self.lexicon, self.split, self.seed = family, kit, lexicon, split, seed
-        self.tasks = [taught(name) for name in tasks]
-        self.shares = np.array([share for share, _ in tasks.values()])
-        self.sizes = {name: size for name, (_, size) in tasks.items()}
-
-    def task(self, index: int) -> Task:
-        """What a part is about."""
-        pick = np.random.default_rng((self.seed, index)).choice(len(self.tasks), p=self.shares / self.shares.sum())
-        return self.tasks[int(pick)]
-
-    def kind(self, index: int) -> str:
-        return self.task(index).name
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.of(self.task(index), index)
-
-    def of(self, task: Task, index: int) -> Batch:
-        """A batch of that task."""
-        drawn = items.draw(task, self.split, self.seed, index, self.sizes[task.name])
-        return build(self.family, self.kit, self.lexicon, task.name, drawn)
-
-
-# ---------------------------------------------------------------------------------------------------- training
 
 
 def question_states(family: Family, net, features: torch.Tensor, batch: Batch) -> torch.Tensor:

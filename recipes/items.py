@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
+from recipes.words import is_word, pieces
 from vtok.eval.tasks.task import Box, Item, Question, Task
-from vtok.zoo.words import is_word, pieces
 
 # Words that tell nothing about what to look for. A head that may look at "shape" in "Which shape is red?" stops there.
 PLAIN = frozenset(

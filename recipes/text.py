@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from vtok.eval.tasks import canvas, task
+from vtok.eval.tasks import canvas, sources, task
 from vtok.eval.tasks import documents as task_documents
 from vtok.eval.tasks.task import Item, Question, Task, generator
-from vtok.zoo import sources
 
 SIDE = 128  # pixels
 FACES = (*task_documents.FACES, *((face, size) for face in sources.FONTS for size in (11, 12)))

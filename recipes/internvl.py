@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
-import numpy as np
 import torch
 from transformers import (
     GotOcr2ImageProcessor,
@@ -17,12 +15,12 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
+from recipes import recipe
+from recipes.batches import Batch
+from recipes.family import SPECIAL, Family, Plane, decoder, grouped, prepare
+from recipes.items import Lexicon
+from recipes.words import chatml, tokenizer
 from vtok.eval.tasks.task import Item
-from vtok.zoo import recipe
-from vtok.zoo.architecture import prepare
-from vtok.zoo.items import Lexicon
-from vtok.zoo.recipe import SPECIAL, Batch, Family, Plane
-from vtok.zoo.words import chatml, tokenizer
 
 TILE, PATCH, MERGE = 128, 8, 2  # pixels a tile, pixels a patch, patches a token's side
 GRID = TILE // PATCH
@@ -62,7 +60,6 @@ class InternVL(Family):
         return InternVLProcessor(images, tok, videos, image_seq_length=(GRID // MERGE) ** 2, chat_template=template)
 
     def model(self, tok, seed: int = 0) -> InternVLForConditionalGeneration:
-        ids = {"bos_token_id": None, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
         vision = {
             "num_hidden_layers": 6,
             "hidden_size": 160,
@@ -73,19 +70,8 @@ class InternVL(Family):
             "patch_size": PATCH,
             "layer_scale_init_value": 1.0,  # the usual 0.1 is for towers of many layers
         }
-        text = {
-            "model_type": "qwen2",
-            "vocab_size": -(-len(tok) // 64) * 64,
-            "hidden_size": 192,
-            "intermediate_size": 384,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "rms_norm_eps": 1e-5,  # that of the Qwen2.5-VL whose decoder it borrows
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": True,
-            **ids,
-        }
+        # the epsilon is that of the Qwen2.5-VL whose decoder it borrows
+        text = decoder(tok, model_type="qwen2", rms_norm_eps=1e-5)
         config = InternVLConfig(
             text_config=text,
             vision_config=vision,
@@ -98,7 +84,7 @@ class InternVL(Family):
         net = InternVLForConditionalGeneration(config)
         # transformers starts them at 0, where all patches of a colour are one
         torch.nn.init.normal_(net.model.vision_tower.embeddings.position_embeddings, std=0.02)
-        return prepare(net, ids, max_new_tokens=12)
+        return prepare(net, tok, max_new_tokens=12)
 
     def tower(self, net):
         return torch.nn.ModuleList([net.model.vision_tower, net.model.multi_modal_projector])
@@ -118,20 +104,16 @@ class InternVL(Family):
     def tower_states(self, net, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out = net.model.get_image_features(batch.media["pixel_values"])
         cls, states = out.last_hidden_state[:, 0], out.last_hidden_state[:, 1:]
-        order = torch.from_numpy(_plane(0, (TILE, TILE), 1, 1).order)
+        order = torch.from_numpy(grouped(GRID, GRID, MERGE))
         return states[:, order].flatten(0, 1), out.pooler_output.flatten(0, 1), cls
-
-    def places(self, net, batch: Batch) -> torch.Tensor:
-        return torch.arange(batch.prefix.shape[1]).expand_as(batch.prefix)
 
 
 def _plane(n: int, size: tuple[int, int], rows: int, columns: int, sharp: bool = True) -> Plane:
     """The patches of rows x columns tiles that picture or frame n, of `size` (width, height), is stretched over."""
     scale = columns * GRID / size[0], rows * GRID / size[1]
-    index = np.arange(rows * columns * GRID**2).reshape(rows, GRID // MERGE, MERGE, columns, GRID // MERGE, MERGE)
-    order = index.transpose(0, 3, 1, 4, 2, 5).ravel()
+    tiles = grouped(rows * GRID, columns * GRID, GRID).reshape(-1, GRID**2)  # tile by tile, each in raster order
+    order = tiles[:, grouped(GRID, GRID, MERGE)].ravel()
     return Plane(range(n, n + 1), rows * GRID, columns * GRID, scale, order, sharp)
 
 
 FAMILY = InternVL()
-train = partial(recipe.train, FAMILY)

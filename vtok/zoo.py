@@ -1,6 +1,6 @@
-"""Small trained models that come with vtok, and the recipes that made them.
+"""Small trained models that come with vtok: `model, processor = vtok.zoo.load("vtok-tiny-llava-next")`.
 
-model, processor = vtok.zoo.load("vtok-tiny-llava-next")
+What trained them is the folder `recipes/` of a checkout (`python -m recipes NAME --out DIR`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEMO_ANSWER = "AHK"
 
 def _folders() -> list[Path]:
     """Where bundled models can lie: package data of an installed wheel, then `model_cards/` of a checkout."""
-    found = [Path(__file__).parents[2] / "model_cards"]
+    found = [Path(__file__).parents[1] / "model_cards"]
     with suppress(ModuleNotFoundError, TypeError):  # TypeError: a namespace package without a place on disk
         found.insert(0, Path(str(resources.files("vtok.model_cards"))))
     return [folder for folder in found if folder.is_dir()]

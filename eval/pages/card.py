@@ -6,8 +6,10 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from vtok.eval.pages import tables
+from vtok.eval.tasks import scenes, sources
 from vtok.markdown import percent, table
-from vtok.zoo import DEMO_ANSWER, DEMO_QUESTION, scenes, sources, tables
+from vtok.zoo import DEMO_ANSWER, DEMO_QUESTION
 
 FRONT = """---
 license: apache-2.0
@@ -63,7 +65,10 @@ def write(folder: Path) -> Path:
     made = json.loads((folder / "training.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     vision, text = config["vision_config"], config["text_config"]
-    recipe, test, overall = made["recipe"], result["test_set"], result["overall"]
+    recipe, test, overall = made["recipe"], result["test_set"] | result["tasks"]["scenes"], result["overall"]
+    plain = lambda rows: {key.removeprefix("scenes/"): row for key, row in rows.items()}
+    categories, pairs_of = plain(result["categories"]), plain(result["confusion"])
+    letters = [(a == p, n) for truth, said, n in pairs_of["reading"] for a, p in zip(truth, said.ljust(3))]
     megabytes = (folder / "model.safetensors").stat().st_size / 1e6
     scores = table(
         [
@@ -85,17 +90,17 @@ def write(folder: Path) -> Path:
                 f"{percent(row['low'])} to {percent(row['high'])}",
                 *(percent(row[k]) for k in ("chance", "majority", "question_only", "half_resolution", "grey_picture")),
             ]
-            for category, row in result["categories"].items()
+            for category, row in categories.items()
         ],
     )
-    confusion = "\n\n".join(f"### {c}\n\n{_confusion(c, pairs)}" for c, pairs in result["confusion"].items())
-    weakest = min(result["categories"], key=lambda c: result["categories"][c]["accuracy"])
+    confusion = "\n\n".join(f"### {c}\n\n{_confusion(c, pairs)}" for c, pairs in pairs_of.items())
+    weakest = min(categories, key=lambda c: categories[c]["accuracy"])
     photos = {split: ", ".join(Path(p).stem for p in names) for split, names in sources.PHOTOS.items()}
     card = f"""{FRONT}
 # {name}
 
 A LLaVA-NeXT of {made["parameters"] / 1e6:.1f} million parameters ({megabytes:.1f} MB in float16), trained
-from scratch on a CPU by `vtok zoo train {name}`. It answers short questions about small pictures, well
+from scratch on a CPU by the recipe of commit `{made["commit"]}`. It answers short questions about small pictures, well
 enough that what a visual-token compressor throws away shows as a wrong answer. It is there to test, teach
 and demonstrate such methods on a laptop, offline, in seconds. It is of no use for anything else.
 
@@ -115,7 +120,7 @@ With vtok: `model, processor = vtok.zoo.load("{name}")`, then `vtok.patch(model,
 
 ## Accuracy
 
-{overall["n"]} held-out questions on {test["scenes"]} scenes, one question a category and scene, each asked
+{overall["n"]} held-out questions on {test["items"]} scenes, one question a category and scene, each asked
 alone, greedy: **{percent(overall["accuracy"])} % exact match** (95 % interval {percent(overall["low"])}
 to {percent(overall["high"])}, bootstrap over scenes).
 
@@ -123,10 +128,10 @@ to {percent(overall["high"])}, bootstrap over scenes).
 
 All in percent. Intervals of categories are Wilson's. *Chance* draws one of the possible answers; *majority*
 gives the answer that training scenes have most often in this category; *question only* the one they have
-most often for this very wording. *Half res.* and *grey* are the model itself on {test["robbed_scenes"]}
+most often for this very wording. *Half res.* and *grey* are the model itself on {test["robbed_items"]}
 scenes, when the picture is halved and doubled again, and when it is plain grey: what half resolution loses
 is what the crops hold and the thumbnail does not. Letter by letter, labels are read with
-{percent(result["letters"]["accuracy"])} %.
+{percent(sum(n for right, n in letters if right) / sum(n for _, n in letters))} %.
 
 Reproduce: `vtok zoo eval {name}` (test set version {test["version"]}, seed {test["seed"]}; drawn, not
 stored).
@@ -146,7 +151,7 @@ towards the embeddings of the words for what it shows. The questions of a pictur
 blind to the others. The run can be killed and called again; its data is a function of seed and step.
 {made.get("note", "")} ## Data
 
-Drawn by `vtok.zoo.scenes`; no download, nothing but what installed wheels carry. Background photos are cut
+Drawn by `eval/tasks/scenes.py`; no download, nothing but what installed wheels carry. Background photos are cut
 from those of scikit-image and scikit-learn; digits are scikit-learn's handwritten ones; plots show windows
 of real UCR series that aeon carries ({", ".join(sources.SERIES)}). Coloured shapes and labels of two or
 three letters from `{scenes.ALPHABET}` are drawn on top.
@@ -162,7 +167,7 @@ Train, validation and test share no photo, no label text, no digit sample and no
 - It knows its {len(scenes.CATEGORIES)} kinds of question in the wordings of `scenes.PHRASES`, one question
   a chat, and pictures like its own. A photo from a camera gets a confident and meaningless answer.
 - {weakest.capitalize()} is its weakest category
-  ({percent(result["categories"][weakest]["accuracy"])} %).
+  ({percent(categories[weakest]["accuracy"])} %).
 - Its redundancy is that of small drawn scenes: what compression costs here ranks methods on this model, and
   says nothing in numbers about models of billions of parameters.
 """

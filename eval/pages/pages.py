@@ -64,7 +64,7 @@ Written by `vtok zoo pages`; do not edit.
 
 ## Bundled
 
-Trained by the recipes of `vtok zoo train`; weights, processor and measured tables are in the folder and in the wheel:
+Trained by the recipes in `recipes/`; weights, processor and measured tables are in the folder and in the wheel:
 `model, processor = vtok.zoo.load(NAME)`.
 
 {table(["model", "family", "weights", "trained on", "held-out questions answered"], bundled)}
