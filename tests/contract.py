@@ -108,15 +108,15 @@ def drops(parts: tuple) -> bool:
 def cells(scope: str = "all", only=lambda parts: True) -> list:
     """For `parametrize(("family", "label"), ...)`.
 
-    scope: "all" families; "kinds", of each kind of seam the first family that fits; "some", for slow checks: each
-    example on one family, the kinds taking turns, and the first of each stage on all kinds."""
+    scope: "all" families; "kinds", of each kind of seam the first family that fits; "each", for slow checks: each
+    example on one family, the kinds taking turns; "some": and the first example of each stage on all kinds."""
     fit = {cell: parts for cell, parts in matrix().items() if only(parts)}
     if scope != "all":
         first = {}
         for family, label in fit:
             first.setdefault((label, seam(family)), (family, label))
         fit = {cell: fit[cell] for cell in first.values()}
-    if scope == "some":
+    if scope in ("each", "some"):
         of, leading = {}, {}
         for (family, label), parts in fit.items():
             of.setdefault(label, []).append(family)
@@ -125,7 +125,7 @@ def cells(scope: str = "all", only=lambda parts: True) -> list:
         fit = {
             (family, label): parts
             for (family, label), parts in fit.items()
-            if turn[label] == family or label in leading.values()
+            if turn[label] == family or (scope == "some" and label in leading.values())
         }
     return [pytest.param(family, label, id=f"{family}-{label}") for family, label in fit]
 
