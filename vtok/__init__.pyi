@@ -21,6 +21,7 @@ from vtok.compressors.tokenflex import TokenFLEX as TokenFLEX
 from vtok.compressors.tome import ToMe as ToMe
 from vtok.compressors.uniform import Uniform as Uniform
 from vtok.compressors.visionzip import VisionZip as VisionZip
+from vtok.config import load as load
 from vtok.engine.trace import Trace as Trace
 from vtok.errors import VtokError as VtokError
 from vtok.patching import Patch as Patch
