@@ -32,7 +32,11 @@ from vtok.errors import PatchStateError, Unsupported
 if TYPE_CHECKING:
     from vtok.stages.stage import Stage
 
-PIXELS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")  # keywords that bring pictures
+PIXELS = ("pixel_values", "pixel_values_videos")  # keywords that bring pictures
+UNFILLED = (
+    "The prompt has placeholders of pictures or clips that nothing fills: pass the processor's whole output "
+    "(pixel_values, pixel_values_videos and what belongs to them). generate_batch cannot carry any."
+)
 UNKNOWN_PROMPT = (
     "{name} keeps what the prompt's end attends to, and this forward does not say where {what}. Call generate; or pass "
     "labels with -100 on the prompt (TRL: completion_only_loss=True); or use_cache=True, where all of the input is "
@@ -169,7 +173,7 @@ class Engine:
             for modality, token in self.token_ids.items():
                 row = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 call.placeholders[modality] = (embeds == row).all(-1)
-        if any(kwargs.get(name) is not None for name in PIXELS):
+        if any(kwargs.get(name) is not None for name in PIXELS) or kwargs.get("mm_encoder_outputs"):
             check_mask(kwargs.get("attention_mask"))  # before the family makes positions of it
         elif ids is not None and ids.shape[1] > 1:
             self._refuse_unfilled(call, kwargs)
@@ -196,10 +200,7 @@ class Engine:
         if cache is not None and cache.get_seq_length():
             return  # a sampled token may look like one
         if any(bool(call.places(modality).any()) for modality in self.token_ids):
-            raise Unsupported(
-                "The prompt has placeholders of pictures, and no pictures came with it: pass the processor's whole "
-                "output (pixel_values, pixel_values_videos and what belongs to them). generate_batch cannot carry any."
-            )
+            raise Unsupported(UNFILLED)
 
     def after_core(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.local.call = self.local.passing = None
@@ -355,7 +356,10 @@ class Engine:
         return CompressedCache.adopt(cache, past)
 
     def check_prompts(self, told: dict[str, Any]) -> None:
-        """Raise `Unsupported` where a compressor reads the prompt's end, and nobody knows it."""
+        """Raise `Unsupported` where nothing fills a placeholder, or a compressor reads the prompt's end and nobody knows
+        it."""
+        if any(told["unfilled"]):
+            raise Unsupported(UNFILLED)
         for part in (stage.compressor for stage in self.stages):
             if any(told["unclear"]) and part.reads_prompt_end:
                 labelled = self.local.told is not None and self.local.told.labels is not None

@@ -96,6 +96,8 @@ class Prefill:
         self.ask("owners", torch.stack([picture.tokens[0] for picture in self.pictures]) // self.length)
         self.ask("unclear", self.prompts.unclear)
         self.ask("turns", self.prompts.turns)
+        call, absent = self.call, self.engine.token_ids.keys() - self.call.encoded.keys()
+        self.ask("unfilled", torch.stack([torch.zeros_like(keep).any(), *(call.places(m).any() for m in absent)]))
         for stage in self.engine.stages:
             stage.count(self, keep, droppable)
         self.wait()
