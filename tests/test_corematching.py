@@ -16,6 +16,7 @@ from torch import nn
 
 import vtok
 from vtok.compressors.corematching import coactivation, core_neurons, core_tokens, elbow, votes
+from vtok.engine.cache import cache_in
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.types import Activations
 
@@ -365,7 +366,7 @@ class Silenced(Masked):
             self.hooks.append(layers[layer].mlp.down_proj.register_forward_pre_hook(hook))
 
     def _where(self, module, args, kwargs):
-        cache, length = kwargs.get("past_key_values"), kwargs["inputs_embeds"].shape[1]
+        cache, length = cache_in(kwargs), kwargs["inputs_embeds"].shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         self.behind = torch.arange(past, past + length) >= self.prompt_length
 
