@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ARGS ?=
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test oldest lint bench setup clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,13 @@ demo: $(STAMP)
 # One thread a worker: the tests' models are too small to share cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# The engine at the lower end of the window of transformers; `make test` is at its upper end.
+OLDEST := 5.19.0
+oldest: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oldest transformers==$(OLDEST)
+	PYTHONPATH=$(VENV)/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(ARGS) \
+	  tests/test_contract.py tests/test_engine.py tests/test_undo.py tests/test_prompts.py tests/test_handle.py tests/test_stages.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
