@@ -305,6 +305,7 @@ def _evaluate(
     """`vtok eval` of one model. counts: items of each task; asked: whether the tasks were named."""
     from vtok import demo, zoo
     from vtok.eval.results import sweep
+    from vtok.eval.results.results import table
     from vtok.eval.tasks import task
     from vtok.eval.tasks.answers import media
 
@@ -322,7 +323,7 @@ def _evaluate(
         folder = out / work.name
         summary = sweep.run(network, processor, model, work, names, budgets, count, folder, share, instruction)
         console.print(f"\n{model}: {work.title} ({work.name}), {summary['about']['items']} items", style="bold")
-        console.print(sweep.table(summary))
+        console.print(table(summary))
         for row in summary["refused"]:
             told = f"not run: {row['method']} at {row['budget']:g}: {row['reason']}"
             console.print(told, style="dim", highlight=False, markup=False)

@@ -43,6 +43,7 @@ class Compressor:
     adaptive: ClassVar[bool] = False  # True if the count depends on the content, not only on the grid
     text_guided: ClassVar[bool] = False
     optional: ClassVar[dict[str, dict[str, Any]]] = {}  # need -> the parameters that make it go away
+    budgeted: ClassVar[dict[str, Any]] = {}  # the parameters without which it has no budget
     hints: ClassVar[dict[str, str]] = {}  # need -> what to tell a user whose model does not provide it
     merges: ClassVar[bool] = False  # True if kept tokens get new features, through which gradient must flow
     masks: ClassVar[bool] = False  # True if `bias()` may give something
