@@ -20,6 +20,8 @@ EXTRAS = {
     "vtok.draw": {"numpy", "matplotlib"},  # numpy comes with matplotlib
     "vtok.kernels": {"triton"},
     "vtok.eval": {"lmms_eval", "loguru", "numpy", "tqdm", "yaml"},  # its pictures come from the zoo, which brings numpy
+    "vtok.eval.results": {"scipy"},
+    "vtok.eval.pages": {"jinja2", "markupsafe", "huggingface_hub"},  # of jinja2 and transformers
 }
 
 
@@ -92,9 +94,10 @@ def test_every_folder_with_code_is_a_listed_package():
         assert (folder / "__init__.py").is_file()
 
 
-def test_the_wheel_takes_the_bundled_models_along():
+def test_the_wheel_takes_data_along():
+    """The bundled models, and what pages are made of."""
     data = PROJECT["tool"]["setuptools"]["package-data"]
-    for package, suffixes in {"vtok.zoo": {".png"}, "vtok.model_cards": None}.items():
+    for package, suffixes in {"vtok.zoo": {".png"}, "vtok.model_cards": None, "vtok.eval.pages": None}.items():
         folder = FOLDERS[package]
         taken = {file for pattern in data[package] for file in folder.glob(pattern)}
         kept = {f for f in folder.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts}

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vtok import zoo
+from vtok.eval.pages import cards, task_card
 from vtok.eval.tasks import task as offline
-from vtok.zoo import internvl, judge, loop, qwen2_5_vl, task_card, train
+from vtok.zoo import internvl, judge, loop, qwen2_5_vl, train
 from vtok.zoo.team import Team
 
 
@@ -54,7 +55,7 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     assert set(result["tasks"]) == set(some)
     assert result["overall"]["n"] == sum(row["n"] for row in result["categories"].values())
     (halves / "eval.json").write_text(json.dumps(result))
-    text = task_card.write(halves).read_text()
+    text = cards.write(halves).read_text()
     assert text.startswith("---\nlicense: apache-2.0\n")
     assert all(f"`{key}`" in text for key in result["categories"])
 

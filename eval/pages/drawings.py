@@ -6,7 +6,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ COSTS = {
 
 LOGARITHMIC = "tokens"  # the cost whose axis is: budgets halve, and other costs lie close together near the top
 MARKERS = "osD^v"  # of the methods in colour, so that they differ without it too
-APART = 0.014  # part of the axis by which neighbours are moved apart that would lie on each other
+APART = 0.012  # part of the axis by which neighbours are moved apart that would lie on each other
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ def chart(points: Sequence[Point], dense: tuple[float, float, float], kind: str,
     figure_class, _ = draw._matplotlib()
     figure = figure_class(figsize=(5.6, 5.0), dpi=100, facecolor="none")
     axes = figure.add_axes((0.09, 0.115, 0.69, 0.85), facecolor="none")
-    _scales(axes, points, dense, kind)
-    ends = _lines(axes, points, colours, moved(points, kind))
+    places = moved(points, kind, {*colours, *baselines()})
+    _scales(axes, points, dense, kind, places)
+    ends = _lines(axes, points, colours, places)
     ink = THEME["ink"][0]
     at = {(point.method, point.budget): (point.cost, 100 * point.share) for point in points}
-    x = {(point.method, point.budget): x for point, x in zip(points, moved(points, kind))}
+    x = {(point.method, point.budget): x for point, x in zip(points, places)}
     best = list(zip(*((x[key], at[key][1]) for key in front(at))))
     axes.plot(*best, color=ink, linewidth=1, linestyle=":", zorder=6)
     axes.plot(*best, "o", markersize=11, mfc="none", mec=ink, mew=1.1, zorder=6)
@@ -116,28 +117,32 @@ def chart(points: Sequence[Point], dense: tuple[float, float, float], kind: str,
     return figure
 
 
-def moved(points: Sequence[Point], kind: str) -> list[float]:
-    """Where along the axis each point is drawn: those that would lie on each other side by side, the best leftmost."""
+def moved(points: Sequence[Point], kind: str, bars: Collection[str] = ()) -> list[float]:
+    """Where along the axis each point is drawn: near its cost, and beside those that it would lie on.
+
+    bars: methods that are drawn with their intervals, which then do not lie on each other either."""
     costs = [math.log(point.cost) if kind == LOGARITHMIC else point.cost for point in points]
     step = APART * ((max(costs) - min(costs)) or 1)
     places = [0.0] * len(points)
-    for budget in {point.budget for point in points}:
-        placed: list[float] = []
-        for i in sorted((i for i, p in enumerate(points) if p.budget == budget), key=lambda i: -points[i].share):
-            at = costs[i]
-            while any(abs(at - other) < 0.99 * step for other in placed):
-                at += step
-            placed.append(at)
-            places[i] = math.exp(at) if kind == LOGARITHMIC else at
+    placed: list[tuple[float, float, float]] = []  # place, and what is drawn from where to where above it
+    for i in sorted(range(len(points)), key=lambda i: -points[i].share):
+        p = points[i]
+        low, high = (p.low, p.high) if p.method in bars else (p.share - 0.005, p.share + 0.005)
+        taken = [x for x, bottom, top in placed if bottom < high and low < top]
+        steps = (side * n for n in range(len(points)) for side in (1, -1))
+        at = next(costs[i] + n * step for n in steps if all(abs(costs[i] + n * step - x) > 0.99 * step for x in taken))
+        placed.append((at, low, high))
+        places[i] = math.exp(at) if kind == LOGARITHMIC else at
     return places
 
 
-def _scales(axes: Any, points: Sequence[Point], dense: tuple[float, float, float], kind: str) -> None:
+def _scales(
+    axes: Any, points: Sequence[Point], dense: tuple[float, float, float], kind: str, costs: Sequence[float]
+) -> None:
     """Limits, ticks and grid of both axes."""
     soft, line = THEME["soft"][0], THEME["line"][0]
     top, low = 100 * max(*(p.high for p in points), *dense), 100 * min(p.low for p in points)
     axes.set_ylim(max(0, low - 4), top + 6 if top > 101 else min(101, top + 6))
-    costs = [*(point.cost for point in points), *moved(points, kind)]
     if kind == LOGARITHMIC:
         left, right = min(costs) * 0.86, max(costs) * 1.12
         axes.set_xscale("log")

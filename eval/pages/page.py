@@ -107,12 +107,12 @@ def _environment() -> Environment:
         for name in ("SAME_COST", "at_all", "drift", "filtered", "headline", "no_better", "overall", "tied")
     }
     made.globals |= {
-        name: getattr(words, name)
-        for name in ("FEW", "about_method", "about_model", "about_models", "about_task", "sources")
+        name: getattr(words, name) for name in ("FEW", "about_model", "about_models", "about_task", "sources")
     }
     made.globals |= {
         "TOKENS": TOKENS,
-        "baselines": baselines,
+        "baselines": baselines(),
+        "about_methods": {name: words.about_method(name) for name in load_all()},
         "smaller_picture": smaller_picture,
         "bold": lambda text: Markup("<b>{}</b>").format(text),
         "bests": lambda found: [best for budget in found.budgets if (best := found.best(budget))],
@@ -122,7 +122,9 @@ def _environment() -> Environment:
         "kind_head": kind_head,
         "lots": lots,
         "kept_by_kind": kept_by_kind,
-        "by_detail": lambda found: sorted(found.methods.items(), key=lambda item: -(item[1]["hard"] or (0,))[0]),
+        "by_detail": lambda found: sorted(
+            found.methods.items(), key=lambda item: -(item[1][0].at if item[1][0] else 0)
+        ),
         "left_out": left_out,
         "provenance": provenance,
     }

@@ -59,7 +59,7 @@ def about_method(name: str) -> str:
     if cls is None:
         return ""
     first = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split()).replace("`", "")
-    return f"{first} ({'a baseline' if cls.paper == 'baseline' else cls.paper})"
+    return f"{first.split('. ')[0].rstrip('.')} ({'a baseline' if cls.paper == 'baseline' else cls.paper})"
 
 
 def sources(found: Sequence[Results]) -> str:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vtok.errors import InvalidValue
 from vtok.eval.results.cells import DENSE, Cell, baselines
-from vtok.eval.results.statistics import Number, enough, interval, mean, redrawn
+from vtok.eval.results.statistics import Number, enough, mean, redrawn
 from vtok.eval.tasks import task
 
 PATTERNS = ("sweep.json", "sweep/*.json", "*/sweep.json", "*/sweep/*.json", "*/*/sweep.json")
@@ -153,8 +153,8 @@ class Results:
         """Kinds of question that the dense model answers better than by lot, beyond the interval."""
         kinds, good = np.array([kind for _, kind in self.questions]), []
         for kind in dict.fromkeys(kinds.tolist()):
-            found = share(self.hits(self.dense_cell, kinds == kind))
-            if found and found[1][0] > self.task.chance(kind):
+            (found,) = shares(self, [self.dense_cell], kinds == kind)
+            if found.span and found.span[0] > self.task.chance(kind):
                 good.append(kind)
         return good
 
@@ -215,10 +215,12 @@ def rival(rows: Sequence[Any], row: Any) -> Any:
     return next((r for r in rows if r.method in known and r.method != row.method and r.kept), None)
 
 
-def share(sums: np.ndarray) -> tuple[float, list[float]] | None:
-    """Accuracy and its interval over the items that have such questions, [items, 2]; None without any."""
-    sums = sums[sums[:, 1] > 0]
-    return (float(sums[:, 0].sum() / sums[:, 1].sum()), interval(*sums.T)) if len(sums) else None
+def shares(results: Results, cells: Sequence[Cell], chosen: np.ndarray) -> list[Number]:
+    """What each cell gets right of the chosen questions, at least one; intervals over the items that have such."""
+    sums = np.stack([results.hits(cell, chosen) for cell in cells])  # [cells, items, 2]
+    right, asked = np.moveaxis(sums[:, sums[0, :, 1] > 0], -1, 0)
+    draws: Sequence[Any] = redrawn(right, asked) if results.enough else [None] * len(cells)
+    return [Number(float(at), drawn) for at, drawn in zip(right.sum(1) / asked.sum(1), draws)]
 
 
 # --- reading and writing

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vtok.compressor import load_all
 from vtok.eval.results.cells import Cell, baselines, smaller_picture
-from vtok.eval.results.results import Mean, Results, Row, Several, share
+from vtok.eval.results.results import Mean, Results, Row, Several, shares
+from vtok.eval.results.statistics import Number
 
 SAME_COST = 0.05  # costs that differ by less than this part count as equal on a Pareto front
 WORTH = 0.9  # of the dense accuracy, that a method worth having keeps
@@ -91,11 +92,11 @@ def front(points: Mapping[Any, tuple[float, float]], same: float = SAME_COST) ->
 @dataclass(frozen=True)
 class Filtered:
     """Questions that the dense model gets right, divided by whether a smaller picture gets them wrong (hard, they need
-    detail) or right (easy). methods: name -> accuracy and interval on each."""
+    detail) or right (easy). methods: name -> what it gets right of each, None where there are none."""
 
     hard: int
     easy: int
-    methods: dict[str, dict[str, tuple[float, list[float]] | None]] = field(default_factory=dict)
+    methods: dict[str, list[Number | None]]  # hard, easy
 
 
 def filtered(results: Results, budget: float) -> Filtered | None:
@@ -105,13 +106,11 @@ def filtered(results: Results, budget: float) -> Filtered | None:
     if cell not in results.facts:
         return None
     dense, small = results.right[results.dense_cell], results.right[cell]
-    groups = {"hard": dense & ~small, "easy": dense & small}
-    methods = {
-        row.method: {name: share(results.hits(Cell(row.method, budget), c)) for name, c in groups.items()}
-        for row in results.at(budget)
-        if row.method != cell.method
-    }
-    return Filtered(int(groups["hard"].sum()), int(groups["easy"].sum()), methods)
+    groups = [dense & ~small, dense & small]
+    cells = [Cell(row.method, budget) for row in results.at(budget) if row.method != cell.method]
+    parts = [shares(results, cells, c) if c.any() and cells else [None] * len(cells) for c in groups]
+    hard, easy = (int(chosen.sum()) for chosen in groups)
+    return Filtered(hard, easy, {cell.method: pair for cell, *pair in zip(cells, *parts)})
 
 
 def drift(results: Results) -> tuple[float, float] | None:
@@ -124,13 +123,13 @@ def drift(results: Results) -> tuple[float, float] | None:
     return (min(times), max(times)) if times else None
 
 
-def at_all(found: Sequence[Results]) -> str:
-    """What became of the answers where nothing was to be dropped; "" where nothing ran so."""
+def at_all(found: Sequence[Results], form: Callable[[str], str] = str) -> str:
+    """What became of the answers where nothing was to be dropped; "" where nothing ran so. form: of a method's name."""
     least: dict[str, float] = {}
     for name, row in (pair for results in found for pair in results.whole.items()):
         least[name] = min(least.get(name, 1.0), row["agreement"])
     changed = sorted(name for name, agreement in least.items() if agreement < 1)
-    which = f"all methods but {', '.join(changed)}" if changed else "all methods"
+    which = f"all methods but {', '.join(map(form, changed))}" if changed else "all methods"
     return f"At 100 % of the tokens {which} give every answer of the dense model." if least else ""
 
 

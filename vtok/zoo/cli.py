@@ -12,10 +12,10 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Bundled tiny models and the recipes that made them.")
 
-RECIPES = {  # model -> modules of `vtok.zoo` that train it, judge it, and write its card
-    "vtok-tiny-llava-next": ("train", "evaluate", "card"),
-    "vtok-tiny-qwen2.5-vl": ("qwen2_5_vl", "judge", "task_card"),
-    "vtok-tiny-internvl": ("internvl", "judge", "task_card"),
+RECIPES = {  # model -> modules of `vtok.zoo` that train it and judge it
+    "vtok-tiny-llava-next": ("train", "evaluate"),
+    "vtok-tiny-qwen2.5-vl": ("qwen2_5_vl", "judge"),
+    "vtok-tiny-internvl": ("internvl", "judge"),
 }
 Name = Annotated[str, typer.Argument(help="Name of a bundled model.")]
 Folder = Annotated[Path | None, typer.Option(help="Model folder; the bundled one if left out.")]
@@ -88,7 +88,9 @@ def evaluate(
 @app.command()
 def card(name: Name, out: Folder = None) -> None:
     """Write the model card from eval.json and training.json."""
-    typer.echo(f"wrote {_module(name, 2).write(_folder(name, out)).name}")
+    from vtok.eval.pages import cards
+
+    typer.echo(f"wrote {cards.write(_folder(name, out)).name}")
 
 
 @app.command()
@@ -96,7 +98,7 @@ def pages(
     out: Annotated[Path, typer.Option(help="Folder to write to.", file_okay=False, exists=True)] = Path("model_cards"),
 ) -> None:
     """Write the pages of the public checkpoints, and the index of all models."""
-    from vtok.zoo.pages import write
+    from vtok.eval.pages.checkpoint_pages import write
 
     typer.echo(f"wrote {', '.join(path.name for path in write(out))}")
 
