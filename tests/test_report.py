@@ -39,7 +39,7 @@ REFUSED = [{"method": "fastv", "budget": 0.1, "reason": "A budget of 0.1 cannot 
 
 
 def put(path, task="scenes", model="some-model", seed=1, cells=CELLS, shift=0.0, items=ITEMS, kinds=None, commit="abc"):
-    """A finished run with made-up answers: right ones are "yes". kinds: their share of right answers, times a cell's."""
+    """A finished run with made-up answers: right ones are "yes". kinds: share of right ones, times a cell's."""
     path.mkdir(parents=True, exist_ok=True)
     rng, kinds = np.random.default_rng(seed), kinds or dict.fromkeys(CATEGORIES[task], 1.0)
     for cell, share in cells.items():
@@ -253,7 +253,7 @@ def test_one_folder_is_a_list_of_one(folder, several, tmp_path):
     one = report.write(folder, tmp_path / "one.html", 0)
     many = report.write(several, tmp_path / "many.html", 0)
     words = [re.sub(r"<figure>.*?</figure>", "", tab(files[0].read_text()), flags=re.DOTALL) for files in (one, many)]
-    assert words[0] == words[1]
+    assert words[0] == words[1].replace("scenes/sweep.json", "sweep.json")  # but for the file
     assert "some-model-overview" not in one[0].read_text()
     page = many[0].read_text()
     assert page.count("<article") == 3 and page.index("some-model-overview") < page.index("some-model-needle")
@@ -268,7 +268,7 @@ def test_several_models(several, tmp_path):
     shutil.copytree(several, tmp_path / "a")
     put(tmp_path / "b" / "scenes", model="other/model", seed=5)
     found = results.load(tmp_path)
-    assert [(model.model, len(model.tasks)) for model in found] == [("some-model", 3), ("other/model", 1)]
+    assert [(model.model, len(model.tasks)) for model in found] == [("other/model", 1), ("some-model", 3)]
     files = report.write(tmp_path, tmp_path / "r.html", 0)
     page = files[0].read_text()
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -441,9 +441,7 @@ def test_few_questions_give_no_verdict(tmp_path, items, kinds, enough):
     (one,) = found.tasks
     assert one.enough == one.telling == one.advises == enough
     assert (verdicts.headline(one) is not None) == (verdicts.overall(found) is not None) == enough
-    assert (one.dense.accuracy.span is not None) == enough and (
-        one.facts[one.dense_cell]["interval"] is not None
-    ) == enough
+    assert (one.dense.accuracy.span is not None) == (one.dense.facts["interval"] is not None) == enough
     words = plain(report.write(place, tmp_path / "r.html", 0)[0].read_text())
     text = choosing.page(place)
     told = [any(verdict in page for verdict in VERDICTS) for page in (words, text)]
@@ -473,16 +471,17 @@ def test_where_most_kinds_are_at_chance_nothing_is_recommended(tmp_path):
     assert "(`documents`) | no recommendation: the dense models answer at most 2 of 5 kinds |" in text
     put(tmp_path / "documents", "documents", kinds=kinds | {"code": 1.0})
     (found,) = results.load(tmp_path)
-    assert found.tasks[0].advises and "no recommendation" not in choosing.page(tmp_path)
+    assert found.tasks[0].advises and "| no recommendation" not in choosing.page(tmp_path)
 
 
 def test_pages_say_what_they_are_written_from(tmp_path):
     put(tmp_path / "a" / "scenes", commit="abc")
     put(tmp_path / "b" / "scenes", model="other", seed=4, commit="def+")
-    told = "From 2 files (*/*/sweep.json), whose 180 questions about 60 items were answered at commit abc and def with "
-    assert told + "local changes." in " ".join(choosing.page(tmp_path).replace("`", "").split())
+    told = "From 2 files (*/*/sweep.json), whose 180 questions about 60 items were answered at commit def "
+    told += "with local changes and abc."
+    assert told in " ".join(choosing.page(tmp_path).replace("`", "").split())
     words = plain(report.write(tmp_path, tmp_path / "r.html", 0)[0].read_text())
-    assert told + "local changes." in words
+    assert told in words
     for text in (words, choosing.page(tmp_path)):
         assert "committed" not in text and "model_cards" not in text
     assert "`vtok report model_cards --choosing" in choosing.page(CARDS)
@@ -500,9 +499,7 @@ def test_the_page_opens_across_models(several, tmp_path):
     text = report.write(tmp_path, tmp_path / "r.html", 0)[0].read_text()
     assert re.findall(r'<article class=tab id="([^"]+)">', text)[0] == page.ACROSS
     across = text.split("<article")[1]
-    (line,) = re.findall(
-        r'<tr data-m="divprune".*?</tr>', across.split('data-b="0.1"')[1].split('data-b="0.5"')[-1], re.S
-    )[:1]
+    line = re.findall(r'<tr data-m="divprune".*?</tr>', across, re.DOTALL)[0]  # of the first table, at a half
     for model in found:
         assert f"<th scope=col><button>{model.model}</button></th>" in across
         assert f">{100 * model.rows[Cell('divprune', 0.5)].kept.at:.0f}</td>" in line

@@ -209,9 +209,8 @@ def test_card_counts_the_tasks_that_tell_something(tmp_path):
     assert line.endswith(") | 45.0 | 20.0 | **60.0** |")
     rng, means = np.random.default_rng(5), []
     for _ in range(2000):
-        shares = [
-            [(np.arange(100).reshape(50, 2) < 100 * s).sum(1) for s in told[t][:2]] for t in ("documents", "scenes")
-        ]
+        pairs = [told[task][:2] for task in ("documents", "scenes")]
+        shares = [[(np.arange(100).reshape(50, 2) < 100 * share).sum(1) for share in pair] for pair in pairs]
         picks = [rng.integers(50, size=50) for _ in shares]
         means.append(np.mean([kept[i].sum() / dense[i].sum() for (dense, kept), i in zip(shares, picks)]))
     low, high = map(float, line.split("(")[1].split(")")[0].split(" to "))

@@ -16,7 +16,7 @@ from vtok.eval.results.verdicts import WORTH, hopeless, tied
 from vtok.markdown import paragraph, percent
 from vtok.patching import available
 
-AT = 0.25  # the budget at which engines and families are compared; that of the default method
+AT = 0.25  # the budget at which engines and families are compared, if it was run; that of the default method
 
 
 def write(folder: str | Path, out: str | Path) -> Path:
@@ -34,7 +34,13 @@ def page(folder: str | Path) -> str:
     """The page, from all results in a folder (see `results.read`)."""
     models = load(folder)
     every = Several([results for model in models for results in model.tasks])
-    parts = [_answer(every), _limits(every, models), _engines(every), _families(models), _made(every, Path(folder))]
+    parts = [
+        _answer(every),
+        _limits(every, models),
+        _engines(every),
+        _families(every, models),
+        _made(every, Path(folder)),
+    ]
     return "# Which method to take\n\n" + "\n".join(parts)
 
 
@@ -51,6 +57,10 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.names}: {_kept(self)}{'' if self.best.kept.at >= WORTH else ', *not good*'}"
+
+
+def _at(found: Several) -> float:
+    return AT if AT in found.budgets else found.budgets[0]
 
 
 def _kept(choice: Choice) -> str:
@@ -73,17 +83,17 @@ def _answer(every: Several) -> str:
     names = list(dict.fromkeys(results.model for results in every.tasks))
     defaults = {tuple(facts["default"].items()) for facts in available()["adapters"].values()}
     default = " or ".join(f"{_spelt(d)}" for d in sorted(defaults))
-    choice = choose(every, AT) if AT in every.budgets else None
+    choice = choose(every, _at(every))
     if choice is not None:
         first = (
-            f"Take {choice.names} (`vtok.patch(model)` without a name takes {default}): at {percent_of(AT)} of the "
-            f"visual tokens it keeps {_kept(choice)} % of the dense accuracy of {about_models(names)}. "
+            f"Take {choice.names} (`vtok.patch(model)` without a name takes {default}): at {percent_of(_at(every))} of "
+            f"the visual tokens it keeps {_kept(choice)} % of the dense accuracy of {about_models(names)}. "
         )
     else:
-        why = "no model is above chance on any task, or none was run at this budget"
+        why = "no model is above chance on any task, or no method ran on all that count."
         why = why if any(r.enough for r in every.tasks) else f"there are too few questions. {FEW}"
         first = (
-            f"**No recommendation** at {percent_of(AT)} of the visual tokens for {about_models(names)}: {why} "
+            f"**No recommendation** at {percent_of(_at(every))} of the visual tokens for {about_models(names)}: {why} "
             f"Without a name `vtok.patch(model)` takes {default}. "
         )
     first += "Nothing here tells what a model of billions of parameters keeps on your photos: measure it (`vtok eval`)."
@@ -180,13 +190,13 @@ def _engines(every: Several) -> str:
         names = [name for name in known if fits(name)]
         others = [name for name in known if name not in names]
         listed = _names(names) if len(names) <= len(others) else f"all but {_names(others)}" if others else "all"
-        choice = choose(every, AT, fits) if AT in every.budgets else None
+        choice = choose(every, _at(every), fits)
         rows.append([engine, which, listed, str(choice) if choice else "not measured"])
-    head = ["engine", "methods that go", "they are", f"best at {percent_of(AT)}"]
+    head = ["engine", "methods that go", "they are", f"best at {percent_of(_at(every))}"]
     return f"## By engine\n\n{_table(head, rows)}\n"
 
 
-def _families(models: Sequence[Several]) -> str:
+def _families(every: Several, models: Sequence[Several]) -> str:
     known = available()
     rows, unmeasured = [], []
     for name, facts in known["adapters"].items():
@@ -196,10 +206,10 @@ def _families(models: Sequence[Several]) -> str:
             continue
         found = Several([results for model in own for results in model.tasks])
         fits = lambda method, name=name: name in known["compressors"][method]["families"]
-        choice = choose(found, AT, fits) if AT in found.budgets else None
+        choice = choose(found, _at(every), fits)
         default = _spelt(facts["default"].items())
         rows.append([_code(name), _names(m.model for m in own), str(choice) if choice else "no verdict", default])
-    head = ["family", "measured on", f"best at {percent_of(AT)} without an option", "default"]
+    head = ["family", "measured on", f"best at {percent_of(_at(every))} without an option", "default"]
     left = f"Not measured, and given the same default: {', '.join(unmeasured)}."
     return f"## By family\n\n{_table(head, rows)}\n\n{paragraph(left)}\n" if rows else f"## By family\n\n{left}\n"
 
