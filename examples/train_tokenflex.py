@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 import vtok
 from vtok import zoo
-from vtok.eval.results.sweep import interval
+from vtok.eval.results.statistics import interval
 from vtok.modules.tokenflex import TokenSampler
 from vtok.modules.tokenflex_training import FlexibleTokens, align, projector_for
 from vtok.zoo import evaluate, scenes

@@ -131,7 +131,7 @@ def judged(
     """
     import numpy as np
 
-    from vtok.eval.results.sweep import interval
+    from vtok.eval.results.statistics import interval
 
     hits: dict[str, Any] = {}
     keeps: dict[str, float] = {"dense": 1.0}
