@@ -66,8 +66,8 @@ def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
     file.write_text(file.read_text() + '{"item": 1, "answ')  # the kill fell into a write
     again = run(out)
     assert len(asked) == 5 + 2  # 3 items dense, 1 and a half compressed; then the missing two
-    for cells in (whole["cells"], again["cells"]):
-        for row in cells:
+    for summed in (whole["cells"], again["cells"]):
+        for row in summed:
             row.pop("seconds"), row.pop("selection_seconds", None)
     assert again["cells"] == whole["cells"]
     assert json.loads((out / "sweep.json").read_text())["cells"][1]["method"] == "uniform"
