@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vtok.adapter import Adapter, Encoded, shrink, stretch
+from vtok.adapter import Adapter, Encoded, projected, shrink, stretch
+from vtok.engine.accounting import VisionShape
 from vtok.errors import Unsupported
 from vtok.tower import OF_CLS, OF_PATCHES, Tower
 from vtok.types import Layout, Plane
 
+KIND = "internvl_vision"  # model_type of its tower
 PREVIEW = 16  # side of the small pictures by which tiles are compared with their thumbnail
 
 
@@ -29,29 +30,34 @@ class InternVLAdapter(Adapter):
     model_types = ("internvl",)
     provides = frozenset({"attention", "crops"}) | OF_PATCHES | OF_CLS
 
-    def check(self, model: nn.Module) -> None:
-        config, vision = model.config, model.config.vision_config
+    def check(self, config: Any) -> None:
         if config.vision_feature_select_strategy != "default":
             raise Unsupported(
                 f"{self.family} with vision_feature_select_strategy={config.vision_feature_select_strategy!r}: the "
                 f"features must be the patches alone, so it needs 'default' (drop CLS)."
             )
-        if len({*vision.image_size}) > 1 or len({*vision.patch_size}) > 1:
-            raise Unsupported(f"{self.family} with tiles or patches that are not square is not supported.")
+        for size in (config.vision_config.image_size, config.vision_config.patch_size):
+            if not isinstance(size, int) and len({*size}) > 1:
+                raise Unsupported(f"{self.family} with tiles or patches that are not square is not supported.")
         if (1 / config.downsample_ratio) % 1:
             raise Unsupported(
                 f"downsample_ratio must be 1 over a whole number, as in 0.5, got {config.downsample_ratio}."
             )
 
-    def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+    def available(self, config: Any) -> frozenset[str]:
+        known = config.vision_config.model_type == KIND
+        return self.provides if known else self.provides - OF_PATCHES - OF_CLS
+
+    def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """One a tile, until `join`."""
         tiles, *_, width = arguments["pixel_values"].shape
-        side = width // self.unit(core)
+        side = width // self.unit(config)
         return [Layout((Plane(side, side),))] * tiles
 
-    def unit(self, core: nn.Module) -> int:
+    def unit(self, config: Any) -> int:
         """Side of a visual token in pixels."""
-        return core.config.vision_config.patch_size[0] * merge(core.config)
+        patch = config.vision_config.patch_size
+        return (patch if isinstance(patch, int) else patch[0]) * merge(config)
 
     def previews(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         pixels = arguments["pixel_values"].float()
@@ -76,16 +82,15 @@ class InternVLAdapter(Adapter):
         optional = (tuple(items) if items else None for items in (small, sources, probed))
         return Encoded(encoded.modality, tuple(layouts), *optional)
 
-    def tower(self, core: nn.Module) -> Tower:
-        return InternViT(skip=1, merge=merge(core.config), features=core.config.vision_feature_layer)
-
-    def encoder_layers(self, core: nn.Module) -> nn.ModuleList:
-        return core.vision_tower.encoder.layer
+    def tower(self, config: Any) -> Tower:
+        vision = config.vision_config
+        kind = InternViT if vision.model_type == KIND else Tower
+        return kind(1, merge(config), projected(config), vision.hidden_size, config)
 
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
     ) -> tuple[Any, list[tuple[int, int]]]:
-        pixels, unit = arguments["pixel_values"], self.unit(core)
+        pixels, unit = arguments["pixel_values"], self.unit(core.config)
         side = pixels.shape[-1] // unit
         small = max(1, int(side * scale + 1e-6))
         pixels = torch.nn.functional.interpolate(pixels.float(), size=small * unit, mode="bicubic", antialias=True).to(
@@ -136,17 +141,23 @@ class InternVLAdapter(Adapter):
         return T.InternVLForConditionalGeneration(config), processor
 
 
-@dataclass(frozen=True)
 class InternViT(Tower):
     """With norms over the whole width of queries and keys, in the large one."""
 
-    attention: str = "attention"
+    kind: ClassVar[str] = "InternViT"
+    attention: ClassVar[str] = "attention"
+
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+        return module.encoder.layer
 
     def query(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         return attention.q_norm(attention.q_proj(hidden))
 
     def key(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         return attention.k_norm(attention.k_proj(hidden))
+
+    def shape(self) -> VisionShape:
+        return VisionShape.plain(self.config, self.skip, self.merge)
 
 
 def merge(config: Any) -> int:

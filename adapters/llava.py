@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtok.adapter import Adapter, stretch
+from vtok.adapter import Adapter, projected, stretch
+from vtok.adapters.clip_tower import CLASS_TOKENS, ClipTower
 from vtok.errors import Unsupported
 from vtok.tower import OF_CLS, OF_PATCHES, Tower
 from vtok.types import Layout, Plane
@@ -19,45 +20,49 @@ class LlavaAdapter(Adapter):
     model_types = ("llava",)
     provides = frozenset({"attention", "token_blocks", "token_per_patch"}) | OF_PATCHES | OF_CLS
 
-    def check(self, model: nn.Module) -> None:
-        config = model.config
-        tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
-        if tower not in ("clip_vision_model", "siglip_vision_model"):
+    def check(self, config: Any) -> None:
+        vision, strategy = config.vision_config, config.vision_feature_select_strategy
+        kind, sizes = vision.model_type, [getattr(vision, name, None) for name in ("image_size", "patch_size")]
+        if kind == "pixtral" or not all(isinstance(size, int) for size in sizes):
             raise Unsupported(
-                f"{self.family} with a {tower} tower is not supported: CLIP and SigLIP towers are. A method that acts "
-                f"in a tower's blocks can be given the tower alone: vtok.patch(model.model.vision_tower, ...)."
+                f"{self.family} with a {kind} tower is not supported: a tower that sees square views of one size is. A "
+                f"method that acts in a tower's blocks can be given the tower alone: "
+                f"vtok.patch(model.model.vision_tower, ...)."
             )
-        if (tower == "clip_vision_model") != (strategy == "default"):
+        if kind in CLASS_TOKENS and bool(CLASS_TOKENS[kind]) != (strategy == "default"):
             raise Unsupported(
-                f"{self.family} with a {tower} tower and vision_feature_select_strategy={strategy!r}: the features "
+                f"{self.family} with a {kind} tower and vision_feature_select_strategy={strategy!r}: the features "
                 f"must be the patches alone, so CLIP needs 'default' (drop CLS) and SigLIP, which has no CLS, 'full'."
             )
 
-    def available(self, model: nn.Module) -> frozenset[str]:
-        has_cls = model.config.vision_config.model_type == "clip_vision_model"
-        return self.provides if has_cls else self.provides - OF_CLS
+    def available(self, config: Any) -> frozenset[str]:
+        kind = config.vision_config.model_type
+        if kind not in CLASS_TOKENS:  # its tokens can be counted, and what it computes is not known
+            return self.provides - OF_PATCHES - OF_CLS - {"token_blocks", "token_per_patch"}
+        return self.provides if CLASS_TOKENS[kind] else self.provides - OF_CLS
 
-    def side(self, core: nn.Module) -> int:
+    def side(self, config: Any) -> int:
         """Patches along one side of a view."""
-        return core.config.vision_config.image_size // core.config.vision_config.patch_size
+        return config.vision_config.image_size // config.vision_config.patch_size
 
-    def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        side = self.side(core)
+    def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        side = self.side(config)
         return [Layout((Plane(side, side),))] * len(arguments["pixel_values"])
 
-    def tower(self, core: nn.Module) -> Tower:
-        return Tower(
-            skip=int(core.config.vision_config.model_type == "clip_vision_model"),
-            features=core.config.vision_feature_layer,
+    def tower(self, config: Any) -> Tower:
+        vision = config.vision_config
+        kind = ClipTower if vision.model_type in CLASS_TOKENS else Tower
+        return kind(
+            skip=CLASS_TOKENS.get(vision.model_type, 0),
+            features=projected(config),
+            width=vision.hidden_size,
+            config=config,
         )
-
-    def encoder_layers(self, core: nn.Module) -> nn.ModuleList:
-        return getattr(core.vision_tower, "vision_model", core.vision_tower).encoder.layers
 
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
     ) -> tuple[Any, list[tuple[int, int]]]:
-        side, patch = self.side(core), core.config.vision_config.patch_size
+        side, patch = self.side(core.config), core.config.vision_config.patch_size
         small = max(1, int(side * scale + 1e-6))
         source = stretch(Plane(side, side), (small, small))
 

@@ -15,14 +15,14 @@ class LlavaNextAdapter(LlavaAdapter):
     model_types = ("llava_next",)
     provides = LlavaAdapter.provides | {"crops"}
 
-    def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+    def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        from transformers.image_processing_utils import select_best_resolution
 
-        side, size = self.side(core), core.config.vision_config.image_size
+        side, view = self.side(config), config.vision_config.image_size
         result = []
-        for height, width in arguments["image_sizes"].tolist():
-            grid = get_anyres_image_grid_shape((height, width), core.config.image_grid_pinpoints, size)
-            result.append(anyres_layout(side, grid, (height, width)))
+        for size in arguments["image_sizes"].tolist():
+            height, width = select_best_resolution(size, config.image_grid_pinpoints)
+            result.append(anyres_layout(side, (height // view, width // view), tuple(size)))
         return result
 
     def tiny(self, **options: Any) -> tuple[nn.Module, Any]:

@@ -29,26 +29,26 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     provides = LlavaNextAdapter.provides - OF_CLS - {"token_per_patch"}  # frames are pooled, crops resampled
     encoders = {"image": "get_image_features", "video": "get_video_features"}
 
-    def check(self, model: nn.Module) -> None:
-        super().check(model)
-        tower, limit = model.config.vision_config.model_type, model.config.vision_aspect_ratio
+    def check(self, config: Any) -> None:
+        super().check(config)
+        tower, limit = config.vision_config.model_type, config.vision_aspect_ratio
         if tower != "siglip_vision_model":
             raise Unsupported(f"{self.family} with a {tower} tower is not supported: SigLIP towers are.")
         if not limit.removeprefix(LIMIT).isdecimal() or not limit.startswith(LIMIT):
             raise Unsupported(f"vision_aspect_ratio must be {LIMIT} and a number, as in {LIMIT}9, got {limit!r}.")
 
-    def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        side = self.side(core)
+    def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        side = self.side(config)
         if modality == "video":
             clips, frames = arguments["pixel_values_videos"].shape[:2]
             pooled = math.ceil(side / 2)
             frame = Plane(pooled, pooled, kind="frame", resampled=(side, side))
             return [Layout((frame,) * frames, modality="video", tail=1)] * clips
-        anyres = super().layouts(core, modality, arguments)
+        anyres = super().layouts(config, modality, arguments)
         together = arguments.get("batch_num_images")
         together = [1] * len(anyres) if together is None else torch.as_tensor(together).tolist()
         alone = [n == 1 for n in together for _ in range(n)]
-        limit = int((arguments.get("vision_aspect_ratio") or core.config.vision_aspect_ratio).removeprefix(LIMIT))
+        limit = int((arguments.get("vision_aspect_ratio") or config.vision_aspect_ratio).removeprefix(LIMIT))
         single = Layout((Plane(side, side),), tail=1)
         return [limited(layout, limit) if cut else single for layout, cut in zip(anyres, alone)]
 
@@ -58,7 +58,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         if modality == "image":
             return super().encode_small(core, modality, encode, arguments, scale)
         # A smaller frame is pooled on its own grid, and only then stretched.
-        side, patch = self.side(core), core.config.vision_config.patch_size
+        side, patch = self.side(core.config), core.config.vision_config.patch_size
         small = max(1, int(side * scale + 1e-6))
         pooled = math.ceil(side / 2)
         cells = max(1, pooled * small // side)

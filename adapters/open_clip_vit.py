@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vtok.errors import Unsupported
-from vtok.vit import Parts, Vit
+from vtok.tower import Parts, Tower
 
 HOME = "open_clip.transformer"
 
 
-class OpenClipVit(Vit):
-    family = "open_clip vision transformers"
+class OpenClipTower(Tower):
+    kind: ClassVar[str] = "open_clip vision transformers"
 
-    def owns(self, module: nn.Module) -> bool:
-        return HOME in sys.modules and isinstance(module, sys.modules[HOME].VisionTransformer)
+    @classmethod
+    def alone(cls, module: nn.Module) -> Tower | None:
+        whole = HOME in sys.modules and isinstance(module, sys.modules[HOME].VisionTransformer)
+        return cls(skip=1) if whole else None
 
-    def check(self, tower: nn.Module, masks: bool) -> None:
-        for block in tower.transformer.resblocks:
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+        return module.transformer.resblocks
+
+    def check(self, module: nn.Module, masks: bool) -> None:
+        for block in self.blocks(module):
             if not isinstance(block.attn, nn.MultiheadAttention):
                 raise Unsupported(
                     f"{type(block).__name__} of open_clip is not supported: blocks with torch's MultiheadAttention are."
                 )
             if not block.attn.batch_first:
                 raise Unsupported("open_clip towers with batch_first=False are not supported.")
-
-    def protected(self, tower: nn.Module) -> int:
-        return 1
-
-    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
-        return tower.transformer.resblocks
 
     def parts(self, block: nn.Module) -> Parts:
         attention = block.attn

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vtok.adapter import Adapter, stretch
-from vtok.tower import OF_PATCHES, PackedTower, Tower
+from vtok.engine.accounting import VisionShape
+from vtok.tower import OF_PATCHES, Tower, received
 from vtok.types import Layout, Plane
 
 
@@ -19,21 +22,22 @@ class Qwen25VLAdapter(Adapter):
     provides = frozenset({"attention"}) | OF_PATCHES
     encoders = {"image": "get_image_features", "video": "get_video_features"}
     projector = "visual.merger"
+    encoder = "visual"
 
-    def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        merge = core.config.vision_config.spatial_merge_size
+    def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        merge = config.vision_config.spatial_merge_size
         grids = arguments["image_grid_thw" if modality == "image" else "video_grid_thw"].tolist()
         kind = "image" if modality == "image" else "frame"
         return [Layout((Plane(h // merge, w // merge, kind),) * t, modality=modality) for t, h, w in grids]
 
-    def tower(self, core: nn.Module) -> Tower:
-        config = core.config.vision_config
-        window = getattr(config, "window_size", 0)  # Qwen2-VL and Qwen3-VL have none
-        merge = config.spatial_merge_size
-        return PackedTower(merge=merge, attention="attn", window=window // merge // config.patch_size)
-
-    def encoder_layers(self, core: nn.Module) -> nn.ModuleList:
-        return core.visual.blocks
+    def tower(self, config: Any) -> QwenTower:
+        vision = config.vision_config
+        return QwenTower(
+            merge=vision.spatial_merge_size,
+            width=getattr(vision, "embed_dim", vision.hidden_size),  # Qwen2-VL's hidden_size is the decoder's
+            config=config,
+            window=getattr(vision, "window_size", 0) // vision.patch_size,  # Qwen2-VL and Qwen3-VL have none
+        )
 
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
@@ -50,7 +54,8 @@ class Qwen25VLAdapter(Adapter):
             views.append(view)
         small = {pixels_key: torch.cat(pieces), grid_key: grid.new_tensor(grids)}
         output = encode(**{**arguments, **small})
-        output.pooler_output = stretch_frames(output.pooler_output, self.layouts(core, modality, arguments), views)
+        layouts = self.layouts(core.config, modality, arguments)
+        output.pooler_output = stretch_frames(output.pooler_output, layouts, views)
         return output, views
 
     def tiny(self, **options: Any) -> tuple[nn.Module, Any]:
@@ -77,6 +82,76 @@ class Qwen25VLAdapter(Adapter):
         }
         config = T.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
         return T.Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+@dataclass(frozen=True)
+class QwenTower(Tower):
+    """An encoder that sees the frames of all pictures in one sequence, hidden states [S, C], the patches of a token
+    next to each other, with a fused projection and rotary embedding.
+
+    window: side in patches of the windows by which the tokens are ordered; 0 where they are in raster order.
+    """
+
+    window: int = 0
+
+    kind: ClassVar[str] = "Qwen-VL's towers"
+    attention: ClassVar[str] = "attn"
+
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+        return module.blocks
+
+    def shape(self) -> VisionShape:
+        vision, wide = self.config.vision_config, self.width * self.merge**2
+        full = getattr(vision, "fullatt_block_indexes", range(vision.depth))
+        return VisionShape(
+            layers=vision.depth,
+            hidden=self.width,
+            ffn=vision.intermediate_size if hasattr(vision, "intermediate_size") else self.width * vision.mlp_ratio,
+            heads=vision.num_heads,
+            ffn_matrices=3 if self.window else 2,  # Qwen2.5-VL's MLP is gated
+            patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            cls_tokens=self.skip,
+            merge=self.merge,
+            projector=(wide, wide, self.config.get_text_config().hidden_size),
+            full_layers=len(set(full)),
+            window=self.window,
+            projectors=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+        )
+
+    def query(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        return attention.qkv(hidden).chunk(3, -1)[0]
+
+    def key(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        return attention.qkv(hidden).chunk(3, -1)[1]
+
+    def encoder_attention(self, attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """[S] fp32; in a layer with windows tokens get nothing from outside of theirs. Waits for the device once."""
+        split = lambda x: x.unflatten(-1, (attention.num_heads, -1))  # [S, H, d]
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+        query, key = (split(project(attention, hidden)) for project in (self.query, self.key))
+        query, key = (x.float().transpose(0, 1) for x in rotate(query, key, *kwargs["position_embeddings"]))
+        lengths = kwargs["cu_seqlens"].diff().tolist()
+        parts = zip(query.split(lengths, 1), key.split(lengths, 1))
+        return torch.cat([received(q, k, attention.head_dim**-0.5) for q, k in parts])
+
+    def arrange(self, x: Tensor, layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
+        tokens = x.unflatten(0, (-1, self.merge**2))  # [tokens, m * m, ...]
+        if self.window:
+            tokens = tokens[window_order(layouts, self.window // self.merge, x.device).argsort()]
+        parts = tokens.split([layout.n for layout in layouts])
+        return tuple(part.flatten(0, 1).unflatten(0, (len(y.planes), -1)) for part, y in zip(parts, layouts))
+
+
+def window_order(layouts: Sequence[Layout], window: int, device: torch.device | None = None) -> Tensor:
+    """[tokens] the token, counted in raster order over all frames, at each place of the encoder's sequence."""
+    order, start = [], 0
+    for plane in (plane for layout in layouts for plane in layout.planes):
+        y = torch.arange(plane.rows, device=device) // window
+        x = torch.arange(plane.cols, device=device) // window
+        of_token = (y[:, None] * plane.cols + x).flatten()  # cols is at least the number of windows in a row
+        order.append(start + of_token.argsort(stable=True))
+        start += plane.size
+    return torch.cat(order)
 
 
 def stretch_frames(

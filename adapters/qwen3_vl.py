@@ -17,9 +17,9 @@ class Qwen3VLAdapter(Qwen25VLAdapter):
     model_types = ("qwen3_vl",)
     late = True
 
-    def check(self, model: nn.Module) -> None:
-        levels = len(model.config.vision_config.deepstack_visual_indexes)
-        layers = model.config.get_text_config().num_hidden_layers
+    def check(self, config: Any) -> None:
+        levels = len(config.vision_config.deepstack_visual_indexes)
+        layers = config.get_text_config().num_hidden_layers
         if levels >= layers:
             raise Unsupported(
                 f"DeepStack adds {levels} features in a decoder of {layers} layers: one would be added behind the last "
@@ -34,11 +34,18 @@ class Qwen3VLAdapter(Qwen25VLAdapter):
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
     ) -> tuple[Any, list[tuple[int, int]]]:
         output, views = super().encode_small(core, modality, encode, arguments, scale)
-        layouts = self.layouts(core, modality, arguments)
+        layouts = self.layouts(core.config, modality, arguments)
         output.deepstack_features = [stretch_frames(level, layouts, views) for level in output.deepstack_features]
         return output, views
 
     def tiny(self, **options: Any) -> tuple[nn.Module, Any]:
+        import transformers as T
+
+        processor, parts = self._tiny_parts(**options)
+        return T.Qwen3VLForConditionalGeneration(T.Qwen3VLConfig(**parts)), processor
+
+    def _tiny_parts(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """The processor, and the options of the config."""
         import transformers as T
 
         from vtok.adapters._tiny import qwen
@@ -62,5 +69,4 @@ class Qwen3VLAdapter(Qwen25VLAdapter):
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": list(range(min(3, text["num_hidden_layers"] - 1))),
         }
-        config = T.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
-        return T.Qwen3VLForConditionalGeneration(config), processor
+        return processor, {"text_config": text, "vision_config": vision, **ids}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vtok.errors import Unsupported
-from vtok.vit import Parts, Vit
+from vtok.tower import Parts, Tower
 
 # module of timm -> its towers, and the blocks in which attention and MLP follow each other, each behind its norm
 KNOWN = {
@@ -29,15 +29,19 @@ def _is(module: nn.Module, which: int) -> bool:
     )
 
 
-class TimmVit(Vit):
-    family = "timm vision transformers"
+class TimmTower(Tower):
+    kind: ClassVar[str] = "timm vision transformers"
 
-    def owns(self, module: nn.Module) -> bool:
-        return _is(module, 0)
+    @classmethod
+    def alone(cls, module: nn.Module) -> Tower | None:
+        return cls(skip=module.num_prefix_tokens) if _is(module, 0) else None
 
-    def check(self, tower: nn.Module, masks: bool) -> None:
-        name = type(tower).__name__
-        for block in tower.blocks:
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+        return module.blocks
+
+    def check(self, module: nn.Module, masks: bool) -> None:
+        name = type(module).__name__
+        for block in module.blocks:
             if not _is(block, 1):
                 raise Unsupported(
                     f"The blocks of this {name} ({type(block).__name__}) are not an attention and then an MLP, each "
@@ -47,16 +51,10 @@ class TimmVit(Vit):
                 raise Unsupported(f"{type(block.attn).__name__} does not show its keys.")
             if masks and "attn_mask" not in inspect.signature(block.attn.forward).parameters:
                 raise Unsupported('This timm has no attention masks: pip install "timm>=1.0.16".')
-        if getattr(tower, "rope", None) is not None:
+        if getattr(module, "rope", None) is not None:
             raise Unsupported(
                 f"This {name} rotates its keys by their positions, and a merged token stands for several positions."
             )
-
-    def protected(self, tower: nn.Module) -> int:
-        return tower.num_prefix_tokens
-
-    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
-        return tower.blocks
 
     def parts(self, block: nn.Module) -> Parts:
         # keys go through k_norm, an identity where there is no norm, in whichever way they were projected

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import zlib
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+import vtok
 from vtok import adapter as adapters
+from vtok import compressor as compressors
 
 ADAPTERS = adapters.load_all()
 FAMILIES = list(ADAPTERS)
@@ -38,6 +42,92 @@ def tiny(family: str, attention: str = "sdpa"):
     generation.eos_token_id, generation.pad_token_id = None, token("<|endoftext|>")
     generation.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i in placeholder_ids(model)]
     return model, processor
+
+
+# ---- the matrix: each method's `examples`, on the families --------------------------------------------------------
+STACKS = {
+    "all stages": lambda: [vtok.Downsample(keep=0.5), vtok.Uniform(keep=0.5), vtok.FastV(keep=0.5, layer=2)],
+    "downsampled globalcom2": lambda: [vtok.Downsample(keep=0.5), vtok.GlobalCom2(keep=0.5)],
+}
+
+
+# a family gives all that the method needs, and yet it is refused when pictures come
+REFUSED = {("llava_onevision", "tokenflex"): "resizes its features"}
+
+
+def example(model: nn.Module, label: str) -> list:
+    """The compressors of a cell of the matrix, for this model: "fastv", its first example, "fastv-2", its second."""
+    if label in STACKS:
+        return STACKS[label]()
+    name, _, number = label.partition("-")
+    cls = compressors.find(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same weights each time
+        return [cls(**cls.examples[int(number or 1) - 1], **cls.small_weights(model))]
+
+
+@functools.cache
+def matrix() -> dict[tuple[str, str], tuple]:
+    """(family, label) -> the single-stage parts of the example (its class where it is trained and has no weights yet):
+    all whose needs the family meets."""
+    examples = {label: tuple(part for method in make() for part in method.parts()) for label, make in STACKS.items()}
+    for name, cls in compressors.load_all().items():
+        for i, options in enumerate(cls.examples, 1):
+            examples[f"{name}-{i}" if i > 1 else name] = (cls,) if cls.trained else cls(**options).parts()
+    needs = lambda part: part.needs if isinstance(part, type) else part.needs_now
+    return {
+        (family, label): parts
+        for family, adapter in ADAPTERS.items()
+        for label, parts in examples.items()
+        if (family, label) not in REFUSED and all(needs(part) <= adapter.provides for part in parts)
+    }
+
+
+def seam(family: str) -> tuple:
+    """What the engine does otherwise for this family: two of the same kind meet the same code of it."""
+    adapter = ADAPTERS[family]
+    return adapter.late, type(adapter).previews is not adapters.Adapter.previews, adapter.projector
+
+
+def run(model: nn.Module, inputs, **extra):
+    """A prefill, without gradient."""
+    with torch.no_grad():
+        return model(**inputs, **{"use_cache": True, **extra})
+
+
+def masks(parts: tuple) -> bool:
+    """Whether a cell is dense masking throughout; text behind the prompt is not where its neurons are dropped."""
+    return all(part.stage != "decode" for part in parts)
+
+
+def drops(parts: tuple) -> bool:
+    """Whether fewer tokens enter the language model's last layer."""
+    return not all(part.stage == "decode" or (part.stage == "blocks" and not part.scatters) for part in parts)
+
+
+def cells(scope: str = "all", only=lambda parts: True) -> list:
+    """For `parametrize(("family", "label"), ...)`.
+
+    scope: "all" families; "kinds", of each kind of seam the first family that fits; "each", for slow checks: each
+    example on one family, the kinds taking turns; "some": and the first example of each stage on all kinds."""
+    fit = {cell: parts for cell, parts in matrix().items() if only(parts)}
+    if scope != "all":
+        first = {}
+        for family, label in fit:
+            first.setdefault((label, seam(family)), (family, label))
+        fit = {cell: fit[cell] for cell in first.values()}
+    if scope in ("each", "some"):
+        of, leading = {}, {}
+        for (family, label), parts in fit.items():
+            of.setdefault(label, []).append(family)
+            leading.setdefault("+".join(part.stage for part in parts), label)
+        turn = {label: families[zlib.crc32(label.encode()) % len(families)] for label, families in of.items()}
+        fit = {
+            (family, label): parts
+            for (family, label), parts in fit.items()
+            if turn[label] == family or (scope == "some" and label in leading.values())
+        }
+    return [pytest.param(family, label, id=f"{family}-{label}") for family, label in fit]
 
 
 def double(model, inputs):
@@ -93,7 +183,7 @@ class Masked:
 
     def __init__(self, model: nn.Module, trace, embeds: torch.Tensor | None = None) -> None:
         self.model, self.trace, self.embeds = model, trace, embeds
-        self.present = [trace.present_at(i) for i in range(trace.shapes.text.layers)]
+        self.present = [trace.present_at(i) for i in range(trace.shapes.layers)]
 
     def __enter__(self) -> None:
         lm = self.model.model.language_model
@@ -167,14 +257,16 @@ class Entered:
 
     def _note(self, module, args, kwargs):
         if self.embeds is None:
-            trace = self.patch.trace
-            self.embeds = trace.rows_at(0).restore(kwargs["inputs_embeds"].detach(), trace.length)
+            trace, embeds = self.patch.trace, kwargs["inputs_embeds"].detach()
+            compacted = drops(self.patch.compressors)  # else the language model's input is left as it is
+            self.embeds = trace.rows_at(0).restore(embeds, trace.length) if compacted else embeds.clone()
             self.embeds.levels = self.levels
 
 
 def one_line_error(code, output, complaint):
-    """Of the command line: bad input ends with exit code 2 and one sentence that has `complaint`."""
-    lines = output.strip().split("\n")
+    """Of the command line: bad input ends with exit code 2 and one sentence that has `complaint`, behind nothing but
+    the word on what is loaded."""
+    lines = [line for line in output.strip().split("\n") if not line.startswith("loading ")]
     assert code == 2, output
     assert len(lines) == 1 and lines[0].startswith("vtok: "), output
     assert complaint in lines[0]

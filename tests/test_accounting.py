@@ -1,25 +1,32 @@
 """FLOPs and KV bytes: against AIM's published table, PyTorch's own counter and a real cache."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
 )
 
+from vtok import adapter as adapters
 from vtok.engine import accounting
-from vtok.engine.accounting import TextShape, VisionShape, decode_flops, encoder_flops, kv_bytes, prefill_flops
+from vtok.engine.accounting import TextShape, decode_flops, encoder_flops, kv_bytes, prefill_flops
 from vtok.errors import InvalidValue, Unsupported
+from vtok.tower import Tower
 
 QWEN2_7B = TextShape(28, 3584, 18944, 3584, 512, 28, 152064)
 TOWERS = {
@@ -117,7 +124,7 @@ def test_plain_encoder_against_flop_counter(tower):
     text = LlamaConfig(vocab_size=64, num_key_value_heads=4, **{**sizes, "hidden_size": 48})
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).eval()
     model.set_attn_implementation("eager")
-    shape = VisionShape.of(model.config)
+    shape = adapters.of(model.config).tower(model.config).shape()
     assert shape.projector == (32, 48, 48)
     pixels = torch.rand(3, 3, 28, 28)
     with FlopCounterMode(display=False) as counter:
@@ -144,7 +151,7 @@ def test_windowed_encoder_against_flop_counter():
     )  # fmt: skip
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
     model.set_attn_implementation("eager")
-    shape = VisionShape.of(config)
+    shape = adapters.of(config).tower(config).shape()
     grid = (2, 6, 10)  # two temporal patches of 6 x 10 patches each, windows of 4 x 4
     assert (shape.window, shape.full_layers, shape.merge) == (4, 1, 2)
     pixels = torch.rand(math.prod(grid), shape.patch_values)
@@ -163,8 +170,48 @@ def test_what_cannot_be_counted_is_refused(llama):
     with pytest.raises(InvalidValue, match="at least 0"):
         kv_bytes(shape, [5, 5, -1], 2)
     with pytest.raises(Unsupported, match="vision tower"):
-        VisionShape.of(llama.config)
-    experts = LlamaConfig()
+        Tower(config=llama.config).shape()
+    with pytest.raises(Unsupported, match="No family has the model_type 'llama'"):
+        adapters.of(llama.config)
+    experts = copy.deepcopy(llama.config)
     experts.num_local_experts = 8
-    with pytest.raises(Unsupported, match="mixture of experts"):
+    unknown = TextShape.of(experts)  # a mixture, but how many of them a token passes is not known
+    with pytest.raises(Unsupported, match="FFN is of a kind"):
+        prefill_flops(unknown, [5, 5, 5])
+    with pytest.raises(Unsupported, match="FFN is of a kind"):
+        decode_flops(unknown, [5, 5, 5])
+    assert kv_bytes(unknown, [5, 5, 5], 2) == kv_bytes(shape, [5, 5, 5], 2)
+    experts.kv_lora_rank = 16
+    with pytest.raises(Unsupported, match="latent"):
         TextShape.of(experts)
+
+
+SIZES = {
+    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "attn_implementation": "eager",
+}  # fmt: skip
+QWEN = {**SIZES, "num_experts": 6, "moe_intermediate_size": 40, "mlp_only_layers": [2], "decoder_sparse_step": 1}
+MIXED = {  # every layer; all but one; every second layer, with a shared expert and its gate
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=5),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**QWEN, head_dim=24),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **{**QWEN, "mlp_only_layers": [], "decoder_sparse_step": 2}, shared_expert_intermediate_size=72
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MIXED)
+def test_mixtures_of_experts_against_flop_counter(kind):
+    """A token pays for the router, for the experts that it is sent to and for those that all share."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MIXED[kind]()).eval()
+    model.set_experts_implementation("eager")
+    shape, n = TextShape.of(model.config), 37
+    assert len(shape.experts.layers) == {"mixtral": 4, "qwen3_moe": 3, "qwen2_moe": 2}[kind]
+    with FlopCounterMode(display=False) as counter:
+        cache = model(torch.arange(n)[None], use_cache=True, logits_to_keep=1).past_key_values
+    assert counter.get_total_flops() == prefill_flops(shape, [n] * 4) + matmuls_alone(shape, n, n * n, 1)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.tensor([[1]]), past_key_values=cache, use_cache=True)
+    assert counter.get_total_flops() == decode_flops(shape, [n] * 4) + matmuls_alone(shape, 1, n + 1, 1)

@@ -210,7 +210,7 @@ def test_counts_on_a_model_of_28_layers():
     inputs = batch(processor, ["a # What colour is it?"], [picture(56, 56)])
     text = inputs["input_ids"].shape[1] - 16
     with vtok.patch(model.eval(), "aim_prune") as patch, torch.no_grad():
-        model(**inputs)
+        model(**inputs, use_cache=True)
     counts = patch.trace.counts()["compressed"][0]
     expected = [16] * 15 + [int(16 * (1 - i / 8)) for i in range(1, 9)] + [0] * 5
     assert [n - text for n in counts] == expected

@@ -14,7 +14,7 @@ from vtok.errors import InvalidValue, PatchStateError, UnknownName, Unsupported
 
 def logits(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra).logits
+        return model(**inputs, **{"use_cache": True, **extra}).logits
 
 
 @pytest.mark.parametrize("keep", [0, -1, 0.0, -0.5, 1.5, math.nan, math.inf, True, False, None, "half"])

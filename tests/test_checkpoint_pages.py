@@ -164,6 +164,7 @@ def test_tasks_exist_in_lmms_eval():
         "Qwen2.5-VL-3B-Instruct": 3.75,
         "Qwen2.5-VL-7B-Instruct": 8.29,
         "Qwen3-VL-8B-Instruct": 8.77,
+        "Qwen3-VL-30B-A3B-Instruct": 31.07,
     }.items(),
 )
 def test_sizes_add_up_to_the_parameters_that_the_hub_lists(name, billions):
@@ -233,6 +234,9 @@ def qwen2_5_vl_processor(c, tok):
 def qwen3_vl_processor(c, tok):
     pictures = T.Qwen2VLImageProcessor(size=limits(c.limits), patch_size=16)
     return T.Qwen3VLProcessor(pictures, tok, T.Qwen3VLVideoProcessor(size=limits(c.video_limits)))
+
+
+qwen3_vl_moe_processor = qwen3_vl_processor
 
 
 def processor(c):

@@ -1,19 +1,25 @@
 """The command line on a tiny random model: the demo's table and picture, bad input, the list of methods."""
 
+import dataclasses
 import io
+import json
 import re
+import shlex
 import sys
+import typing
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from contract import one_line_error
 from PIL import Image, ImageFile
 from typer.testing import CliRunner
 
 import vtok
-from vtok import cli, demo
+from vtok import cli, demo, draw, media, methods, models, prompts, runs
 from vtok.adapter import load_all
-from vtok.errors import InvalidValue, Unsupported
+from vtok.errors import InvalidValue, UnknownName, Unsupported
 
 WIDTH = 80
 
@@ -59,7 +65,8 @@ def test_demo_answers_dense_and_compressed(run, tmp_path):
     code, output = run("--methods", "uniform, random,fastv", "--question", "What is [bold]it[/]?", "--out", png)
     assert code == 0, output
     assert "What is [bold]it[/]?" in output  # not read as markup
-    assert max(len(line) for line in output.split("\n") if str(png) not in line) <= WIDTH
+    table = [line for line in output.split("\n") if str(png) not in line and not line.startswith("loading ")]
+    assert max(map(len, table)) <= WIDTH
     found = rows(output)
     assert list(found) == ["dense", "uniform", "random", "fastv"]
     tokens = {int(cells[0]) for cells in found.values()}
@@ -85,7 +92,7 @@ def test_the_table_fits_80_columns():
 
 def test_default_methods_are_those_the_model_supports(folder):
     model, _ = load_all()["llava_next"].tiny()
-    names = demo.supported(model)
+    names = methods.supported(model, demo.METHODS)
     assert names == [name for name in demo.METHODS if name in names]
     assert {"divprune", "random", "fastv", "downsample"} <= set(names)
     with vtok.patch(model, names[0]):  # `supported` left nothing behind
@@ -93,27 +100,28 @@ def test_default_methods_are_those_the_model_supports(folder):
 
 
 def test_compare_leaves_the_model_as_it_was(folder):
-    model, processor = demo.load(str(folder / "model"), "cpu")
-    picture = demo.open_picture(folder / "picture.png")
-    inputs = demo.inputs_for(processor, picture, "Why?", model.device)
+    model, processor = models.load(str(folder / "model"), "cpu")
+    picture = media.open_picture(folder / "picture.png")
+    inputs = prompts.encode(processor, [prompts.ask("Why?", picture)])
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=3)[:, inputs["input_ids"].shape[1] :]
     # counted now: transformers hooks the vision tower for good at the first use of its hidden states
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     answers = demo.compare(model, processor, picture, "Why?", ["uniform", "random"], 0.5, 3)
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     dense, uniform, _ = answers
-    assert dense.text == demo._readable(processor.batch_decode(ids, skip_special_tokens=True)[0])
+    assert dense.text == runs.readable(processor.batch_decode(ids, skip_special_tokens=True)[0])
     assert uniform.kept * 2 == uniform.tokens == dense.kept
     assert uniform.flops < dense.flops and uniform.kv_bytes < dense.kv_bytes
     assert all(a.total > a.prefill > 0 for a in answers) and dense.selection == 0 < uniform.selection
 
 
 def test_panels_of_every_stage(folder):
-    model, processor = demo.load(str(folder / "model"), "cpu")
-    picture = demo.open_picture(folder / "picture.png")
-    methods = ["uniform", "fastv", "downsample"]
-    answers = demo.compare(model, processor, picture, "Why?", methods, 0.25, 2)
-    dense, uniform, fastv, small = (demo.panel(a, answers[1].trace) for a in answers)
+    model, processor = models.load(str(folder / "model"), "cpu")
+    picture = media.open_picture(folder / "picture.png")
+    names = ["uniform", "fastv", "downsample"]
+    answers = demo.compare(model, processor, picture, "Why?", names, 0.25, 2)
+    reference = answers[1].trace
+    dense, uniform, fastv, small = (draw.panel(a.method, a.text, a.trace, reference) for a in answers)
     assert dense.seen.min() == 1 and dense.layout.n == 64
     assert uniform.seen.unique().tolist() == [0, 1] and uniform.seen.sum() == 16
     assert 0 < fastv.seen.min() < 1 and int((fastv.seen == 1).sum()) == 16 and "mean over layers" in fastv.caption
@@ -131,6 +139,15 @@ def test_panels_of_every_stage(folder):
         (["--keep", "nan"], "in (0, 1]"),
         (["--keep", "half"], "not 'half'"),
         (["--device", "abacus"], "no device 'abacus'"),
+        (["--device", "gpu"], "a GPU is called cuda"),
+        (["--methods", "fastvv"], "Did you mean 'fastv'?"),
+        (["--methods", "fastv:layr=2"], "no option 'layr'. It has: keep, layer, anchor. Did you mean 'layer'?"),
+        (["--methods", "fastv:layer=two"], "fastv: layer is a whole number, not 'two'"),
+        (["--methods", "visionzip:importance=mine"], "received"),
+        (["--methods", "layer=2,fastv"], "'layer=2' is an option without a method"),
+        (["--keep", "0.5", "--budget", "0.5"], "not both"),
+        (["--threads", "0"], "Invalid value for '--threads': "),
+        (["--thread", "1"], "--threads"),
     ],
 )
 def test_bad_options_are_one_line(run, arguments, complaint):
@@ -160,6 +177,7 @@ def test_bad_pictures_are_one_line(run, tmp_path, folder):
 
 def test_bad_models_are_one_line(run, tmp_path):
     one_line_error(*run(model="no-such-model"), "no local folder")
+    one_line_error(*run(model="vtok-tiny-lava-next"), "Did you mean 'vtok-tiny-llava-next'?")
     one_line_error(*run(model=tmp_path), "could not be loaded")
     (tmp_path / "config.json").write_text("{}")
     one_line_error(*run(model=tmp_path), "could not be loaded")
@@ -169,30 +187,108 @@ def test_pictures_of_all_kinds_are_read(tmp_path):
     for mode in ("L", "RGBA", "P", "1", "CMYK", "I;16"):
         file = tmp_path / f"{mode.replace(';', '')}.{'jpg' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (5, 3)).save(file)
-        assert (demo.open_picture(file).mode, demo.open_picture(file).size) == ("RGB", (5, 3))
+        assert (media.open_picture(file).mode, media.open_picture(file).size) == ("RGB", (5, 3))
     turned = Image.Exif()
     turned[0x0112] = 6  # taken with the camera on its side
     Image.new("RGB", (5, 3)).save(tmp_path / "turned.jpg", exif=turned)
-    assert demo.open_picture(tmp_path / "turned.jpg").size == (3, 5)
+    assert media.open_picture(tmp_path / "turned.jpg").size == (3, 5)
 
 
-def test_keep_goes_only_to_methods_that_have_it():
-    assert demo.options("uniform", 0.5) == demo.options("unknown", 0.5) == {"keep": 0.5}
-    assert demo.options("aim_prune", 0.5) == {}  # its schedule says what stays
+def test_pictures_keep_their_range_and_lose_their_alpha(tmp_path):
+    ramp = Image.new("I;16", (4, 1))
+    for x, value in enumerate((0, 20_000, 40_000, 65_535)):
+        ramp.putpixel((x, 0), value)
+    ramp.save(tmp_path / "deep.png")
+    assert [p[0] for p in media.open_picture(tmp_path / "deep.png").get_flattened_data()] == [0, 78, 156, 255]
+    dark = Image.new("I;16", (1, 1), 200)  # of 65,535: not to be stretched
+    dark.save(tmp_path / "dark.png")
+    assert media.open_picture(tmp_path / "dark.png").getpixel((0, 0)) == (1, 1, 1)
+    for unclear in (Image.new("F", (1, 1), 0.5), Image.new("I", (1, 1), 70_000)):
+        with pytest.raises(InvalidValue, match="what is white"):
+            media.rgb(unclear)
+    for clear in (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), Image.new("LA", (2, 2), (0, 0))):
+        assert media.rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert media.rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(InvalidValue, match="A picture is"):
+        media.open_picture(7)
 
 
-def test_no_chat_template_is_refused():
+def test_methods_are_read_with_their_options():
+    found = methods.split("visionzip:importance=received,contextual=0.2, divprune,tome:r=[2, 1],keep=none")
+    assert found == ["visionzip:importance=received,contextual=0.2", "divprune", "tome:r=[2, 1],keep=none"]
+    assert methods.read(found[0]) == ("visionzip", {"importance": "received", "contextual": 0.2})
+    assert methods.read(found[2]) == ("tome", {"r": (2, 1), "keep": None})
+    assert methods.read("random:seed=3") == ("random", {"seed": 3})
+    assert methods.read("globalcom2:exact_count=false,tau=2") == ("globalcom2", {"exact_count": False, "tau": 2.0})
+    for wrong in ("globalcom2:exact_count=perhaps", "schedule:rates=1", "fastv:layer", "fastv:keep=2.0"):
+        with pytest.raises(InvalidValue):
+            methods.split(wrong)
+    with pytest.raises(UnknownName, match="Did you mean 'divprune'"):
+        methods.split("divprun")
+
+
+def test_values_are_read_by_the_type_of_the_option(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Typed(vtok.Compressor):
+        """For this test."""
+
+        stage = "pre_llm"
+        how: typing.Literal["near", "far"] = "near"
+        at: typing.Annotated[int | None, "positive"] = None
+        where: float | typing.Literal["last"] | tuple[float, ...] = "last"
+
+    monkeypatch.setattr(methods, "load_all", lambda: {"typed": Typed})
+    monkeypatch.setitem(globals(), "Typed", Typed)
+    for option, text, value in (
+        ("how", "far", "far"),
+        ("at", "3", 3),
+        ("at", "None", None),
+        ("where", "0.5", 0.5),
+        ("where", "last", "last"),
+        ("where", "[1, 2]", (1, 2)),
+    ):
+        assert methods.typed("typed", option, text) == value
+    for option, text, says in (
+        ("how", "fare", "typed: how is near or far, not 'fare'. Did you mean 'far'"),
+        ("at", "0.5", "at is none or a whole number, not '0.5'"),
+        ("where", "first", "where is a number or a list such as .* or last, not 'first'"),
+    ):
+        with pytest.raises(InvalidValue, match=says):
+            methods.typed("typed", option, text)
+
+
+def test_a_call_has_what_the_line_and_the_model_say():
+    qwen, _ = load_all()["qwen2_5_vl"].tiny()
+    assert methods.call(qwen, "uniform", keep=0.5) == ("uniform", {"keep": 0.5})
+    assert methods.call(qwen, "uniform:keep=3", keep=0.5) == ("uniform", {"keep": 3})
+    assert methods.call(qwen, "aim_prune", keep=0.5) == ("aim_prune", {})  # its schedule says what stays
+    assert methods.call(qwen, "fastv", budget=0.5) == ("fastv", {"budget": 0.5})
+    assert methods.call(qwen, "visionzip") == ("visionzip", {"importance": "received"})  # without CLS
+    assert methods.supported(qwen, ["visionzip", "globalcom2", "fastv:layer=2"]) == ["visionzip", "fastv:layer=2"]
+    assert "crops" in methods.refusal(qwen, "globalcom2") and methods.refusal(qwen, "fastv") is None
+
+
+def test_the_options_of_a_method_reach_it(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output = run("--methods", "uniform,fastv:layer=3,fastv:layer=3,keep=0.5")
+    assert code == 0, output
+    folded = {line.split(" ")[0] for line in output.split("\n")}
+    assert {"uniform", "fastv:layer=3"} <= folded
+    assert int(rows(output)["fastv:layer=3"][1]) == (3 * 64 + 16) / 4  # three of four layers see all
+
+
+def test_no_chat_template_is_refused(folder):
     class Bare:
         chat_template = None
 
     with pytest.raises(Unsupported, match="chat template"):
-        demo.inputs_for(Bare(), None, "Why?", "cpu")
+        prompts.encode(Bare(), [prompts.ask("Why?")])
     with pytest.raises(InvalidValue, match="No method"):
         demo.compare(None, None, None, "Why?", [])
 
 
 def test_answers_are_made_harmless():
-    assert demo._readable("a\x1b[2Jb\n\nc \x00") == "a [2Jb c"
+    assert runs.readable("a\x1b[2Jb\n\nc \x00") == "a [2Jb c"
 
 
 @pytest.mark.parametrize(
@@ -219,6 +315,124 @@ def test_methods_and_version():
     assert "train" in CliRunner().invoke(cli.app, ["zoo", "--help"]).output
 
 
+def test_commands_import_the_library_and_never_each_other():
+    folder = Path(cli.__file__).parent
+    imports = lambda file: set(re.findall(r"^ *(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE))
+    for file in folder.glob("*.py"):
+        if file.name != "__init__.py":
+            ours = {name for name in imports(file) if name.startswith("vtok.cli.")}
+            assert ours <= {"vtok.cli.options", "vtok.cli.group"}, file
+            words = re.findall(r"^from vtok.cli import (.+)$", file.read_text(), re.MULTILINE)
+            assert set(words) <= {"options", "main"}, file
+    for library in (demo, draw, media, methods, models, prompts, runs):
+        assert not [name for name in imports(Path(library.__file__)) if name.startswith(("vtok.cli", "vtok.eval"))]
+
+
+def commands():
+    """The path of every command and group of commands."""
+    found, open_ = [], [((), typer.main.get_command(cli.app))]
+    while open_:
+        path, command = open_.pop()
+        found.append(path)
+        open_ += [((*path, name), sub) for name, sub in getattr(command, "commands", {}).items()]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_help_has_an_example_that_is_understood(path):
+    result = CliRunner().invoke(cli.app, [*path, "-h"], env={"COLUMNS": str(WIDTH)})
+    assert result.exit_code == 0 and result.output == CliRunner().invoke(cli.app, [*path, "--help"]).output
+    assert max(map(len, result.output.split("\n"))) <= WIDTH
+    examples = re.findall(r"^ +(?:vtok|torchrun .* -m vtok\.cli) (.+)$", result.output, re.MULTILINE)
+    assert examples
+    for words in map(shlex.split, examples):
+        command = typer.main.get_command(cli.app)
+        while hasattr(command, "commands"):
+            name = words.pop(0)
+            command = command.commands[name]
+        context = command.make_context(name, words)
+        for method in (context.params.get("methods") or "").split(","):
+            assert not method or methods.read(method)
+
+
+def test_one_word_for_one_thing():
+    """Wherever a model runs there are --device, --dtype and --threads, and they are told of alike."""
+    told = {}
+    for path in commands():
+        command = typer.main.get_command(cli.app)
+        for name in path:
+            command = command.commands[name]
+        if hasattr(command, "commands"):
+            continue
+        named = {option: parameter.help for parameter in command.params for option in parameter.opts}
+        if {"--model", "--workload"} & named.keys():
+            assert {"--device", "--dtype", "--threads"} <= named.keys(), path
+        assert not {"--count", "--scenes", "--method", "--keeps"} & named.keys()
+        for option in named.keys() & {"--device", "--threads"}:
+            told.setdefault(option, set()).add(named[option])
+    assert [len(words) for words in told.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("name", vtok.available()["compressors"])
+def test_each_method_is_explained(name):
+    result = CliRunner().invoke(cli.app, ["methods", name], env={"COLUMNS": str(WIDTH)})
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.split("\n"))) <= WIDTH
+    told = methods.explain(name)
+    cls = vtok.compressor.load_all()[name]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    assert list(told["options"]) == list(fields)
+    for option, (default, meaning) in told["options"].items():
+        assert meaning and f"{option}=" in result.output
+        assert default == (fields[option].default if default != "required" else "required")
+    assert "Differs from the paper" in told["remarks"] + told["summary"] or told["paper"] == "baseline"
+    assert all(family in result.output for family in vtok.available()["adapters"])
+
+
+def test_what_is_not_there_is_one_line_with_a_guess():
+    for words, says in (
+        (["methods", "vizionzip"], "Did you mean 'visionzip'?"),
+        (["demoo"], "Did you mean 'demo'?"),
+        (["zoo", "eval", "vtok-tiny-internvll"], "Did you mean 'vtok-tiny-internvl'?"),
+        (["eval"], "Missing option '--out'"),
+        (["tasks", "sample"], "-h."),
+    ):
+        result = CliRunner().invoke(cli.app, words)
+        assert result.stdout == ""
+        one_line_error(result.exit_code, result.stderr, says)
+
+
+def test_what_fails_is_one_line_unless_asked(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory\nat length")
+
+    monkeypatch.setattr(models, "load", broken)
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 1
+    last = result.stderr.strip().split("\n")[-1]
+    assert last == "vtok: RuntimeError: out of memory. VTOK_DEBUG=1 shows where."
+    assert "loading vtok-tiny-llava-next (bundled) on " in result.stderr
+    monkeypatch.setenv("VTOK_DEBUG", "1")
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "x.png")])
+    assert isinstance(result.exception, RuntimeError)
+    assert isinstance(CliRunner().invoke(cli.app, ["demo", "--methods", "nope"]).exception, UnknownName)
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
+    from vtok.eval.results import sweep
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run", stopped)
+    monkeypatch.setattr(demo, "compare", stopped)
+    result = CliRunner().invoke(cli.app, ["eval", "--out", str(tmp_path), "--tasks", "scenes", "--items", "1"])
+    assert result.exit_code == 130
+    assert "vtok: Stopped. The same command again goes on where this one stopped." in result.stderr.split("\n")
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 130 and result.stderr.rstrip().endswith("vtok: Stopped.")
+
+
 def test_the_bundled_demo(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     from vtok import zoo
@@ -233,17 +447,15 @@ def test_the_bundled_demo(monkeypatch, tmp_path):
 
 
 def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
-    import json
-
-    from vtok.eval.bench import bench
+    from vtok.eval.bench import bars, machine
 
     file = tmp_path / "bench.json"
-    monkeypatch.setattr(bench, "LARGE", 100)
+    monkeypatch.setattr(bars, "LARGE", 100)
     for bar in ("SELECTION_BAR", "OVERHEAD_BAR", "DECODE_BAR"):
-        monkeypatch.setattr(bench, bar, 1e9)
-    monkeypatch.setattr(bench, "IDEAL_BARS", {"pre_llm": 0.0})
-    monkeypatch.setattr(bench.machine, "peak_memory", lambda device, work: (None, work()))
-    words = ["bench", "--workload", "toy", "--methods", "uniform,fastv,schedule", "--keep", "0.25,0.1", "--decode", "2"]
+        monkeypatch.setattr(bars, bar, 1e9)
+    monkeypatch.setattr(bars, "IDEAL_BARS", {"pre_llm": 0.0})
+    monkeypatch.setattr(machine, "peak_memory", lambda device, work: (None, work()))
+    words = ["bench", "--workload", "toy", "--methods", "uniform,fastv,schedule", "--keep", "0.25,0.1", "--tokens", "2"]
     words += ["--repetitions", "1", "--out", str(file)]
     result = CliRunner().invoke(cli.app, [*words, "--check"], env={"COLUMNS": str(WIDTH)})
     assert result.exit_code == 0, result.output
@@ -261,7 +473,7 @@ def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
             phases = ("encoder", "projector", "prefill", "decode", "first_decode")
             assert all(row[f"{phase}_seconds"]["min"] > 0 for phase in phases)
         assert measured["variants"]["uniform 0.25"]["ideal_speedup"] > 1
-    monkeypatch.setattr(bench, "OVERHEAD_BAR", -1e9)
+    monkeypatch.setattr(bars, "OVERHEAD_BAR", -1e9)
     assert CliRunner().invoke(cli.app, [*words, "--check"]).exit_code == 1
 
 
@@ -269,10 +481,12 @@ def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
     ("words", "says"),
     [
         (["--workload", "big"], "No workload 'big'; there are: small, smollm2, "),
-        (["--workload", "toy", "--tokens", "37"], "toy has no picture of 37 tokens; it has: 36, 180."),
-        (["--workload", "toy", "--tokens", "many"], "--tokens is comma-separated numbers, not 'many'."),
+        (["--workload", "toy", "--visual", "37"], "toy has no picture of 37 tokens; it has: 36, 180."),
+        (["--workload", "toy", "--visual", "many"], "--visual is comma-separated numbers, not 'many'."),
         (["--workload", "toy", "--keep", "1"], "To keep 1 is nothing to measure"),
-        (["--workload", "toy", "--methods", "fastv,slow"], "slow cannot be measured on llava; there are: "),
+        (["--workload", "toy", "--methods", "fastv,globalcom2"], "globalcom2 cannot be measured on llava; there are: "),
+        (["--workload", "smolm"], "Did you mean 'smollm2'?"),
+        (["--device", "gpu"], "a GPU is called cuda"),
     ],
 )
 def test_what_the_benchmark_refuses(words, says):

@@ -2,32 +2,24 @@
 
 import pytest
 import torch
-from contract import FAMILIES, batch, picture, tiny
-from test_undo import snapshot
+from contract import batch, cells, example, matrix, picture, tiny
+from test_undo import logits, snapshot
 from torch._dynamo.utils import counters
 
 import vtok
 from vtok.errors import PatchStateError, Unsupported
 
 PROMPT = "a # What colour?"
-KNOWN = vtok.available()["compressors"]
-NOT_COMPILED = {"core_tokens", "core_neurons", "corematching"}
-METHODS = [
-    name
-    for name, facts in KNOWN.items()
-    if "llava_next" in facts["families"] and not facts["trained"] and name not in NOT_COMPILED
-]
-OPTIONS = {"aim_prune": {"start": 1, "end": 3}, "aim": {"start": 1, "end": 3}, "schedule": {}}
 
 
-def run(model, inputs):
-    with torch.no_grad():
-        return model(**inputs, use_cache=False).logits
+def one_graph(parts):
+    """Whether shapes follow from the picture's size alone, so that another picture compiles nothing."""
+    return compiles(parts) and not any(part.adaptive for part in parts)
 
 
-def patched(model, name):
-    facts, options = KNOWN[name], OPTIONS.get(name)
-    return vtok.patch(model, name, **({"keep": 0.5} if options is None else options)), facts
+def compiles(parts):
+    """Whether they do inside the language model, which `Patch.compile` asks for."""
+    return all(part.stage != "decode" and not (part.stage == "llm" and part.adaptive) for part in parts)
 
 
 @pytest.fixture(autouse=True)
@@ -36,28 +28,25 @@ def _fresh():
     counters.clear()
 
 
-@pytest.mark.parametrize(
-    ("family", "method"),
-    [("llava_next", method) for method in METHODS]
-    + [(family, method) for family in FAMILIES for method in ("uniform", "fastv") if family != "llava_next"],
-)
+@pytest.mark.parametrize(("family", "method"), cells("each", one_graph))
 def test_one_graph_for_all_pictures_of_a_size(family, method):
     model, processor = tiny(family)
     pictures = [batch(processor, [PROMPT], [picture(112, 112, seed)]) for seed in range(3)]
-    patch, _ = patched(model, method)
+    patch = vtok.patch(model, example(model, method))
     eager, traces = [], []
     for inputs in pictures:
-        eager.append(run(model, inputs))
+        eager.append(logits(model, inputs))
         traces.append(patch.trace)
     patch.compile(backend="eager")
-    assert torch.equal(run(model, pictures[0]), run(model, pictures[0]))
+    assert torch.equal(logits(model, pictures[0]), logits(model, pictures[0]))
     graphs = counters["stats"]["unique_graphs"]
     with torch.compiler.set_stance("fail_on_recompile"):
         for inputs, expected, trace in zip(pictures, eager, traces):
-            torch.testing.assert_close(run(model, inputs), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
             for layer in (0, 3):
                 assert all(map(torch.equal, patch.trace.positions_at(layer), trace.positions_at(layer)))
-    assert graphs == counters["stats"]["unique_graphs"] == 1
+    asks = "question" in patch.compressors[0].needs  # the text alone goes through the model too
+    assert graphs == counters["stats"]["unique_graphs"] == 1 + asks
     assert not counters["graph_break"]
     patch.remove()
 
@@ -105,12 +94,12 @@ def test_inductor():
     model, processor = tiny("llava")
     pictures = [batch(processor, [PROMPT], [picture(112, 112, seed)]) for seed in range(2)]
     with vtok.patch(model, "fastv", keep=0.5) as patch:
-        expected = [run(model, inputs) for inputs in pictures]
+        expected = [logits(model, inputs) for inputs in pictures]
         patch.compile()
-        run(model, pictures[0])
+        logits(model, pictures[0])
         with torch.compiler.set_stance("fail_on_recompile"):
-            for inputs, logits in zip(pictures, expected):
-                torch.testing.assert_close(run(model, inputs), logits, atol=1e-5, rtol=1e-5)
+            for inputs, dense in zip(pictures, expected):
+                torch.testing.assert_close(logits(model, inputs), dense, atol=1e-5, rtol=1e-5)
 
 
 def test_whole_model():
@@ -120,31 +109,33 @@ def test_whole_model():
         model, processor = tiny("llava")
         first, second = (batch(processor, [PROMPT], [picture(112, 112, seed)]) for seed in (0, 1))
         with vtok.patch(model, method, keep=0.5):
-            expected = run(model, second)
+            expected = logits(model, second)
             torch._dynamo.reset()
             counters.clear()
             compiled = torch.compile(model, backend="eager")
-            run(compiled, first)
+            logits(compiled, first)
             found[method] = sum(counters["graph_break"].values())
             with torch.compiler.set_stance("fail_on_recompile"):
-                torch.testing.assert_close(run(compiled, second), expected, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(logits(compiled, second), expected, atol=1e-5, rtol=1e-5)
     assert found["fastv"] == found["uniform"]
 
 
 def test_undo_and_refusals():
     model, processor = tiny("llava")
     inputs = batch(processor, [PROMPT], [picture(112, 112)])
-    dense, before = run(model, inputs), snapshot(model)
+    dense, before = logits(model, inputs), snapshot(model)
     patch = vtok.patch(model, "uniform", keep=0.5)
     patch.compile(backend="eager")
-    run(model, inputs)
+    logits(model, inputs)
     with pytest.raises(PatchStateError, match="compiled already"):
         patch.compile()
     patch.remove()
     assert snapshot(model) == before
-    assert torch.equal(run(model, inputs), dense)
+    assert torch.equal(logits(model, inputs), dense)
     with pytest.raises(PatchStateError, match="was removed"):
         patch.compile()
-    for method in sorted(NOT_COMPILED):
-        with vtok.patch(model, method) as patch, pytest.raises(Unsupported, match="cannot be compiled"):
+    refused = {method for (family, method), parts in matrix().items() if family == "llava" and not compiles(parts)}
+    assert refused == {"core_tokens", "core_neurons", "corematching"}
+    for method in sorted(refused):
+        with vtok.patch(model, example(model, method)) as patch, pytest.raises(Unsupported, match="cannot be compiled"):
             patch.compile()

@@ -1,7 +1,14 @@
 """The baselines and FastV on their own, and what holds for every registered compressor."""
 
 import dataclasses
+import importlib
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -9,9 +16,11 @@ from contract import batch, picture, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok
-from vtok.compressor import STAGES, load_all
+from vtok import adapter, compressor, options
+from vtok.compressor import Compressor, build, load_all, parse
 from vtok.compressors.pool import cells, coarser
-from vtok.errors import InvalidValue
+from vtok.errors import InvalidValue, UnknownName
+from vtok.stages import ORDER
 from vtok.types import Attention, Layout, Plane, VisualTokens, share
 
 REGISTRY = load_all()
@@ -35,14 +44,191 @@ def test_every_compressor_says_what_it_is(name):
     assert cls.paper
     assert "Differs from the paper:" in cls.__doc__
     assert isinstance(cls.needs, frozenset)
+    for option in options.of(cls).values():
+        assert option.text, f"{name}: the docstring says nothing of {option.name}"
+        options.check(option.type, option.default, option.name)
+    assert cls.trained == (cls.small_weights.__func__ is not Compressor.small_weights.__func__)
     if cls.trained:
         with pytest.raises(InvalidValue, match="trained"):
             cls()
         return
-    assert all(part.stage in STAGES for part in cls().parts())
+    for example in cls.examples:
+        cls(**example)
+    assert all(part.stage in ORDER for part in cls().parts())
     assert cls.stage == "+".join(part.stage for part in cls().parts())
     with pytest.raises(dataclasses.FrozenInstanceError):
         cls().keep = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Everything:
+    """An option of each kind.
+
+    keep: how many
+        tokens.
+    share, part: two at once.
+    """
+
+    keep: options.Keep = 0.25
+    share: options.Fraction = 0.5
+    part: Annotated[float, options.In("[0, 1)")] = 0.5
+    layer: options.EncoderLayer = None
+    n: options.AtLeast1 | None = None
+    word: Literal["one", "two"] = "one"
+    flag: bool = False
+    each: tuple[options.AtLeast0, ...] = ()
+    file: str | os.PathLike[str] | None = None
+
+
+WRONG = {
+    "keep": [0, -1, True, 0.0, 1.1, math.nan, math.inf, "0.5", None, (1,)],
+    "share": [1, 0.0, True, math.nan, "1"],
+    "part": [1, 1.0, -0.1, False, math.nan, None],
+    "layer": [1.5, -0.5, True, "deep", math.nan],
+    "n": [0, 1.0, True, "1", math.inf],
+    "word": ["three", 1, None, ["one"]],
+    "flag": [0, 1, None, "true"],
+    "each": [(-1,), (1.0,), 1, [1], (True,)],
+    "file": [1, True, b"x"],
+}
+RIGHT = {
+    "keep": {"0.5": 0.5, "1": 1, "1.0": 1.0, "576": 576},
+    "share": {"1": 1.0, "0.25": 0.25},
+    "part": {"0": 0.0, "5e-1": 0.5},
+    "layer": {"-2": -2, "0.5": 0.5, "none": None, "None": None},
+    "n": {"3": 3, "none": None},
+    "word": {"two": "two"},
+    "flag": {"true": True, "False": False},
+    "each": {"1/2/0": (1, 2, 0), "7": (7,)},
+    "file": {"a/b.json": "a/b.json", "1": "1"},
+}
+NEVER = {"keep": "0", "share": "2", "part": "1.0", "layer": "x", "n": "none!", "word": "t", "flag": "1", "each": "1/x"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_options_are_what_their_types_say(name):
+    option = options.of(Everything)[name]
+    for value in WRONG[name]:
+        with pytest.raises(InvalidValue, match=f"^{name} must be .*, got {re.escape(repr(value))}$"):
+            options.check_all(Everything(**{name: value}))
+    for text, value in RIGHT[name].items():
+        found = option.parse(text)
+        assert found == value and type(found) is type(value)
+        options.check_all(Everything(**{name: found}))
+    if name in NEVER:
+        with pytest.raises(InvalidValue, match=f"^{name} must be .*, got '{NEVER[name]}'$"):
+            option.parse(NEVER[name])
+
+
+def test_options_say_what_they_accept():
+    found = options.of(Everything)
+    assert list(found) == list(WRONG)
+    assert {name: option.accepted for name, option in found.items()} == {
+        "keep": "a float in (0, 1] (a fraction) or an int >= 1 (a count)",
+        "share": "a float in (0, 1] (a fraction)",
+        "part": "a number in [0, 1)",
+        "layer": "a float in [0, 1] (a fraction of the depth), an int (an encoder layer, from the end if negative) or "
+        "None (the layer that the projector reads)",
+        "n": "an int >= 1 or None",
+        "word": "one of 'one', 'two'",
+        "flag": "True or False",
+        "each": "a tuple (each an int >= 0)",
+        "file": "a str, a PathLike or None",
+    }
+    assert found["keep"].text == "how many tokens."
+    assert found["share"].text == found["part"].text == "two at once."
+    assert found["keep"].default == 0.25
+
+
+def test_methods_on_a_command_line():
+    assert parse("fastv") == ("fastv", {})
+    name, values = parse("visionzip:importance=received:keep=64:layer=none")
+    assert build(name, **values) == vtok.VisionZip(importance="received", keep=64, layer=None)
+    assert parse("schedule:rates=1/0.5/0.5")[1] == {"rates": (1.0, 0.5, 0.5)}
+    with pytest.raises(UnknownName, match="named 'fastvv'. Did you mean 'fastv'. There are: aim, "):
+        parse("fastvv:keep=1")
+    with pytest.raises(InvalidValue, match="fastv has no option layr. Did you mean 'layer'. It has: anchor, keep"):
+        parse("fastv:layr=2")
+    with pytest.raises(InvalidValue, match="^layer must be an int >= 1, got 'two'"):
+        parse("fastv:layer=two")
+    with pytest.raises(UnknownName, match="named 'zzz'. There are"):
+        build("zzz")
+    with pytest.raises(InvalidValue, match="Did you mean 'layer'"):
+        vtok.patch(tiny("llava")[0], "fastv", layr=2)
+
+
+def test_a_name_belongs_to_one_class(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtok.compressor._REGISTRY", dict(compressor._REGISTRY))
+    monkeypatch.setattr("vtok.adapter._REGISTRY", dict(adapter._REGISTRY))
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import vtok\nclass Mine(vtok.Uniform):\n    name = 'mine'\n"
+        "class Own(__import__('vtok.adapters.llava').adapters.llava.LlavaAdapter):\n    model_types = ('own',)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("mine")
+    again = importlib.reload(mine)  # the same file
+    assert compressor._REGISTRY["mine"] is again.Mine
+    for known, home in ((vtok.Uniform, "compressors"), (type(adapter.load_all()["llava"]), "adapters")):
+        body = {"name": "mine"} if home == "compressors" else {"model_types": ("own",)}
+        with pytest.raises(InvalidValue, match=r"Two classes are named .*mine\.py and .* Rename one"):
+            type("Other", (known,), {**body, "__module__": __name__})
+    assert compressor._REGISTRY["mine"] is again.Mine
+    monkeypatch.delitem(sys.modules, "mine")
+
+
+def test_a_method_is_one_file(tmp_path):
+    """The registry, the matrix of tests, the command line and the README's table know it, with nothing else edited."""
+    (tmp_path / "longest.py").write_text(LONGEST)
+    done = subprocess.run(
+        [sys.executable, "-c", ON_THE_FLY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["7", "4", "1"]
+
+
+LONGEST = '''
+"""Keep the longest."""
+from dataclasses import dataclass
+from vtok.options import AtLeast1
+from vtok.stages.pre_llm import PreLLM
+from vtok.types import Selection, VisualTokens, keep_count
+
+@dataclass(frozen=True, kw_only=True)
+class Longest(PreLLM):
+    """Longest features.
+
+    p: of the norm.
+    Differs from the paper: there is none."""
+
+    name = "longest"
+    paper = "none"
+    p: AtLeast1 = 2
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        n = tokens.features.shape[1]
+        index = tokens.features.norm(self.p, dim=-1).topk(keep_count(n, self.keep)).indices
+        return Selection.of_indices(index, n)
+'''
+ON_THE_FLY = """
+import sys
+import vtok.compressors
+vtok.compressors.__path__.append(sys.argv[1])
+from contract import cells
+from typer.testing import CliRunner
+import vtok
+from vtok import cli, compressor
+table = CliRunner().invoke(cli.app, ["methods", "--markdown"]).output
+assert "| `longest` | pre_llm |" in table, table
+assert "longest" in CliRunner().invoke(cli.app, ["methods"]).output
+assert vtok.available()["compressors"]["longest"]["families"]
+assert compressor.parse("longest:p=1:keep=3") == ("longest", {"p": 1, "keep": 3})
+assert vtok.Longest(keep=3).keep == 3
+print(*(sum(cell.values[1] == "longest" for cell in cells(scope)) for scope in ("all", "kinds", "some")))
+"""
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5, 0.99, 1, 3, 1000])
@@ -199,9 +385,9 @@ def test_fastv_options():
     assert solved.layer == 2 and (2 + 30 * solved.keep) / 32 == pytest.approx(0.1)  # 3 would leave next to nothing
     with pytest.raises(InvalidValue, match="cannot be met"):
         vtok.FastV().with_budget(0.1, 8)
-    for options in ({"layer": 0}, {"layer": True}, {"anchor": "last"}):
+    for wrong in ({"layer": 0}, {"layer": True}, {"anchor": "last"}):
         with pytest.raises(InvalidValue):
-            vtok.FastV(**options)
+            vtok.FastV(**wrong)
     for layer in (4, 40):  # nothing would be dropped
         with pytest.raises(InvalidValue, match="number of decoder layers, 4"):
             vtok.FastV(layer=layer).schedule(4)

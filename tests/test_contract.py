@@ -4,38 +4,30 @@ import dataclasses
 
 import pytest
 import torch
-from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, mixed, picture, tiny
+from contract import (
+    FAMILIES,
+    PROMPTS,
+    REFUSED,
+    STACKS,
+    Entered,
+    Masked,
+    batch,
+    cells,
+    compressors,
+    drops,
+    example,
+    masks,
+    matrix,
+    mixed,
+    picture,
+    run,
+    tiny,
+)
 
 import vtok
 import vtok.types
-
-METHODS = {
-    "uniform": lambda: [vtok.Uniform(keep=0.5)],
-    "random": lambda: [vtok.Random(keep=3)],
-    "pool": lambda: [vtok.Pool(keep=0.3)],
-    "downsample": lambda: [vtok.Downsample(keep=0.3)],
-    "fastv": lambda: [vtok.FastV(keep=0.5, layer=2)],
-    "fastv-count": lambda: [vtok.FastV(keep=2, layer=1)],
-    "aim_merge": lambda: [vtok.AIMMerge(keep=0.4)],
-    "aim_prune": lambda: [vtok.AIMPrune(start=1, end=3)],
-    "core_tokens": lambda: [vtok.CoreTokens(layer=1, max_keep=0.6)],
-    "schedule": lambda: [vtok.Schedule(rates=(1, 0.92, 0.89, 0.3))],  # 16 tokens: the second step drops none
-    "divprune": lambda: [vtok.DivPrune(keep=0.3)],
-    "dart": lambda: [vtok.DART(keep=0.4, layer=2, visual_pivots=1, text_pivots=2)],
-    "visionzip": lambda: [vtok.VisionZip(keep=0.4, importance="received")],
-    "tcc": lambda: [vtok.TCC(keep=0.5, importance="received", low_layer=0, merge="none")],
-    "globalcom2": lambda: [vtok.GlobalCom2(keep=0.3)],
-    "globalcom2-cos": lambda: [vtok.GlobalCom2(keep=0.3, score_source="neg_cos_mean")],
-    "all stages": lambda: [vtok.Downsample(keep=0.5), vtok.Uniform(keep=0.5), vtok.FastV(keep=0.5, layer=2)],
-    "downsampled globalcom2": lambda: [vtok.Downsample(keep=0.5), vtok.GlobalCom2(keep=0.5)],
-    "aim": lambda: [vtok.AIM(keep=0.5, start=1, end=3)],
-}
-CELLS = [
-    pytest.param(family, method, id=f"{family}-{method}")
-    for family in FAMILIES
-    for method in METHODS
-    if all(part.needs_now <= ADAPTERS[family].provides for item in METHODS[method]() for part in item.parts())
-]
+from vtok import options
+from vtok.errors import Unsupported
 
 
 class First(vtok.Uniform):
@@ -46,17 +38,40 @@ class First(vtok.Uniform):
         return vtok.Selection.of_indices(index.expand(len(tokens.features), -1), tokens.features.shape[1])
 
 
-def patched(model, method):
-    return vtok.patch(model, METHODS[method]())
+def patched(model, label):
+    return vtok.patch(model, example(model, label))
 
 
-def run(model, inputs, **extra):
-    with torch.no_grad():
-        return model(**inputs, **extra)
+def all_kept(parts):
+    """The parts at keep=1.0, or nothing where that is not the identity."""
+    if any(part.trained or part.keep is None or "keep" not in options.of(type(part)) for part in parts):
+        return []
+    whole = [dataclasses.replace(part, keep=1.0) for part in parts]
+    return whole if all(part.is_identity for part in whole) else []
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("family", "method"), CELLS)
+def with_word(word, given):
+    """Cells with one word more each."""
+    return [pytest.param(*cell.values, word, id=f"{cell.id}-{word}") for cell in given]
+
+
+def test_every_method_is_in_the_matrix():
+    assert {method.partition("-")[0] for _, method in matrix()} - STACKS.keys() == set(compressors.load_all())
+    for scope in ("kinds", "some"):
+        assert {cell.values[1] for cell in cells(scope)} == {method for _, method in matrix()}
+        assert {cell.values[0] for cell in cells(scope)} >= {"internvl", "llava", "llava_next", "qwen3_vl"}
+
+
+@pytest.mark.parametrize(("family", "method"), REFUSED)
+def test_what_is_not_in_the_matrix_is_refused(family, method):
+    model, processor = tiny(family)
+    with patched(model, method), pytest.raises(Unsupported, match=REFUSED[family, method]):
+        run(model, mixed(processor))
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "side"), with_word("left", cells("all", masks)) + with_word("right", cells("some", masks))
+)
 def test_pruning_is_masking(family, method, side):
     """Contract 2, 3, 4, 5: ragged batch with no, one and two pictures, picture first and last, either padding."""
     model, processor = tiny(family)
@@ -65,27 +80,30 @@ def test_pruning_is_masking(family, method, side):
     with patched(model, method) as patch, Entered(model, patch) as entered:
         pruned = run(model, inputs, output_hidden_states=True)
     trace = patch.trace
-    assert sum(trace.n_kept_at(3)) < sum(trace.n_visual)
+    dropped = drops(matrix()[family, method])
+    assert dropped == (sum(trace.n_kept_at(3)) < sum(trace.n_visual))
     with Masked(model, trace, entered.embeds):
         masked = run(model, inputs, output_hidden_states=True)
     present = trace.present_at(3)
     assert pruned.logits.shape == dense.shape
     torch.testing.assert_close(pruned.logits[present], masked.logits[present], atol=1e-5, rtol=1e-5)
-    assert (pruned.logits[~present] == 0).all()
+    assert not dropped or (pruned.logits[~present] == 0).all()
     assert not torch.allclose(pruned.logits[present], dense[present], atol=1e-2)  # the oracle is not vacuous
     for i, (ours, theirs) in enumerate(zip(pruned.hidden_states, masked.hidden_states)):
         here = trace.present_at(max(0, i - 1))
         assert ours.shape == theirs.shape
         size = theirs[here].abs().max().item()  # hidden states of the scaled-up random weights are not of order 1
         torch.testing.assert_close(ours[here], theirs[here], atol=1e-5 * max(1.0, size), rtol=1e-5)
-        assert (ours[~here] == 0).all()
+        assert not dropped or (ours[~here] == 0).all()
 
 
 GENERATION = {"greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": True, "num_return_sequences": 3}}
 
 
-@pytest.mark.parametrize("how", GENERATION)
-@pytest.mark.parametrize(("family", "method"), CELLS)
+@pytest.mark.parametrize(
+    ("family", "method", "how"),
+    [cell for how in GENERATION for cell in with_word(how, cells("kinds" if how == "greedy" else "some", masks))],
+)
 def test_generate(family, method, how):
     """Contract 2, 3, 5: the same tokens as the unpatched model with masked columns, and the full prompt ids."""
     model, processor = tiny(family)
@@ -102,7 +120,7 @@ def test_generate(family, method, how):
     assert torch.equal(pruned[:, : prompt.shape[1]], prompt)
 
 
-@pytest.mark.parametrize(("family", "method"), CELLS)
+@pytest.mark.parametrize(("family", "method"), cells("kinds"))
 def test_a_batch_is_its_samples(family, method):
     """Contract 5: each row as if it were alone."""
     model, processor = tiny(family)
@@ -122,23 +140,19 @@ def test_a_batch_is_its_samples(family, method):
     assert counts == alone_counts
 
 
-@pytest.mark.parametrize(("family", "method"), CELLS)
+@pytest.mark.parametrize(("family", "method"), cells("kinds", all_kept))
 def test_keep_all_is_the_identity(family, method):
     """Contract 1."""
     model, processor = tiny(family)
     inputs = mixed(processor)
     dense, tokens = run(model, inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    parts = METHODS[method]()
-    whole = [part for item in parts for part in item.parts() if part.stage != "llm"] or parts
-    if method in ("aim_prune", "core_tokens"):
-        pytest.skip("it has no keep")
-    with vtok.patch(model, [dataclasses.replace(part, keep=1.0) for part in whole]) as patch:
+    with vtok.patch(model, all_kept(matrix()[family, method])) as patch:
         assert torch.equal(run(model, inputs).logits, dense)
         assert patch.trace.n_kept == patch.trace.n_visual
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
 
 
-@pytest.mark.parametrize(("family", "method"), CELLS)
+@pytest.mark.parametrize(("family", "method"), cells("kinds", drops))
 def test_the_cache_shrinks(family, method):
     """Contract 6: each layer holds the columns that the trace says, and no more."""
     model, processor = tiny(family)
@@ -160,7 +174,7 @@ def test_the_cache_shrinks(family, method):
 
 
 @pytest.mark.parametrize("attention", ["eager"])
-@pytest.mark.parametrize(("family", "method"), CELLS)
+@pytest.mark.parametrize(("family", "method"), cells("some"))
 def test_attention_implementations_agree(family, method, attention):
     """Contract 7."""
     logits, kept = [], []
@@ -168,13 +182,13 @@ def test_attention_implementations_agree(family, method, attention):
         model, processor = tiny(family, implementation)
         inputs = mixed(processor)
         with patched(model, method) as patch:
-            logits.append(run(model, inputs).logits)
+            logits.append(run(model, inputs).logits[inputs["attention_mask"].bool()])  # rows of padding are anything
             kept.append(patch.trace.positions_at(3))
     assert all(torch.equal(a, b) for a, b in zip(*kept))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "method"), CELLS)
+@pytest.mark.parametrize(("family", "method"), cells("kinds", masks))
 def test_a_second_picture_on_an_old_cache(family, method):
     """Contract 5: it is compressed too, and only its own columns."""
     model, processor = tiny(family)
@@ -214,6 +228,36 @@ def test_a_second_picture_on_an_old_cache(family, method):
     torch.testing.assert_close(three.logits, dense_three.logits, atol=2e-5, rtol=1e-5)
 
 
+def counted(parts):
+    return len(parts) == 1 and parts[0].stage in ("pre_llm", "pixels")
+
+
+@pytest.mark.parametrize(("family", "method"), cells("all", counted))
+def test_the_count_is_known_beforehand(family, method, monkeypatch):
+    """`count` tells what stays of a layout, or None exactly where the content decides. The engine adds no token but the
+    prompt's last one."""
+    model, processor = tiny(family)
+    (part,) = example(model, method)
+    seen, select = [], getattr(type(part), "select", None)
+    if select is not None:
+        monkeypatch.setattr(type(part), "select", lambda self, tokens: seen.append(tokens) or select(self, tokens))
+    with vtok.patch(model, part) as patch:
+        run(model, mixed(processor))
+    monkeypatch.undo()
+    trace = patch.trace
+    for sample, shown, kept in zip(trace.samples, trace.pictures, trace.n_kept):
+        count = part.count(shown.dense)
+        assert (count is None) == part.adaptive_now
+        beside = sample == len(PROMPTS) - 1  # whose prompt ends with a picture
+        assert count is None or count <= kept <= count + beside
+    keeps = [k for k in (1, 4, 0.1, 0.77) if "keep" in options.of(type(part)) and (part.stage != "pixels" or k < 1)]
+    for other in [dataclasses.replace(part, keep=keep) for keep in keeps]:
+        for tokens in seen:
+            count = other.count(tokens.layout)
+            assert (count is None) == other.adaptive_now
+            assert count is None or (other.select(tokens).keep.sum(1) == count).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_picture_at_the_end_of_the_prompt(family):
     """The row that predicts the first answer token is there, whatever the compressor thinks of it."""
@@ -234,7 +278,7 @@ def test_neither_mask_nor_cache(family):
     model, processor = tiny(family)
     inputs = dict(batch(processor, ["a # What colour is it?"], [picture(112, 70)]))
     del inputs["attention_mask"]
-    with vtok.patch(model, [vtok.Uniform(keep=0.3), vtok.FastV(keep=0.5)]):
+    with vtok.patch(model, [vtok.Uniform(keep=0.3), vtok.FastV(keep=0.5, anchor="after_visual")]):
         cached = run(model, inputs, use_cache=True).logits
         torch.testing.assert_close(run(model, inputs, use_cache=False).logits, cached, atol=1e-5, rtol=1e-5)
 

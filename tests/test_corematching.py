@@ -339,7 +339,7 @@ def test_budgets():
         vtok.CoreNeurons().with_budget(0.5, 32)
     model, processor = tiny("llava_next")
     with vtok.patch(model, "core_tokens", budget=0.8, layer=0) as patch, torch.no_grad():
-        model(**mixed(processor))
+        model(**mixed(processor), use_cache=True)
     assert 0.25 < patch.trace.mean_keep <= 0.8
 
 
@@ -358,7 +358,7 @@ class Silenced(Masked):
         layers = self.model.model.language_model.layers
         self.behind = None
         self.hooks.append(self.model.model.language_model.register_forward_pre_hook(self._where, with_kwargs=True))
-        for layer, index in self.trace.core.index.items():
+        for layer, index in self.trace.parts["decode"].core.index.items():
             hook = functools.partial(self._silence, index)
             self.hooks.append(layers[layer].mlp.down_proj.register_forward_pre_hook(hook))
 
@@ -370,7 +370,7 @@ class Silenced(Masked):
     def _silence(self, index, module, args):
         values = args[0].clone()
         for b, core in enumerate(index.tolist()):
-            if self.trace.core.rows[b]:
+            if self.trace.parts["decode"].core.rows[b]:
                 silent = [n for n in range(values.shape[2]) if n not in set(core)]
                 for i in self.behind.nonzero().flatten().tolist():
                     values[b, i, silent] = 0.0
@@ -404,7 +404,7 @@ def questions(processor, text_row, side="left"):
 
 def run(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra)
+        return model(**inputs, **{"use_cache": True, **extra})
 
 
 @pytest.mark.parametrize(("family", "method", "text_row", "how"), CELLS)
@@ -417,7 +417,7 @@ def test_decoding_is_the_dense_model_with_silenced_neurons(family, method, text_
     with vtok.patch(model, SETTINGS[method]()) as patch, Entered(model, patch) as entered:
         ours = model.generate(**inputs, **options)
     trace = patch.trace
-    assert trace.core.whole == (not text_row)
+    assert trace.parts["decode"].core.whole == (not text_row)
     torch.manual_seed(0)
     with Silenced(model, trace, inputs["input_ids"].shape[1], entered.embeds):
         theirs = model.generate(**inputs, **options)
@@ -467,7 +467,7 @@ def test_a_batch_is_its_samples(family):
     with vtok.patch(model, [vtok.CoreMatching(layer=1, min_tokens=1)]) as patch:
         inputs = batch(processor, prompts, pictures)
         together = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        core, kept = patch.trace.core, patch.trace.n_kept_at(3)
+        core, kept = patch.trace.parts["decode"].core, patch.trace.n_kept_at(3)
         alone_kept = []
         for i, part in enumerate([pictures[:1], pictures[1:], []]):
             inputs = batch(processor, [prompts[i]], part)
@@ -475,7 +475,7 @@ def test_a_batch_is_its_samples(family):
             assert torch.equal(alone[0], together[i])
             if part:
                 alone_kept += patch.trace.n_kept_at(3)
-                for layer, index in patch.trace.core.index.items():
+                for layer, index in patch.trace.parts["decode"].core.index.items():
                     assert torch.equal(index[0], core.index[layer][i])
     assert core.rows.tolist() == [True, True, False]
     assert kept == alone_kept
@@ -520,10 +520,14 @@ def test_short_prompts_and_prompts_without_a_picture_stay_dense():
             assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), dense)
     with vtok.patch(model, vtok.CoreNeurons(min_tokens=n)) as patch:
         model.generate(**short, max_new_tokens=5, do_sample=False)
-    assert patch.trace.core.whole
+    assert patch.trace.parts["decode"].core.whole
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------
+
+
+def copies_of(cache):
+    return cache.states["decode"].copies[0]
 
 
 def test_weights_are_copied_counted_and_freed():
@@ -535,15 +539,15 @@ def test_weights_are_copied_counted_and_freed():
         cache = output.past_key_values
         k = math.floor(0.4 * 128)
         assert patch.trace.neurons == {1: k, 2: k}
-        assert cache.copies.nbytes == patch.trace.copied_bytes == 3 * (2 * 3 * k * 64) * 4
-        assert patch.trace.to_dict()["copied_bytes"] == cache.copies.nbytes
+        assert copies_of(cache).nbytes == patch.trace.copied_bytes == 3 * (2 * 3 * k * 64) * 4
+        assert patch.trace.to_dict()["copied_bytes"] == copies_of(cache).nbytes
         flops = patch.trace.flops()
         saved = 3 * 2 * (2 * 3 * 64 * (128 - k))  # 3 samples, 2 layers
         assert flops["dense"]["decode"] - flops["compressed"]["decode"] == saved
         assert flops["dense"]["prefill"] == flops["compressed"]["prefill"]
         beams = model.generate(**inputs, num_beams=3, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-        assert beams.past_key_values.copies.nbytes == patch.trace.copied_bytes == cache.copies.nbytes  # shared
-        copies = weakref.ref(cache.copies)
+        assert copies_of(beams.past_key_values).nbytes == patch.trace.copied_bytes == copies_of(cache).nbytes  # shared
+        copies = weakref.ref(copies_of(cache))
         del output, cache
         gc.collect()
         assert copies() is None  # though the trace is still here
@@ -565,13 +569,13 @@ def test_cores_follow_their_sequences():
         def step(change, order):
             cache, positions = prefilled(model, processor)
             run(model, {"input_ids": tokens, "position_ids": positions}, past_key_values=cache)
-            assert cache.copies is not None
+            assert copies_of(cache) is not None
             change(cache)
             more = {"input_ids": tokens[order], "position_ids": positions[order] + 1}
             return run(model, more, past_key_values=cache).logits, cache
 
         plain, kept = step(lambda cache: cache.reorder_cache(torch.arange(3)), [0, 1, 2])
-        assert kept.copies is not None  # equal neurons: nothing was copied again
+        assert copies_of(kept) is not None  # equal neurons: nothing was copied again
         for change, order in (
             (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
             (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
@@ -581,7 +585,7 @@ def test_cores_follow_their_sequences():
             torch.testing.assert_close(logits, plain[order], atol=1e-5, rtol=1e-5)
         cache, _ = prefilled(model, processor)
         cache.reset()
-        assert cache.core is cache.copies is None
+        assert not cache.states
 
 
 def test_equal_neighbours_share_their_copies():
@@ -612,7 +616,7 @@ def test_a_second_picture_brings_its_own_core(family):
     layers = model.model.language_model.layers
     with vtok.patch(model, [vtok.CoreNeurons(min_tokens=1)]) as patch:
         cache = run(model, first, use_cache=True).past_key_values
-        one = patch.trace.core
+        one = patch.trace.parts["decode"].core
         seen = {}
         hooks = [
             layers[i].mlp.down_proj.register_forward_pre_hook(lambda m, a, i=i: seen.setdefault(i, a[0]))
@@ -626,8 +630,8 @@ def test_a_second_picture_brings_its_own_core(family):
         run(model, second, past_key_values=cache)
         for hook in hooks:
             hook.remove()
-        two = patch.trace.core
-        assert cache.core is two is not one
+        two = patch.trace.parts["decode"].core
+        assert cache.states["decode"].core is two is not one
         for layer in (1, 2):
             assert torch.equal(two.index[layer], vtok.CoreNeurons().neurons(prompt(seen[layer])))
             assert not torch.equal(two.index[layer], one.index[layer])
@@ -645,9 +649,9 @@ def test_a_turn_in_which_only_some_have_a_picture():
     step = lambda rows: {"input_ids": torch.full((rows, 1), 40), "position_ids": two["position_ids"][:rows, -1:] + 1}
     with vtok.patch(model, [vtok.CoreNeurons(min_tokens=1)]) as patch:
         cache = run(model, one, use_cache=True).past_key_values
-        before = patch.trace.core
+        before = patch.trace.parts["decode"].core
         logits = run(model, two, past_key_values=cache).logits
-        after = cache.core
+        after = cache.states["decode"].core
         assert after.whole
         run_on = run(model, step(2), past_key_values=cache).logits
         # the second row alone: its second turn is text
@@ -715,14 +719,14 @@ def test_rollout_and_training_agree(family, text_row):
         rollout = model.generate(
             **inputs, **options, max_new_tokens=6, output_logits=True, return_dict_in_generate=True
         )
-        core, kept = patch.trace.core, patch.trace.n_kept_at(3)
+        core, kept = patch.trace.parts["decode"].core, patch.trace.n_kept_at(3)
         completion = rollout.sequences[:, inputs["input_ids"].shape[1] :]
         logprobs = lambda logits: logits.float().log_softmax(-1).gather(-1, completion[..., None]).squeeze(-1)
         sampled = logprobs(torch.stack(rollout.logits, 1))
         full, labels = with_completion(inputs, completion)
         trained = logprobs(model(**full, labels=labels).logits[:, -7:-1])
         assert patch.trace.n_kept_at(3) == kept
-        for layer, index in patch.trace.core.index.items():
+        for layer, index in patch.trace.parts["decode"].core.index.items():
             assert torch.equal(index, core.index[layer])
     torch.testing.assert_close(sampled, trained.detach(), atol=1e-5, rtol=1e-5)
 
@@ -781,7 +785,7 @@ def test_decoding_with_gradients_reaches_the_weights():
         step["position_ids"] = positions
         logits = model(**step, past_key_values=cache).logits
         logits.sum().backward()
-        core = patch.trace.core.index[1]
+        core = patch.trace.parts["decode"].core.index[1]
     used = set(core.flatten().tolist())
     unused = [n for n in range(128) if n not in used]
     assert weight.grad[sorted(used)].abs().sum(1).min() > 0
@@ -793,11 +797,11 @@ def test_a_training_forward_without_labels():
     inputs = questions(processor, False)
     model.train()
     with vtok.patch(model, [vtok.CoreTokens(layer=1)]), pytest.raises(Unsupported, match="after_visual"):
-        model(**inputs)
+        model(**inputs, use_cache=True)
     with vtok.patch(model, [vtok.CoreTokens(layer=1, anchor="after_visual")]):
-        model(**inputs).logits.sum().backward()
+        model(**inputs, use_cache=True).logits.sum().backward()
     with vtok.patch(model, [vtok.CoreNeurons()]), pytest.raises(Unsupported) as error:
-        model(**inputs)
+        model(**inputs, use_cache=True)
     assert "labels" in str(error.value) and "after_visual" not in str(error.value)
 
 
@@ -816,7 +820,7 @@ def test_bfloat16():
     inputs = questions(processor, False)
     with vtok.patch(model, [vtok.CoreMatching(layer=1, min_tokens=1)]) as patch:
         output = model.generate(**inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
-        assert output.past_key_values.copies.nbytes == patch.trace.copied_bytes
+        assert copies_of(output.past_key_values).nbytes == patch.trace.copied_bytes
     assert all(logits.isfinite().all() for logits in output.logits)
 
 

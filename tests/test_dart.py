@@ -166,7 +166,7 @@ def test_in_a_model(keep):
         for hook in hooks:
             hook.remove()
         with vtok.patch(model, "dart", keep=keep, layer=2) as patch:
-            model(**inputs)
+            model(**inputs, use_cache=True)
     image = inputs["input_ids"][0] == model.config.image_token_id
     place = torch.arange(len(image))
     size = cache.layers[1].keys[0].square().sum((0, 2))

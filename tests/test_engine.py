@@ -11,12 +11,13 @@ from vtok.adapter import shrink, stretch
 from vtok.adapters.llava_next import anyres_layout
 from vtok.engine.cache import CompressedCache, Rows
 from vtok.errors import Unsupported
+from vtok.stages.pre_llm import Shift
 from vtok.types import Layout, Plane, keep_count
 
 
 def logits(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra).logits
+        return model(**inputs, **{"use_cache": True, **extra}).logits
 
 
 def test_keep_count():
@@ -91,12 +92,12 @@ def test_compressed_cache_follows_batch_operations():
     cache = DynamicCache()
     cache.update(torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4), 0)
     cache = CompressedCache.adopt(cache, torch.tensor([[True, True, True], [False, True, True]]))
-    cache.seen, cache.shift = 7, torch.tensor([1, 2])
+    cache.seen, cache.states["pre_llm"] = 7, Shift(torch.tensor([1, 2]))
     assert cache.get_seq_length() == 7
     assert cache.columns(0) == 3
     cache.reorder_cache(torch.tensor([1, 0]))
     assert cache.valid[0].tolist() == [[False, True, True], [True, True, True]]
-    assert cache.shift.tolist() == [2, 1]
+    assert cache.states["pre_llm"].amount.tolist() == [2, 1]
     cache.batch_repeat_interleave(2)
     assert cache.valid[0].shape == (4, 3)
     cache.batch_select_indices(torch.tensor([0]))
@@ -125,10 +126,7 @@ def test_renumbered_positions():
     model, processor = tiny("llava")
     inputs = batch(processor, ["a # What colour is it?", "# yes"], [picture(56, 56, 1), picture(56, 56, 2)])
 
-    class Renumbered(vtok.Uniform):
-        renumber = True
-
-    with vtok.patch(model, Renumbered(keep=0.25)) as patch, Entered(model, patch) as entered:
+    with vtok.patch(model, "uniform", keep=0.25, renumber=True) as patch, Entered(model, patch) as entered:
         tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     trace = patch.trace
     rows = trace.rows_at(0)
@@ -142,7 +140,7 @@ def test_renumbered_positions():
     assert gaps.shape == tokens.shape
     qwen, _ = tiny("qwen2_5_vl")
     with pytest.raises(Unsupported, match="M-RoPE"):
-        vtok.patch(qwen, Renumbered(keep=0.25))
+        vtok.patch(qwen, "uniform", keep=0.25, renumber=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

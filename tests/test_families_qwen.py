@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import vtok
+from vtok import adapter as adapters
 from vtok.adapters.qwen2_5_vl import stretch_frames
 from vtok.engine import accounting
-from vtok.engine.accounting import VisionShape, encoder_flops
+from vtok.engine.accounting import encoder_flops
 from vtok.errors import Unsupported
 from vtok.types import Layout, Plane, mean_of_members
 
@@ -48,7 +49,7 @@ def everything(processor, side="left"):
 
 def logits(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra).logits
+        return model(**inputs, **{"use_cache": True, **extra}).logits
 
 
 # ---- DeepStack ---------------------------------------------------------------------------------------------------
@@ -113,13 +114,13 @@ def test_gradients_of_deepstack_features(method):
 
     with vtok.patch(model, METHODS[method]()) as patch, Entered(model, patch) as entered:
         handle = model.model.language_model.register_forward_pre_hook(replace, with_kwargs=True, prepend=True)
-        model(**inputs).logits[:, -1].pow(2).sum().backward()
+        model(**inputs, use_cache=True).logits[:, -1].pow(2).sum().backward()
         handle.remove()
     pruned = [leaf.grad for leaf in leaves]
 
     entered.embeds.levels = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     with Masked(model, patch.trace, entered.embeds):
-        model(**inputs).logits[:, -1].pow(2).sum().backward()
+        model(**inputs, use_cache=True).logits[:, -1].pow(2).sum().backward()
     for ours, leaf in zip(pruned, entered.embeds.levels):
         torch.testing.assert_close(ours, leaf.grad, atol=1e-5 * leaf.grad.abs().max().item(), rtol=1e-5)
     if method in ("pool", "aim_merge"):
@@ -336,7 +337,7 @@ def test_encoder_against_flop_counter(family):
     config = configure(vision_config=vision, text_config=text)
     model = build(config).eval()
     model.set_attn_implementation("eager")
-    shape = VisionShape.of(config)
+    shape = adapters.of(config).tower(config).shape()
     assert (shape.hidden, shape.window, shape.full_layers) == (32, 0, 3)
     assert shape.projectors == (3 if family == "qwen3_vl" else 1)
     grid = (2, 6, 10)

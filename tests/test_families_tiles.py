@@ -13,13 +13,14 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_t
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 import vtok
+from vtok import adapter as adapters
 from vtok.adapter import shrink
 from vtok.adapters.internvl import arrangement, tiled
 from vtok.adapters.llava_next import anyres_layout
 from vtok.adapters.llava_onevision import limited
 from vtok.compressors.globalcom2 import crop_index, crop_sizes, mosaic_index
 from vtok.engine import accounting
-from vtok.engine.accounting import VisionShape, encoder_flops
+from vtok.engine.accounting import encoder_flops
 from vtok.engine.forward import _unbroken
 from vtok.errors import Unsupported
 from vtok.types import Layout, VisualTokens
@@ -29,7 +30,7 @@ SIZES = [(112, 112), (70, 112), (112, 70), (30, 200), (200, 30), (56, 57), (333,
 
 def run(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra)
+        return model(**inputs, **{"use_cache": True, **extra})
 
 
 def clip(processor, prompts, clips, frames=3):
@@ -136,7 +137,7 @@ def test_pooled_frames_are_transformers_own():
     ramps = torch.cartesian_prod(torch.arange(3.0), torch.arange(4.0), torch.arange(4.0)).view(3, 16, 3)
     pooled = core.apply_pooling(ramps).flatten(0, 1)  # [3 * 4, (frame, y, x)]
     adapter = vtok.adapter.find(model)[1]
-    (layout,) = adapter.layouts(core, "video", {"pixel_values_videos": torch.zeros(1, 3, 3, 56, 56)})
+    (layout,) = adapter.layouts(core.config, "video", {"pixel_values_videos": torch.zeros(1, 3, 3, 56, 56)})
     assert layout.n == len(pooled) == layout.n_rows - 1
     for i, (plane, start) in enumerate(zip(layout.planes, layout.starts)):
         y, x = torch.meshgrid(plane.mosaic_rows(), plane.mosaic_cols(), indexing="ij")
@@ -273,7 +274,7 @@ def test_smaller_tiles():
 @torch.no_grad()
 def test_internvl_encoder_against_flop_counter():
     model, _ = tiny("internvl", "eager")
-    shape = VisionShape.of(model.config)
+    shape = adapters.of(model.config).tower(model.config).shape()
     assert (shape.merge, shape.cls_tokens, shape.projector) == (2, 1, (128, 64, 64))
     with FlopCounterMode(display=False) as counter:
         model.model.get_image_features(torch.rand(3, 3, 56, 56))
@@ -297,7 +298,7 @@ def test_clips(family, method):
     assert sum(trace.n_visual) == 9 * (4 if family == "llava_onevision" else 16)
     assert sum(trace.n_kept_at(3)) < sum(trace.n_visual)
     patches = 4 if family == "llava_onevision" else 8
-    dense = encoder_flops(VisionShape.of(model.config), [(patches, patches)] * 9)
+    dense = encoder_flops(adapters.of(model.config).tower(model.config).shape(), [(patches, patches)] * 9)
     assert trace.flops()["dense"]["encoder"] == dense
     assert (trace.flops()["compressed"]["encoder"] < dense) == (method == "downsample")
     with Masked(model, trace, entered.embeds):

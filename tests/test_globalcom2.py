@@ -20,12 +20,12 @@ from vtok.compressors.globalcom2 import (
     crop_sizes,
     global_map,
     mosaic_index,
-    ranks,
     speaks_for,
     token_scores,
 )
 from vtok.errors import InvalidValue, Unsupported
 from vtok.types import Layout, Plane, VisualTokens
+from vtok.views import ranks
 
 # (side, grid, picture size): exact fit, padding above, padding at the sides, one crop, odd remainders, outer
 # crops that are half padding, outer crops of padding alone, the first
@@ -383,9 +383,23 @@ def test_nothing_waits_for_the_device(source):
 def test_pictures_without_crops():
     thin = anyres_layout(4, (2, 2), (1, 40))  # all its rows are cut away
     assert thin.planes[1].size == 0
-    for layout in (Layout((Plane(4, 4),)), Layout((Plane(4, 4, kind="thumbnail"),)), thin):
-        selection = vtok.GlobalCom2(keep=0.25).select(VisualTokens(torch.zeros(2, 16, 3), layout))
-        assert selection.keep.all() and selection.n_kept == 16
+    tall = Layout((Plane(4, 0, "crops", crop_grid=(2, 2), crop_shape=(4, 4), offset=(0, 4)), Plane(4, 4, "thumbnail")))
+    generator = torch.Generator().manual_seed(0)
+    for layout, view in ((Layout((Plane(4, 4),)), 0), (Layout((Plane(4, 4, "thumbnail"),)), 0), (thin, 0), (tall, 4)):
+        views = sum(plane.views for plane in layout.planes)
+        attention = torch.randn(2, views, 64, generator=generator)  # four patches a token
+        attention[0, view, 8:12] = math.nan
+        t = VisualTokens(torch.randn(2, 16, 3, generator=generator), layout, attention)
+        score = attention[:, view].view(2, 16, 4).mean(2).nan_to_num(-math.inf)
+        for keep, n in ((0.25, 4), (5, 5), (10**6, 16)):
+            best = torch.zeros(2, 16, dtype=torch.bool).scatter(1, score.topk(n).indices, True)
+            for source in ("cls_logits", "cls_probs"):
+                selection = vtok.GlobalCom2(keep=keep, score_source=source).select(t)
+                assert selection.n_kept == n
+                assert torch.equal(selection.keep, best) or source == "cls_probs"
+            odd = vtok.GlobalCom2(keep=keep, score_source="neg_cos_mean").select(t)
+            cosine = F.cosine_similarity(t.features, t.features.mean(1, keepdim=True), dim=-1)
+            assert torch.equal(odd.keep, torch.zeros_like(best).scatter(1, (-cosine).topk(n).indices, True))
     video = Layout((Plane(2, 2, kind="frame"),), modality="video")
     with pytest.raises(Unsupported, match="video"):
         vtok.GlobalCom2().select(VisualTokens(torch.zeros(1, 4, 3), video))

@@ -26,13 +26,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
+from vtok import media
 from vtok.cli import app
 from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.eval.lmms import models as lmms_models
 from vtok.eval.lmms import plan as lmms_plan
 from vtok.eval.lmms import prompts as lmms_prompts
 from vtok.eval.lmms import tasks as lmms_tasks
-from vtok.eval.lmms import video
+from vtok.eval.lmms.costs import PHASES
 from vtok.eval.lmms.entry import manifests
 from vtok.eval.lmms.models import RunFailed, VtokChat, VtokSimple
 from vtok.eval.tasks.task import Item, Question, Task
@@ -167,7 +168,7 @@ def test_files(tmp_path):
             lmms_plan.plan(config=file)
 
 
-def test_a_mistake_on_the_command_line_is_one_line():
+def test_a_mistake_on_the_command_line_is_one_line(monkeypatch):
     with pytest.raises(SystemExit, match="vtok: There is no argument keepp"):
         VtokChat.create_from_arg_string(f"pretrained={BUNDLED},compressor=fastv,keepp=0.5")
     with pytest.raises(SystemExit, match="Which model"):
@@ -178,8 +179,15 @@ def test_a_mistake_on_the_command_line_is_one_line():
         VtokChat.create_from_arg_string("pretrained=nowhere")
     with pytest.raises(SystemExit, match="no limits of pixels"):
         VtokChat.create_from_arg_string(f"pretrained={BUNDLED},max_pixels=1000")
-    with pytest.raises(RunFailed, match="could not be made: RuntimeError"):
+    with pytest.raises(SystemExit, match="no device 'abacus'"):
         VtokChat.create_from_arg_string(f"pretrained={BUNDLED}", {"device": "abacus"})
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(lmms_models, "load", broken)
+    with pytest.raises(RunFailed, match="could not be made: RuntimeError"):
+        VtokChat.create_from_arg_string(f"pretrained={BUNDLED}")
 
 
 def test_settings_of_the_prompt(saved):
@@ -187,7 +195,7 @@ def test_settings_of_the_prompt(saved):
     for name, how in (("plain", {}), ("small", {"max_pixels": 4 * 28**2}), ("told", {"system_prompt": "Be brief."})):
         model = VtokSimple(saved("qwen2_5_vl"), "none", **how)
         ask(model, DOCS[:1])
-        counted[name] = dict(model._totals)
+        counted[name] = dict(model.costs.totals)
     assert counted["small"]["n_visual"] <= 4 < counted["plain"]["n_visual"] == counted["told"]["n_visual"]
     assert counted["told"]["input_tokens"] > counted["plain"]["input_tokens"]
     default = VtokSimple(saved("llava"))
@@ -210,11 +218,11 @@ def test_a_batch_answers_as_one_at_a_time(saved, family):
     model = VtokSimple(saved(family), "divprune+fastv", nframes=4, **options)
     alone = [ask(model, [doc])[0] for doc in DOCS]
     assert len(set(alone)) == len(DOCS)
-    counted, model._totals = model._totals, type(model._totals)()
+    counted, model.costs.totals = model.costs.totals, type(model.costs.totals)()
     model.batch_size = 3
     assert ask(model, DOCS) == alone
     names = ("samples", "with_pictures", "n_visual", "n_kept", "input_tokens", "present", "traced")
-    assert all(counted[name] == pytest.approx(model._totals[name]) for name in names)
+    assert all(counted[name] == pytest.approx(model.costs.totals[name]) for name in names)
     assert counted["with_pictures"] == 4 and counted["n_kept"] < counted["n_visual"]
     assert 0.2 < counted["present"] / counted["traced"] < 0.5
 
@@ -366,7 +374,7 @@ def test_what_a_run_reports(bundled, manager):
         n = len(run["samples"]["vtok_scenes"])
         assert run["efficiency"]["overall"]["total_output_tokens"] == run["throughput"]["total_gen_tokens"]
         assert run["throughput"]["avg_latency"] * n == pytest.approx(run["throughput"]["total_elapsed_time"])
-        phases = [run["throughput"][f"avg_{phase}_seconds"] for phase in lmms_models.PHASES]
+        phases = [run["throughput"][f"avg_{phase}_seconds"] for phase in PHASES]
         assert min(phases[0], *phases[2:]) > 0 and sum(phases) == pytest.approx(run["throughput"]["avg_latency"])
     dense, pre_llm, llm = costs.values()
     assert dense["avg_n_kept"] == dense["avg_n_visual"] == pre_llm["avg_n_visual"]
@@ -399,7 +407,7 @@ def test_a_task_of_clips(saved, manager, monkeypatch):
     monkeypatch.setattr(lmms_tasks, "get", lambda name: made)
     model = VtokChat(saved("qwen2_5_vl"), "none", nframes=4, batch_size=2)
     seen = []
-    see = video.open_clip
+    see = media.open_clip
     monkeypatch.setattr(lmms_prompts, "open_clip", lambda *given: seen.append(see(*given)) or seen[-1])
     (task,) = lmms_tasks.build(["film"])
     how = {"bootstrap_iters": 0, "task_manager": manager, "batch_size": 1}
@@ -428,7 +436,7 @@ def test_a_crash_is_a_crash(bundled, manager, monkeypatch):
         patched.setattr(bundled.model, "generate", broken)
         with pytest.raises(RunFailed, match="vtok_scenes document .*RuntimeError: out of memory"):
             evaluate(bundled, manager)
-    assert not bundled._totals  # what was counted of a failed run is no part of the next
+    assert not bundled.costs.totals  # what was counted of a failed run is no part of the next
 
 
 def test_a_run_that_compressed_nothing_is_refused(bundled, manager):
@@ -451,9 +459,9 @@ def test_paddings_of_other_processes_are_not_run(bundled):
     made[1].metadata["__padding_only__"] = True
     bundled.task_dict = {"task": {"test": DOCS}}
     assert len(bundled.generate_until(made)) == 2
-    assert bundled._totals["samples"] == 1
+    assert bundled.costs.totals["samples"] == 1
     bundled.clean()
-    assert not bundled._totals
+    assert not bundled.costs.totals
 
 
 def test_another_compressor_on_the_same_model(bundled):
@@ -536,7 +544,7 @@ def lmms_eval(home, out, compressor, tasks, *words, launch=(), **more):
 @pytest.fixture
 def exported(tmp_path):
     """A folder with tasks of `vtok tasks export` in it."""
-    words = ["tasks", "export", str(tmp_path / "tasks"), "scenes", "--count", "4", "--plain"]
+    words = ["tasks", "export", str(tmp_path / "tasks"), "scenes", "--items", "4", "--plain"]
     written = CliRunner().invoke(app, words)
     assert written.exit_code == 0 and "vtok_scenes, vtok_scenes_yes_no" in written.output
     return tmp_path
@@ -586,7 +594,7 @@ def shown(clip):
     return [round(float(np.asarray(frame).mean()) / 5) for frame in clip.frames]
 
 
-@pytest.mark.parametrize("seek", [video.SEEK, 0.0, 0.3])
+@pytest.mark.parametrize("seek", [media.SEEK, 0.0, 0.3])
 @pytest.mark.parametrize(
     ("sampling", "piece", "expected", "fps"),
     [
@@ -599,22 +607,22 @@ def shown(clip):
     ],
 )
 def test_frames_of_a_file(film, monkeypatch, seek, sampling, piece, expected, fps):
-    monkeypatch.setattr(video, "SEEK", seek)
-    clip = video.open_clip(str(film), video.Sampling(**sampling), *piece)
+    monkeypatch.setattr(media, "SEEK", seek)
+    clip = media.open_clip(str(film), media.Sampling(**sampling), *piece)
     assert all(abs(a - b) <= 1 for a, b in zip(shown(clip), expected, strict=True))  # a time between two frames
     assert clip.fps == pytest.approx(fps, rel=0.01)
 
 
 def test_frames_at_hand():
     frames = [Image.new("RGB", (8, 8), (5 * i,) * 3) for i in range(10)]
-    assert shown(video.open_clip(frames, video.Sampling(nframes=2))) == [2, 7]
-    assert video.open_clip(frames, video.Sampling(nframes=2), fps=10.0).fps == 2.0
-    assert shown(video.open_clip(frames, video.Sampling(), 1.0, 2.0)) == [2, 3]
+    assert shown(media.open_clip(frames, media.Sampling(nframes=2))) == [2, 7]
+    assert media.open_clip(frames, media.Sampling(nframes=2), fps=10.0).fps == 2.0
+    assert shown(media.open_clip(frames, media.Sampling(), 1.0, 2.0)) == [2, 3]
     arrays = np.stack([np.asarray(frame) for frame in frames])
-    assert shown(video.open_clip(arrays, video.Sampling(nframes=2))) == [2, 7]
+    assert shown(media.open_clip(arrays, media.Sampling(nframes=2))) == [2, 7]
     for wrong in ("/nowhere.mp4", [], 7):
         with pytest.raises(InvalidValue):
-            video.open_clip(wrong, video.Sampling())
+            media.open_clip(wrong, media.Sampling())
     for wrong in ({"nframes": 0}, {"fps": -1.0}, {"nframes": 2, "fps": 1.0}):
         with pytest.raises(InvalidValue):
-            video.Sampling(**wrong)
+            media.Sampling(**wrong)

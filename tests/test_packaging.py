@@ -16,11 +16,10 @@ FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]
 
 # Modules that only an extra's user imports: package or module -> what they may import beside the core.
 EXTRAS = {
-    "vtok.zoo": {"numpy", "skimage", "sklearn", "aeon", "matplotlib", "tokenizers", "safetensors"},
     "vtok.draw": {"numpy", "matplotlib"},  # numpy comes with matplotlib
     "vtok.kernels": {"triton"},
-    "vtok.eval": {"lmms_eval", "loguru", "numpy", "tqdm", "yaml"},  # its pictures come from the zoo, which brings numpy
-    "vtok.eval.results": {"scipy"},
+    # its pictures take the extra zoo, which brings numpy and scipy
+    "vtok.eval": {"lmms_eval", "loguru", "numpy", "scipy", "tqdm", "yaml"},
     "vtok.eval.pages": {"jinja2", "markupsafe", "huggingface_hub"},  # of jinja2 and transformers
 }
 
@@ -97,7 +96,7 @@ def test_every_folder_with_code_is_a_listed_package():
 def test_the_wheel_takes_data_along():
     """The bundled models, and what pages are made of."""
     data = PROJECT["tool"]["setuptools"]["package-data"]
-    for package, suffixes in {"vtok.zoo": {".png"}, "vtok.model_cards": None, "vtok.eval.pages": None}.items():
+    for package, suffixes in {"vtok": {".png"}, "vtok.model_cards": None, "vtok.eval.pages": None}.items():
         folder = FOLDERS[package]
         taken = {file for pattern in data[package] for file in folder.glob(pattern)}
         kept = {f for f in folder.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts}
@@ -122,3 +121,16 @@ def test_modules_import_only_declared_dependencies(package):
         extra = set().union(*(EXTRAS.get(".".join(parts[: i + 1]), set()) for i in range(len(parts))))
         allowed = core | extra | {"vtok"} | sys.stdlib_module_names
         assert set(top_level_imports(file)) <= allowed, file
+
+
+def test_the_suite_does_not_import_what_makes_the_evidence():
+    """Outside of the command line nothing in vtok/ imports eval or recipes, not even in functions."""
+    assert ROOT / "recipes" not in FOLDERS.values()  # no wheel has it
+    for file in (ROOT / "vtok").rglob("*.py"):
+        if "cli" in file.stem or "cli" in file.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert not [name for name in names if name.startswith(("vtok.eval", "recipes"))], file

@@ -11,7 +11,7 @@ from vtok.types import Attention
 
 def run(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra)
+        return model(**inputs, **{"use_cache": True, **extra})
 
 
 def test_stages():

@@ -12,7 +12,7 @@ import vtok
 from vtok.compressors.quecc import places
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.quecc import LAYERS, RELEASED, QueCC, QueCCProjector, question_end, windows
-from vtok.modules.quecc_training import projector_for, train
+from vtok.modules.training import quecc_for, train
 from vtok.types import Layout, Plane
 
 
@@ -229,7 +229,7 @@ CELLS = [family for family in FAMILIES if ADAPTERS[family].provides >= vtok.QueC
 @functools.cache
 def weights(family, kernel=2):
     """A random projector for the tiny model, whose tokens are about as large as the model's own."""
-    return randomise(projector_for(tiny(family)[0], kernel, layers=(0, 1, -1, 1.0), heads=4, partial=True)).eval()
+    return randomise(quecc_for(tiny(family)[0], kernel, layers=(0, 1, -1, 1.0), heads=4, partial=True)).eval()
 
 
 def slow_cells(plane, kernel):
@@ -296,13 +296,13 @@ def test_tokens_are_the_projectors():
     model, processor = tiny("llava")
     inputs = batch(processor, ["some # What colour is it?"], [picture(56, 56)])
     model, inputs = double(model, inputs)  # the random weights blow rounding up, on some processors beyond 1e-5
-    projector = randomise(projector_for(model, 2, layers=(0, 1, -2, -1), heads=4)).double()
+    projector = randomise(quecc_for(model, 2, layers=(0, 1, -2, -1), heads=4)).double()
     image = inputs["input_ids"][0] == model.config.image_token_id
     behind = inputs["input_ids"][:, int(image.nonzero()[-1]) + 1 :]
     stop = behind[0, -2:].tolist()
     for options, text in (({}, behind), ({"stop": stop}, behind[:, :-2]), ({"stop": [1, 2, 3]}, behind)):
         with vtok.patch(model, "quecc", weights=projector, **options) as patch, Entered(model, patch) as entered:
-            model(**inputs)
+            model(**inputs, use_cache=True)
         made = expected_tokens(model, projector, inputs, patch, text)[0]
         kept = patch.trace.keep_masks[0]
         assert kept.nonzero().squeeze(1).tolist() == [0, 2, 8, 10]
@@ -321,10 +321,10 @@ def test_pruning_is_masking(family, side):
         vtok.patch(model, "quecc", weights=weights(family)) as patch,
         Entered(model, patch) as entered,
     ):
-        pruned = model(**inputs).logits
+        pruned = model(**inputs, use_cache=True).logits
     assert sum(patch.trace.n_kept) < sum(patch.trace.n_visual)
     with torch.no_grad(), Masked(model, patch.trace, entered.embeds):
-        masked = model(**inputs).logits
+        masked = model(**inputs, use_cache=True).logits
     here = patch.trace.present_at(0)
     torch.testing.assert_close(pruned[here], masked[here], atol=1e-5, rtol=1e-5)
     assert (pruned[~here] == 0).all()
@@ -337,9 +337,9 @@ def test_a_batch_is_its_samples(family):
     prompts = ["a # What colour is it?", "two # and # yes", "no picture at all", "last 0 1 2 #"]
     pictures = [picture(70, 112, 1), picture(56, 56, 2), picture(112, 70, 3), picture(56, 56, 4)]
     with torch.no_grad(), vtok.patch(model, "quecc", weights=weights(family)):
-        together = model(**batch(processor, prompts, pictures)).logits
+        together = model(**batch(processor, prompts, pictures), use_cache=True).logits
         for i, part in enumerate([pictures[:1], pictures[1:3], [], pictures[3:]]):
-            alone = model(**batch(processor, [prompts[i]], part)).logits
+            alone = model(**batch(processor, [prompts[i]], part), use_cache=True).logits
             torch.testing.assert_close(together[i, -1], alone[0, -1], atol=2e-4, rtol=2e-4)
 
 
@@ -385,7 +385,7 @@ def test_training_without_labels_is_refused():
     inputs = mixed(processor)
     model.train()
     with vtok.patch(model, "quecc", weights=weights("llava")), pytest.raises(Unsupported, match="Pass labels"):
-        model(**inputs)
+        model(**inputs, use_cache=True)
 
 
 def test_a_second_picture_asks_its_own_question():
@@ -407,7 +407,7 @@ def test_a_second_picture_asks_its_own_question():
         alone = batch(processor, [question], [picture(56, 56, 2)])
         patch = vtok.patch(model, "quecc", weights=weights("llava"))
         with torch.no_grad(), patch, Entered(model, patch) as entered:
-            model(**alone)
+            model(**alone, use_cache=True)
         torch.testing.assert_close(kept[-1], entered.embeds[0, image][patch.trace.keep_masks[0]], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(*kept, atol=1e-3)
 
@@ -420,7 +420,7 @@ def test_only_pictures_no_text():
     only = inputs["input_ids"][0] == image
     inputs = {**inputs, "input_ids": inputs["input_ids"][:, only], "attention_mask": inputs["attention_mask"][:, only]}
     with torch.no_grad(), vtok.patch(model, "quecc", weights=weights("llava"), stop=(5,)) as patch:
-        assert model(**inputs).logits.isfinite().all()
+        assert model(**inputs, use_cache=True).logits.isfinite().all()
     assert patch.trace.n_kept == [4 + 1]  # and the last, behind which the answer begins
 
 
@@ -442,7 +442,7 @@ def test_refusals(tmp_path):
     inputs = mixed(processor)
     narrow = vtok.QueCC(weights=QueCCProjector(16, 64, 2, layers=(0, 1)))
     with vtok.patch(model, narrow), pytest.raises(Unsupported, match="patches of width 16"):
-        model(**inputs)
+        model(**inputs, use_cache=True)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     rest = {key: value for key, value in inputs.items() if key != "input_ids"}
     with vtok.patch(model, "quecc", weights=weights("llava"), stop=(5,)), pytest.raises(Unsupported, match="input_ids"):
@@ -457,7 +457,7 @@ def test_weights_from_a_file(tmp_path):
     logits = []
     for source in (weights("llava"), tmp_path / "quecc.safetensors", str(tmp_path)):
         with torch.no_grad(), vtok.patch(model, "quecc", weights=source):
-            logits.append(model(**inputs).logits)
+            logits.append(model(**inputs, use_cache=True).logits)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
@@ -471,19 +471,11 @@ def test_training_recipe(decoder):
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    projector = projector_for(model, 2, heads=4)
+    projector = quecc_for(model, 2, heads=4)
     start = {name: value.clone() for name, value in projector.state_dict().items()}
-    seen = []
-    losses = train(
-        model,
-        projector,
-        [{**inputs, "labels": labels}] * 20,
-        12,
-        lr=3e-3,
-        decoder=decoder,
-        on_step=lambda step, loss: seen.append((step, loss)),
-    )
-    assert seen == list(enumerate(losses)) and len(losses) == 12
+    batches = [{**inputs, "labels": labels}] * 20
+    losses = train(model, projector, lambda step: vtok.QueCC(weights=projector), batches, 12, lr=3e-3, decoder=decoder)
+    assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.1
     unmoved = {name for name, value in projector.state_dict().items() if torch.equal(value, start[name])}
     assert not unmoved
@@ -499,15 +491,19 @@ def test_training_recipe(decoder):
 def test_training_needs_labels():
     model, processor = tiny("llava")
     inputs = dict(mixed(processor))
+    projector = quecc_for(model, 2, heads=4)
+    method = lambda step: vtok.QueCC(weights=projector)
     with pytest.raises(Unsupported, match="Pass labels"):
-        train(model, projector_for(model, 2, heads=4), [inputs], 1)
+        train(model, projector, method, [inputs], 1)
+    assert not any("token_projector" in name for name in model.state_dict())
+    vtok.patch(model, "uniform").remove()  # nothing is left of it
     with pytest.raises(InvalidValue, match="steps"):
-        train(model, projector_for(model, 2, heads=4), [inputs], 0)
+        train(model, projector, method, [inputs], 0)
 
 
 def test_a_fresh_projector_knows_the_models_mlp():
     model, _ = tiny("llava")
-    projector = projector_for(model, 2, heads=4)
+    projector = quecc_for(model, 2, heads=4)
     own = model.model.multi_modal_projector
     assert torch.equal(projector.mlp[0].weight, own.linear_1.weight)
     assert torch.equal(projector.mlp[2].bias, own.linear_2.bias)

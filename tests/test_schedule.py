@@ -222,7 +222,7 @@ def spy():
 
 def run(model, inputs, **extra):
     with torch.no_grad():
-        return model(**inputs, **extra)
+        return model(**inputs, **{"use_cache": True, **extra})
 
 
 def visual(model, inputs):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract import one_line_error
 from typer.testing import CliRunner
 
 from vtok import cli
@@ -229,20 +230,21 @@ def model():
 
 
 def test_questions_are_of_the_validation_split():
-    from vtok.search.questions import validation
-    from vtok.zoo import scenes
+    from vtok.eval.results.searched import validation
+    from vtok.eval.tasks import scenes
 
     asked = validation(10)
     assert sum(len(questions) for _, questions in asked) == 10
     assert asked[0][1] == validation(3)[0][1] + asked[0][1][3:]
-    scene = scenes.generate("val", 2026, 0)
-    assert asked[0][0].tobytes() == scene.image.tobytes()
+    scene = scenes.TASK.item("val", 2026, 0)
+    assert asked[0][0].tobytes() == scene.images[0].tobytes()
     assert set(asked[0][1]) <= set(scene.questions)
     assert len({q.category for q in asked[0][1]}) == len(asked[0][1])
 
 
 def test_log_probabilities_by_single_forwards(model):
-    from vtok.search.questions import log_probability, teacher_forced, validation
+    from vtok.eval.results.searched import validation
+    from vtok.search.questions import log_probability, teacher_forced
 
     network, processor = model
     asked = validation(9)
@@ -265,7 +267,8 @@ def test_log_probabilities_by_single_forwards(model):
 
 
 def test_metrics_tell_schedules_apart(model):
-    from vtok.search.questions import metric_of, validation
+    from vtok.eval.results.searched import validation
+    from vtok.search.questions import metric_of
 
     asked = validation(7)
     with pytest.raises(InvalidValue, match="metric must be one of"):
@@ -320,8 +323,8 @@ def test_command_line(tmp_path):
     ("words", "complaint"),
     [
         (("gsearch", "--model", "none"), "No model 'none'"),
-        (("gsearch", "--questions", 0), "--questions must be at least 1"),
-        (("gsearch", "--metric", "bleu"), "--metric is one of"),
+        (("gsearch", "--questions", 0), "Invalid value for '--questions'"),
+        (("gsearch", "--metric", "bleu"), "Invalid value for '--metric'"),
         (("gsearch", "--questions", 1, "--step", 0.3), "step must be"),
         (("gsearch", "--questions", 1, "--tolerance", 2), "tolerance must be"),
         (("psigmoid", "--budget", 2), "--budget is a fraction"),
@@ -330,9 +333,7 @@ def test_command_line(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(words, complaint, tmp_path):
-    code, output = invoke(*words, "--out", tmp_path / "out")
-    lines = output.strip().split("\n")
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("vtok: ") and complaint in lines[0], output
+    one_line_error(*invoke(*words, "--out", tmp_path / "out"), complaint)
     assert not Path(tmp_path / "out").exists()
 
 

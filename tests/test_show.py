@@ -10,14 +10,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
-from vtok import cli, demo, show
+from vtok import cli, media, show
 from vtok.errors import InvalidValue, MissingExtra, Unsupported
+from vtok.media import Clip, Sampling
+from vtok.prompts import ask, encode
 from vtok.types import Layout, Plane
 
 pytest.importorskip("matplotlib")
 
 FRAMES = 5  # Qwen pairs them: three planes of tokens, the last frame twice
-CLIP = show.Clip(tuple(Image.fromarray(255 - 8 * i - torch.zeros(84, 112, 3).byte().numpy()) for i in range(FRAMES)))
+CLIP = Clip(tuple(Image.fromarray(255 - 8 * i - torch.zeros(84, 112, 3).byte().numpy()) for i in range(FRAMES)))
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,9 @@ def qwen():
 
 def traced(model, processor, seen, method, **how):
     """The trace of a run that `vtok show` has nothing to do with."""
-    if isinstance(seen, show.Clip):
-        facts = {"fps": seen.fps, "total_num_frames": len(seen.frames), "frames_indices": list(range(len(seen.frames)))}
-        extra = {"video_metadata": [facts], "do_sample_frames": False}
-        inputs = demo.inputs_for(processor, list(seen.frames), "Why?", model.device, "video", **extra)
-    else:
-        inputs = demo.inputs_for(processor, seen, "Why?", model.device)
+    inputs = encode(processor, [ask("Why?", seen)])
     with vtok.patch(model, method, **how) as patch, torch.no_grad():
-        model(**inputs)
+        model(**inputs, use_cache=True)  # a prefill: the whole row is a prompt
     return patch.trace
 
 
@@ -88,7 +85,7 @@ def test_the_page_draws_the_masks_of_the_trace(llava, how):
         trace = traced(model, processor, seen, method, **how)
         thumbnail, crops = trace.layouts[0].planes
         assert (thumbnail.kind, crops.kind) == ("thumbnail", "crops")
-        for layer in range(trace.shapes.text.layers):
+        for layer in range(trace.shapes.layers):
             mask = trace.keep_masks_at(layer)[0]
             large, small = drawn(text, layer)[method]
             assert torch.equal(small.flatten(), mask[: thumbnail.size])
@@ -152,7 +149,7 @@ def test_a_clip_is_drawn_frame_by_frame(qwen, tmp_path):
         planes = trace.layouts[0].planes
         across, down = show.grid(CLIP, len(planes))
         assert len(planes) == 3 <= across * down
-        for layer in range(trace.shapes.text.layers):
+        for layer in range(trace.shapes.layers):
             (sheet,) = drawn(text, layer)[method]
             mask, at = trace.keep_masks_at(layer)[0].tolist(), 0
             for t, plane in enumerate(planes):
@@ -195,9 +192,9 @@ def test_frames_of_a_folder_and_of_a_file(tmp_path):
     for i in range(12):
         Image.new("RGB", (32, 16), (20 * i, 0, 0)).save(tmp_path / f"frame{i}.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    whole = show.open_clip(tmp_path)
+    whole = media.open_clip(tmp_path)
     assert [frame.getpixel((0, 0))[0] for frame in whole.frames] == [20 * i for i in range(12)]
-    some = show.open_clip(tmp_path, 3)
+    some = media.open_clip(tmp_path, Sampling(max_frames=3))
     assert [frame.getpixel((0, 0))[0] // 20 for frame in some.frames] == [2, 6, 10]
 
     av = pytest.importorskip("av")
@@ -207,7 +204,7 @@ def test_frames_of_a_folder_and_of_a_file(tmp_path):
         for frame in whole.frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode(None))
-    clip = show.open_clip(tmp_path / "clip.mp4", 3)
+    clip = media.open_clip(tmp_path / "clip.mp4", Sampling(max_frames=3))
     assert clip.fps == pytest.approx(10 * 3 / 12)
     assert [frame.getpixel((16, 8))[0] for frame in clip.frames] == pytest.approx([40, 120, 200], abs=25)
 
@@ -303,12 +300,12 @@ def test_other_errors(llava, tmp_path, monkeypatch):
     model, processor = llava
     with pytest.raises(Unsupported, match="qwen2_5_vl"):
         show.follow(model, processor, CLIP, "Why?", ["uniform"])
-    with pytest.raises(InvalidValue, match="at least one frame"):
-        show.open_clip(tmp_path, 0)
+    with pytest.raises(InvalidValue, match="max_frames must be above 0"):
+        Sampling(max_frames=0)
     (tmp_path / "file").write_text("")
     shown = show.follow(model, processor, picture(96, 128), "", ["uniform"], max_new_tokens=1)
     with pytest.raises(InvalidValue, match="could not be written"):
         show.write(picture(96, 128), shown, "", "", tmp_path / "file")
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(MissingExtra, match="PyAV"):
-        show.open_clip(tmp_path / "file")
+        media.open_clip(tmp_path / "file")

@@ -233,15 +233,15 @@ def test_the_recipe(tmp_path):
     """Alignment brings the tokens closer to the model's own; then each step of a trainer draws its number."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from vtok.modules.tokenflex_training import FlexibleTokens, align, projector_for
+    from vtok.modules.training import Projected, align, tokenflex_for
 
     model, processor = tiny("llava")
     sampler = TokenSampler((1, 4), (0.5, 0.5), seed=2)
     torch.manual_seed(0)
-    projector = projector_for(model)
+    projector = tokenflex_for(model)
     inputs = batch(processor, ["# what?", "and # this"], [picture(56, 56), picture(56, 56, 1)])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = align(model, projector, [inputs] * 60, sampler, lr=1e-2)
+    losses = align(model, projector, sampler, [inputs] * 60, 60, lr=1e-2)
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -254,7 +254,7 @@ def test_the_recipe(tmp_path):
     labels = inputs["input_ids"].clone()
     labels[:, :-2] = -100
     rows = [{name: value[i] for name, value in inputs.items()} | {"labels": labels[i]} for i in range(2)]
-    flexible = FlexibleTokens(projector, sampler)
+    flexible = Projected(projector, lambda step: TokenFLEX(keep=sampler.at(step), weights=projector))
     flexible.attach(model)
     frozen = projector.down.weight.detach().clone()
     settings = TrainingArguments(

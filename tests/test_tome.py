@@ -12,8 +12,9 @@ from test_undo import HOOKS
 from torch import nn
 
 import vtok
-from vtok import vit as vits
+from vtok import tower as towers
 from vtok.compressors.tome import match, merge
+from vtok.engine import groups as vits
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.kernels.merge import sizes
 from vtok.types import Layout, Plane
@@ -245,9 +246,9 @@ class Slow:
     that its own attention over the copies is proportional attention."""
 
     def __init__(self, tower, r):
-        found, family = vits.find(tower)
+        found, family = towers.find(tower)
         self.blocks, self.family, self.r = list(family.blocks(found)), family, r
-        self.protected = family.protected(found)
+        self.protected = family.skip
 
     def __enter__(self):
         self.hooks, self.groups = [], None
@@ -705,7 +706,7 @@ def test_what_llava_is_refused():
     model, _ = tiny("llava")
     with pytest.raises(InvalidValue, match="carry=True"):
         vtok.patch(model, "tome", budget=0.5)
-    with pytest.raises(Unsupported, match="At most one compressor a stage"):
+    with pytest.raises(Unsupported, match="smaller picture and merging inside the encoder"):
         vtok.patch(model, ["tome", "downsample"])
     vtok.patch(model, "tome").remove()
 

@@ -2,32 +2,35 @@
 
 import pytest
 import torch
-from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, mixed, picture, placeholder_ids, tiny
+from contract import (
+    Entered,
+    Masked,
+    batch,
+    cells,
+    drops,
+    example,
+    masks,
+    matrix,
+    mixed,
+    picture,
+    placeholder_ids,
+    run,
+    tiny,
+)
 
 import vtok
 import vtok.errors
 
-METHODS = {
-    "uniform": lambda: [vtok.Uniform(keep=0.5)],
-    "pool": lambda: [vtok.Pool(keep=0.3)],
-    "downsample": lambda: [vtok.Downsample(keep=0.3)],
-    "tcc": lambda: [vtok.TCC(keep=0.5, sim_threshold=0.5, importance="received", low_layer=0)],
-    "globalcom2": lambda: [vtok.GlobalCom2(keep=0.3)],
-    "fastv": lambda: [vtok.FastV(keep=0.5, layer=2)],
-    "core_tokens": lambda: [vtok.CoreTokens(layer=1, max_keep=0.6)],
-    "fastv after visual": lambda: [vtok.FastV(keep=0.5, layer=2, anchor="after_visual")],
-    "dart": lambda: [vtok.DART(keep=0.4, layer=2, visual_pivots=1, text_pivots=2)],
-    "schedule": lambda: [vtok.Schedule(rates=(1, 0.92, 0.89, 0.3))],
-    "aim": lambda: [vtok.AIM(keep=0.5, start=1, end=3)],
-}
-CELLS = [
-    pytest.param(family, method, id=f"{family}-{method}")
-    for family in FAMILIES
-    for method in METHODS
-    if all(part.needs_now <= ADAPTERS[family].provides for item in METHODS[method]() for part in item.parts())
-]
-# features are merged or pictures shrunk: the oracle gets them as constants, and knows no gradient before them
-CONSTANT = {"pool", "downsample", "aim", "tcc"}
+CELLS = cells("some")
+ORACLE = cells("some", lambda parts: masks(parts) and drops(parts))
+
+
+def constant(parts):
+    """Features are merged or made anew, or pictures shrunk: the oracle gets them as constants, and knows no gradient
+    before them."""
+    return any(part.stage in ("pixels", "blocks") or getattr(part, "merges", False) for part in parts)
+
+
 PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "last 0 1 2 #"]
 SIZES = [(70, 112), (56, 56), (112, 70), (56, 140)]
 
@@ -49,12 +52,14 @@ def with_completion(inputs, completion):
     return inputs, labels
 
 
-@pytest.mark.parametrize(("family", "method"), CELLS)
+@pytest.mark.parametrize(("family", "method"), ORACLE)
 def test_loss_and_gradients(family, method):
     """The loss and every gradient are those of the unpatched model with the dropped columns masked."""
     model, processor = tiny(family)
     inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
-    projector = model.model.visual.merger if family.startswith("qwen") else model.model.multi_modal_projector
+    parts = example(model, method)
+    own = model.model.visual.merger if family.startswith("qwen") else model.model.multi_modal_projector
+    projector = parts[0].weights if parts[0].trained else own
     watched = {
         "embeddings": model.get_input_embeddings().weight,
         "projector": list(projector.parameters())[-1],
@@ -63,22 +68,23 @@ def test_loss_and_gradients(family, method):
     }
 
     def grads(loss):
-        model.zero_grad()
+        for weight in watched.values():
+            weight.grad = None
         loss.backward()
         return {name: weight.grad.clone() for name, weight in watched.items() if weight.grad is not None}
 
-    with vtok.patch(model, METHODS[method]()) as patch, Entered(model, patch) as entered:
+    with vtok.patch(model, parts) as patch, Entered(model, patch) as entered:
         output = model(**inputs, labels=labels)
         pruned = grads(output.loss)
     assert sum(patch.trace.n_kept_at(3)) < sum(patch.trace.n_visual)
     assert pruned.keys() == watched.keys()
     assert all(grad.abs().sum() > 0 for grad in pruned.values())
-    constant = method in CONSTANT
-    with Masked(model, patch.trace, entered.embeds if constant else None):
+    fixed = constant(parts)
+    with Masked(model, patch.trace, entered.embeds if fixed else None):
         masked_output = model(**inputs, labels=labels)
         masked = grads(masked_output.loss)
     torch.testing.assert_close(output.loss, masked_output.loss, atol=1e-5, rtol=1e-5)
-    assert masked.keys() == (watched.keys() - {"embeddings", "projector"} if constant else watched.keys())
+    assert masked.keys() == (watched.keys() - {"embeddings", "projector"} if fixed else watched.keys())
     for name in masked:
         torch.testing.assert_close(pruned[name], masked[name], atol=1e-4, rtol=1e-3)
 
@@ -90,7 +96,7 @@ def test_gradient_checkpointing(family, method):
     weight = model.model.language_model.layers[0].mlp.down_proj.weight
     model.train()
     grads = []
-    with vtok.patch(model, METHODS[method]()):
+    with vtok.patch(model, example(model, method)):
         for checkpointing in (False, True):
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -109,17 +115,18 @@ def test_peft(family, method, order):
     model, processor = tiny(family)
     inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
     lora = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=2, init_lora_weights=False)
+    parts = example(model, method)
     if order == "patch first":
-        patch = vtok.patch(model, METHODS[method]())
+        patch = vtok.patch(model, parts)
         wrapped = get_peft_model(model, lora)
     else:
         wrapped = get_peft_model(model, lora)
-        patch = vtok.patch(wrapped, METHODS[method]())
+        patch = vtok.patch(wrapped, parts)
     output = wrapped(**inputs, labels=labels)
     output.loss.backward()
     grads = [p.grad for n, p in wrapped.named_parameters() if "lora_B" in n]
     assert grads and all(g is not None and g.abs().sum() > 0 for g in grads)
-    assert sum(patch.trace.n_kept_at(3)) < sum(patch.trace.n_visual)
+    assert drops(matrix()[family, method]) == (sum(patch.trace.n_kept_at(3)) < sum(patch.trace.n_visual))
     wrapped.generate(**prompts(processor), max_new_tokens=2)
     vtok.unpatch(wrapped)
     assert not patch.active
@@ -130,18 +137,18 @@ def test_bfloat16(family, method):
     """As many tokens are kept, and rounding hurts no more than it hurts the dense model."""
     model, processor = tiny(family)
     inputs = prompts(processor)
-    with torch.no_grad():
-        dense = model(**inputs).logits
-        with vtok.patch(model, METHODS[method]()) as patch:
-            exact, kept = model(**inputs).logits, patch.trace.per_sample(patch.trace.n_kept_at(3))
-        model = model.to(torch.bfloat16)
-        dense_error = (model(**inputs).logits - dense).norm() / dense.norm()
-    with torch.no_grad(), vtok.patch(model, METHODS[method]()) as patch:
-        logits = model(**inputs).logits
+    methods = example(model, method)
+    dense = run(model, inputs).logits
+    with vtok.patch(model, methods) as patch:
+        exact, kept = run(model, inputs).logits, patch.trace.per_sample(patch.trace.n_kept_at(3))
+    model = model.to(torch.bfloat16)
+    dense_error = (run(model, inputs).logits - dense).norm() / dense.norm()
+    with torch.no_grad(), vtok.patch(model, methods) as patch:
+        logits = run(model, inputs).logits
         assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
-    if not METHODS[method]()[0].adaptive:  # such a count is a matter of rounding
+    if not any(part.adaptive for part in patch.compressors):  # such a count is a matter of rounding
         assert patch.trace.per_sample(patch.trace.n_kept_at(3)) == kept
     assert patch.trace.kv_bytes()["dense"] * 2 == sum(
         sum(sample) * 2 * 32 * 4 for sample in patch.trace.counts()["dense"]
@@ -156,7 +163,7 @@ def test_rollout_and_training_agree(family, method):
     from trl.trainer.utils import add_fused_lm_head
 
     model, processor = tiny(family)
-    with vtok.patch(model, METHODS[method]()) as patch:
+    with vtok.patch(model, example(model, method)) as patch:
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         inputs = prompts(processor)
         torch.manual_seed(0)
@@ -187,7 +194,7 @@ def test_generate_without_a_cache(family, method):
     """The grown sequence is run again at each step, and keeps what the prompt kept."""
     model, processor = tiny(family)
     inputs = prompts(processor)
-    with vtok.patch(model, METHODS[method]()):
+    with vtok.patch(model, example(model, method)):
         cached = model.generate(**inputs, max_new_tokens=5, do_sample=False)
         again = model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False)
     assert torch.equal(cached, again)
@@ -221,7 +228,7 @@ def test_anchors():
             model(**inputs, labels=labels)
             length = inputs["input_ids"].shape[1]
             assert seen["anchor"].tolist() == [length - 4] * 4
-            model(**inputs)
+            run(model, inputs)
             assert seen["anchor"].tolist() == [length - 1] * 4
         with vtok.patch(model, [Spy(anchor="after_visual")]):
             model(**inputs)

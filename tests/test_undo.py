@@ -6,13 +6,13 @@ import weakref
 
 import pytest
 import torch
-from contract import FAMILIES, encoder, mixed, tiny
+from contract import FAMILIES, STACKS, cells, encoder, example, mixed, run, tiny
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtok
 import vtok.errors
 
-STACK = lambda: [vtok.Downsample(keep=0.5), vtok.Uniform(keep=0.5), vtok.FastV(keep=0.5)]
+STACK = STACKS["all stages"]
 HOOKS = [
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -36,8 +36,19 @@ def snapshot(model):
 
 
 def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
+    return run(model, inputs).logits
+
+
+@pytest.mark.parametrize(("family", "method"), cells("some"))
+def test_no_method_leaves_anything_behind(family, method):
+    model, processor = tiny(family)
+    inputs = mixed(processor)
+    dense, before, methods = logits(model, inputs), snapshot(model), example(model, method)
+    with vtok.patch(model, methods):
+        assert snapshot(model) != before
+        model.generate(**inputs, max_new_tokens=2)
+    assert snapshot(model) == before
+    assert torch.equal(logits(model, inputs), dense)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -153,7 +164,7 @@ def test_two_models_do_not_know_of_each_other(family):
 
 def test_copying_a_patched_model_is_refused():
     model, _ = tiny("llava")
-    with vtok.patch(model, "uniform"), pytest.raises(vtok.errors.PatchStateError, match="unpatch it, copy it"):
+    with vtok.patch(model, "uniform"), pytest.raises(vtok.errors.PatchStateError, match="unpatch it first"):
         copy.deepcopy(model)
 
 

@@ -1,33 +1,20 @@
-"""Training runs that stop and go on. Run by `test_zoo.py` in a process of its own."""
+"""Training runs that stop and go on. Run by `test_recipes.py` in a process of its own."""
 
 import json
 
 import pytest
 import torch
 
+from recipes import internvl, llava_next, loop, qwen2_5_vl
+from recipes.loop import Team
+from recipes.recipe import train
 from vtok import zoo
 from vtok.eval.pages import cards, task_card
+from vtok.eval.results import judge
 from vtok.eval.tasks import task as offline
-from vtok.zoo import internvl, judge, loop, qwen2_5_vl, train
-from vtok.zoo.team import Team
 
 
-def test_training_resumes_where_it_stopped(tmp_path):
-    recipe = train.Recipe(tower_steps=2, tower_batch=2, steps=3, batch=2, part=1)
-    lines = []
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train.train(whole, recipe, workers=1, log=lines.append)
-    train.train(halves, recipe, workers=1, stop_after=3, log=lines.append)
-    train.train(halves, recipe, workers=1, log=lines.append)
-    one, two = (torch.load(f.with_name(f.name + ".ckpt") / "state.pt")["model"] for f in (whole, halves))
-    assert any("resumed" in line for line in lines)
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=0, atol=1e-6)
-    made = json.loads((halves / "training.json").read_text())
-    assert made["pictures"] == 2 * 2 + 3 * 2
-
-
-@pytest.mark.parametrize("family", [qwen2_5_vl, internvl], ids=["qwen", "internvl"])
+@pytest.mark.parametrize("family", [llava_next, qwen2_5_vl, internvl], ids=["llava", "qwen", "internvl"])
 def test_task_training_resumes_where_it_stopped(tmp_path, family):
     """And what it writes loads through the Auto classes, is judged, and gets its card."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -37,9 +24,9 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     )
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     lines = []
-    family.train(whole, recipe, workers=1, check=1, log=lines.append)
-    family.train(halves, recipe, workers=1, check=1, stop_after=3, log=lines.append)
-    family.train(halves, recipe, workers=1, check=1, log=lines.append)
+    train(family.FAMILY, whole, recipe, workers=1, check=1, log=lines.append)
+    train(family.FAMILY, halves, recipe, workers=1, check=1, stop_after=3, log=lines.append)
+    train(family.FAMILY, halves, recipe, workers=1, check=1, log=lines.append)
     one, two = (torch.load(loop.state_file(folder)) for folder in (whole, halves))
     assert any("resumed at stage 1, step 1" in line for line in lines)
     assert one["pictures"] == two["pictures"] >= 5
@@ -51,7 +38,7 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     assert model.config.model_type in task_card.ARCHITECTURES
     assert (halves / "model.safetensors").stat().st_size < 11.5e6
     some = {name: offline.get(name) for name in ("scenes", "charts")}
-    result = judge.report(model.eval(), processor, count=1, robbed=1, some=some, learn=4)
+    result = judge.report(model.eval(), processor, some, count=1, robbed=1, learn=4)
     assert set(result["tasks"]) == set(some)
     assert result["overall"]["n"] == sum(row["n"] for row in result["categories"].values())
     (halves / "eval.json").write_text(json.dumps(result))
@@ -70,12 +57,35 @@ def test_parts_that_take_longest_come_first():
     team.stop()
 
 
+def test_two_workers_give_what_one_gives(tmp_path):
+    """The same weights, to rounding, after steps of several parts of either stage."""
+    recipe = llava_next.Recipe(tasks={"scenes": (1.0, 1)}, words=8, tower_steps=2, steps=2, parts=3)
+    for workers in (1, 2):
+        train(llava_next.FAMILY, tmp_path / str(workers), recipe, workers, check=1, log=lambda line: None)
+    one, two = (torch.load(loop.state_file(tmp_path / n)) for n in "12")
+    assert one["questions"] == two["questions"] > 0
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][name], rtol=0, atol=1e-4)
+
+
+def test_a_part_that_fails_is_told():
+    weight = torch.nn.Parameter(torch.ones(()))
+
+    def work(index):
+        raise ValueError(f"part {index}")
+
+    team = Team(2, [weight], work, lambda index: 0)
+    with pytest.raises(ValueError, match="part"):
+        team.step(range(2))
+    team.stop()
+
+
 def test_task_training_goes_on_from_a_bundled_model(tmp_path):
     """At a learning rate of 0, with another vocabulary: its tower, its decoder, and what is known of its training."""
     name, out = "vtok-tiny-qwen2.5-vl", tmp_path / "on"
     settings = {"tasks": {"charts": (1.0, 1)}, "words": 8, "tower_steps": 0, "steps": 1, "parts": 1}
     recipe = qwen2_5_vl.Recipe(**settings, start=name, lr=0.0, matrix_lr=0.0)
-    qwen2_5_vl.train(out, recipe, workers=1, check=1, log=lambda line: None)
+    train(qwen2_5_vl.FAMILY, out, recipe, workers=1, check=1, log=lambda line: None)
     own, _ = zoo.load(name)
     found = torch.load(loop.state_file(out))["model"]
     same = {key: value for key, value in own.state_dict().items() if "embed_tokens" not in key and "lm_head" not in key}

@@ -19,6 +19,7 @@ _HOMES = {
     "VisualTokens": "vtok.types",
     "VtokError": "vtok.errors",
     "available": "vtok.patching",
+    "load": "vtok.config",
     "patch": "vtok.patching",
     "unpatch": "vtok.patching",
 }

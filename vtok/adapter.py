@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok.errors import Unsupported
+from vtok.registry import register
 from vtok.tower import Layer, Tower
 from vtok.types import Layout, Plane
 
@@ -55,7 +56,9 @@ class Adapter(ABC):
     # what compressors may need, see Compressor.needs; "question" and "ffn" are added to all, "ffn" being checked on the
     # model (vtok/engine/ffn.py)
     provides: ClassVar[frozenset[str]] = frozenset({"attention"})
+    lacks: ClassVar[frozenset[str]] = frozenset()  # of what a family would have from its base class or from all
     encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}  # modality -> method of the core model
+    encoder: ClassVar[str] = "vision_tower"  # path in the core model of the vision encoder
     projector: ClassVar[str] = "multi_modal_projector"  # path in the core model of what maps features to embeddings
     late: ClassVar[bool] = False  # whether visual features also enter behind decoder layers, see `late_features`
     # What `patch` takes where no method is named: the best at a quarter of the tokens in the one table that there is
@@ -64,9 +67,9 @@ class Adapter(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.provides = cls.provides | {"question", "ffn"}
+        cls.provides = (cls.provides | {"question", "ffn"}) - cls.lacks
         for model_type in cls.model_types:
-            _REGISTRY[model_type] = cls
+            register(_REGISTRY, model_type, cls)
 
     def core(self, model: nn.Module) -> nn.Module:
         """The module that joins text and vision and calls `language_model`."""
@@ -75,16 +78,30 @@ class Adapter(ABC):
     def layers(self, language_model: nn.Module) -> nn.ModuleList:
         return language_model.layers
 
+    def encoder_layers(self, core: nn.Module) -> Sequence[nn.Module]:
+        return self.tower(core.config).blocks(core.get_submodule(self.encoder))
+
+    # ---- what a model's config says, without the model -------------------------------------------------------------
+    def check(self, config: Any) -> None:
+        """Raise `Unsupported` for a variant of the family that the engine would get wrong."""
+
+    def available(self, config: Any) -> frozenset[str]:
+        """What a model of this config provides: `provides`, less what its encoder lacks."""
+        return self.provides
+
+    def tower(self, config: Any) -> Tower:
+        """The vision encoder: what may be read of it, its blocks, its sizes."""
+        return Tower(config=config)
+
     def token_id(self, config: Any, modality: str) -> int:
         return getattr(config, f"{modality}_token_id")
 
-    def check(self, model: nn.Module) -> None:
-        """Raise `Unsupported` for a variant of the family that the engine would get wrong."""
+    @abstractmethod
+    def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        """One layout a picture, from the arguments of the encoder method: of pixels only the shape is asked for, of
+        grids and sizes the values."""
 
-    def available(self, model: nn.Module) -> frozenset[str]:
-        """What this very model provides: `provides`, less what its encoder lacks."""
-        return self.provides
-
+    # ---- of one call -----------------------------------------------------------------------------------------------
     def late_features(self, kwargs: dict[str, Any]) -> dict[int, Tensor]:
         """Take out of the language model's keywords what it adds to the visual tokens behind some decoder layers.
 
@@ -92,10 +109,6 @@ class Adapter(ABC):
         engine adds them in the language model's stead, to the tokens that are present there. Only where `late` is set,
         and never behind the last layer."""
         return {}
-
-    @abstractmethod
-    def layouts(self, core: nn.Module, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        """One layout a picture, from the arguments of the encoder method."""
 
     def previews(self, arguments: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """For families whose encoder method is given views and not told which of them are a picture: what `join` wants
@@ -106,14 +119,6 @@ class Adapter(ABC):
         """Make pictures of views, given for each picture its views, in order: those whose placeholders follow each
         other without a gap in the prompt. Called where `previews` gave something; the result has no previews."""
         raise Unsupported(f"Which views of {self.family} are one picture is not known.")
-
-    def tower(self, core: nn.Module) -> Tower:
-        """How the vision encoder shows what compressors may need of it (`vtok.tower.NEEDS`)."""
-        raise Unsupported(f"What the vision encoder of {self.family} computes cannot be read.")
-
-    def encoder_layers(self, core: nn.Module) -> nn.ModuleList:
-        """The layers of the vision encoder."""
-        raise Unsupported(f"The layers of the vision encoder of {self.family} are not known.")
 
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
@@ -150,7 +155,7 @@ def shrink(layout: Layout, view: tuple[int, int]) -> tuple[Layout, Tensor]:
             target = tuple(max(1, n * v // s) for n, v, s in zip(shape, view, plane.view_shape))
         rows = axis(plane.rows, offset[0], shape[0], target[0])
         cols = axis(plane.cols, offset[1], shape[1], target[1])
-        sources.append(start + (torch.tensor(rows)[:, None] * plane.cols + torch.tensor(cols)).flatten())
+        sources.append(start + (_long(rows)[:, None] * plane.cols + _long(cols)).flatten())
         small = replace(plane, rows=len(rows), cols=len(cols))
         if plane.kind == "crops":
             offset = tuple(o * v // s for o, v, s in zip(plane.offset, view, plane.view_shape))
@@ -162,11 +167,21 @@ def shrink(layout: Layout, view: tuple[int, int]) -> tuple[Layout, Tensor]:
     return replace(layout, planes=tuple(planes)), torch.cat(sources)
 
 
+def _long(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.long)  # none at all too: an empty plane
+
+
 def stretch(plane: Plane, view: tuple[int, int]) -> Tensor:
     """[rows * cols] for each cell of a whole-view plane, the cell of a `view`-sized grid that covers it."""
     rows = torch.arange(plane.rows) * view[0] // plane.rows
     cols = torch.arange(plane.cols) * view[1] // plane.cols
     return (rows[:, None] * view[1] + cols).flatten()
+
+
+def projected(config: Any) -> tuple[int, ...]:
+    """The hidden states of the encoder that the projector reads, where a config names one or several."""
+    taken = config.vision_feature_layer
+    return (taken,) if isinstance(taken, int) else tuple(taken)
 
 
 def bind(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +199,18 @@ def load_all() -> dict[str, Adapter]:
     return {cls.family: cls() for cls in sorted(set(_REGISTRY.values()), key=lambda cls: cls.family)}
 
 
+def of(config: Any) -> Adapter:
+    """The adapter of a whole model's config, by its `model_type`. Raises `Unsupported` where no family has it."""
+    load_all()
+    if config.model_type not in _REGISTRY:
+        raise Unsupported(f"No family has the model_type {config.model_type!r}. Supported families: {_families()}.")
+    return _REGISTRY[config.model_type]()
+
+
+def _families() -> str:
+    return ", ".join(sorted({a.family for a in _REGISTRY.values()}))
+
+
 def find(model: nn.Module) -> tuple[nn.Module, Adapter]:
     """The vision-language model inside `model` (itself, or wrapped by PEFT and the like) and its adapter."""
     load_all()
@@ -196,8 +223,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Adapter]:
                     f"(trust_remote_code=False; for many there is a converted '-hf' repository)."
                 )
             return module, _REGISTRY[model_type]()
-    families = ", ".join(sorted({a.family for a in _REGISTRY.values()}))
     raise Unsupported(
-        f"{type(model).__name__} is no vision-language model that vtok knows. Supported families: {families}. "
+        f"{type(model).__name__} is no vision-language model that vtok knows. Supported families: {_families()}. "
         f"Pass the ...ForConditionalGeneration model."
     )

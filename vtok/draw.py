@@ -6,14 +6,16 @@ import math
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from vtok.engine.trace import Picture, Trace
 from vtok.errors import InvalidValue, MissingExtra
 from vtok.types import Layout, Plane
 
@@ -48,6 +50,34 @@ class Panel:
     merged_into: Tensor | None = None
     scale: float = 1.0
     frame: int = 0
+
+
+def panel(method: str, answer: str, trace: Trace | None, reference: Trace) -> Panel:
+    """What to draw of one method's answer about one picture. trace: None for the dense model. reference: any trace of
+    the picture, for the dense model's layout."""
+    picture, tokens = (trace or reference).pictures[0], sum(reference.n_visual)
+    if trace is None:
+        return Panel(method, f"{tokens} visual tokens", answer, picture.dense, torch.ones(picture.dense.n))
+    layers = trace.shapes.layers
+    caption = f"{round(trace.mean_keep * tokens)} of {tokens} visual tokens"
+    seen = torch.stack([trace.keep_masks_at(layer)[0].float() for layer in range(layers)]).mean(0)  # [N]
+    if trace.n_kept_at(layers - 1) != trace.n_kept:
+        caption += ", mean over layers"
+    return placed(Panel(method, caption, answer, picture.dense, seen, trace.merged_into[0]), picture)
+
+
+def placed(drawn: Panel, picture: Picture) -> Panel:
+    """A panel over the tokens of `picture` in the prompt, moved to those of the smaller one that the encoder saw."""
+    if picture.source is None:
+        return drawn
+    # they stand on `source` of the dense ones
+    source, merged = picture.source.cpu(), drawn.merged_into
+    if merged is not None:
+        small = torch.full((picture.dense.n + 1,), -1)  # the last: for the -1 of dropped tokens
+        small[source] = torch.arange(len(source))
+        merged = small[merged[source]]
+    scale = (picture.layout.n / picture.dense.n) ** 0.5
+    return replace(drawn, layout=picture.layout, seen=drawn.seen[source], merged_into=merged, scale=scale)
 
 
 def panels(
@@ -150,7 +180,8 @@ def _columns(n: int, ratio: float) -> int:
 def planes(item: Panel) -> list[int]:
     """Indices of the planes to draw: the crops, the only one or one of a clip's, then the thumbnail."""
     parts = item.layout.planes
-    order = sorted(range(len(parts)), key=lambda i: parts[i].kind == "thumbnail")
+    drawn = (i for i, plane in enumerate(parts) if plane.size)  # a banner's crops may have been padding alone
+    order = sorted(drawn, key=lambda i: parts[i].kind == "thumbnail")
     return [order[item.frame], *(i for i in order[1:] if parts[i].kind == "thumbnail")]
 
 

@@ -1,40 +1,49 @@
-"""`vtok.patch` and its undo: installs the engine's seams on a model, and takes every one of them away again."""
+"""`vtok.patch` and its undo, and the handle that it gives."""
 
 from __future__ import annotations
 
 import functools
-import types
+import html
+import threading
 import weakref
-from collections.abc import Sequence
-from itertools import permutations
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from os import PathLike
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from vtok import adapter as adapters
 from vtok import compressor as compressors
-from vtok import vit as vits
-from vtok.compressor import STAGES, Compressor
-from vtok.engine import ffn, probe
-from vtok.engine.accounting import TextShape, VisionShape
+from vtok import config as configs
+from vtok import tower as towers
+from vtok.compressor import Compressor
 from vtok.engine.forward import Engine
+from vtok.engine.install import adapter_site, install, refuse_compiled, refuse_unseen, refuse_windows
+from vtok.engine.prompt import Told
+from vtok.engine.seams import Seams
 from vtok.engine.trace import Shapes, Trace
-from vtok.errors import InvalidValue, PatchStateError, Unsupported
-from vtok.tower import NEEDS as ENCODER_NEEDS
-from vtok.tower import layer_index
+from vtok.errors import InvalidValue, NothingToReport, PatchStateError, Unsupported
+from vtok.stages import stage as stages
+from vtok.stages.blocks import Grouping, VitTrace, check_tower
+from vtok.stages.stage import Site, Stage
+from vtok.tower import Tower
 from vtok.types import check_keep
 
-TRANSFORMERS = ((5, 19), (5, 24))  # tested from the first up to, not with, the second; as in pyproject.toml
+TRANSFORMERS = ((5, 19), (5, 25))  # tested from the first up to, not with, the second; as in pyproject.toml
 _PATCHES: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()  # core model -> its patch
+Method = str | Compressor | Sequence[str | Compressor]
 
 
 def patch(
     model: nn.Module,
-    method: str | Compressor | Sequence[str | Compressor] | None = None,
+    method: Method | None = None,
     *,
     budget: float | None = None,
+    config: str | PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Patch:
     """Make a vision-language model run on fewer visual tokens, in place.
@@ -43,28 +52,30 @@ def patch(
         in the blocks of a vision transformer ("tome") also one alone, of transformers, timm or open_clip, or its owner.
     method: the name of a compressor, a compressor object, or several, one a stage. None takes the family's default.
     budget: instead of `keep`: the mean over decoder layers of kept over all visual tokens is at most this, in (0, 1].
+    config: instead of a method: a file that `Patch.save` wrote, or what is in it.
     options: of a compressor given by name, such as `keep`.
 
     Returns the handle, which is also a context manager. Raises `UnknownName`, `InvalidValue`, `Unsupported` or
     `PatchStateError`, and then leaves the model as it was.
     """
     _check_transformers(transformers.__version__)
-    _refuse_compiled(model)
+    if config is not None:
+        if method is not None or options or budget is not None:
+            raise InvalidValue("A config says all: give no method, budget or options beside it.")
+        method = configs.load(config)
+    _check_arguments(model, method)
+    refuse_compiled(model)
     try:
         vlm, adapter = adapters.find(model)
     except Unsupported as no_vlm:
         return _patch_vit(model, method, budget, options, no_vlm)
     core = adapter.core(vlm)
     if core in _PATCHES:
-        raise PatchStateError(f"This model is already patched: {_PATCHES[core]!r}. Call vtok.unpatch(model) first.")
-    adapter.check(vlm)
-    if method is None:
-        method = adapter.default["method"]
-        chosen = {"keep": adapter.default["keep"]} if budget is None else {}
-        options = {**chosen, **options}
-    parts = _parts(method, options, budget, len(adapter.layers(core.language_model)))
-    _check_parts(parts, vlm, adapter)
-    return Patch(vlm, adapter, parts)
+        raise PatchStateError(
+            f"This model is already patched: {_PATCHES[core]!r}. Call swap() on that handle, or vtok.unpatch(model)."
+        )
+    adapter.check(vlm.config)
+    return Patch(vlm, adapter, _chosen(adapter, method, options, budget, len(adapter.layers(core.language_model))))
 
 
 def unpatch(model: nn.Module) -> None:
@@ -115,139 +126,32 @@ def available() -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-class Patch:
-    """The handle of a patched model. Use it as a context manager, or call `remove()`."""
+class Handle:
+    """What `patch` gives back: a context manager that takes the patch off again."""
 
-    def __init__(self, vlm: nn.Module, adapter: adapters.Adapter, parts: tuple[Compressor, ...]) -> None:
-        core = adapter.core(vlm)
-        language_model = core.language_model
-        self.family = adapter.family
-        self.compressors = parts
-        self._core = weakref.ref(core)
-        self._handles: list[Any] = []
-        self._methods: list[tuple[weakref.ref[nn.Module], str]] = []
-        self._compiled = False
-        flash = "flash" in (language_model.config._attn_implementation or "")
-        llm = any(part.stage in ("llm", "decode") and not part.is_identity for part in parts)
-        watches_layers = llm or ((flash or adapter.late) and not all(part.is_identity for part in parts))
-        shapes = Shapes(
-            TextShape.of(vlm.config), VisionShape.of(vlm.config), language_model.get_input_embeddings().weight.itemsize
-        )
-        token_ids = {modality: adapter.token_id(core.config, modality) for modality in adapter.encoders}
-        engine = self._engine = Engine(adapter, parts, token_ids, shapes, watches_layers)
-        probes = {}  # found before the first hook, as there may be no such layer
-        if engine.reads:
-            tower, layers = adapter.tower(core), adapter.encoder_layers(core)
-            probes = {key: tower.probe(layers, *key) for key in engine.reads}
-        blocks = []
-        if engine.encoder is not None and "token_blocks" in engine.encoder.needs_now:
-            vit, family = vits.find(core)
-            features = adapter.tower(core).features  # hidden states; behind a later block nothing is read
-            n = len(family.blocks(vit)) + 1
-            depth = max(layer_index(x, n) for x in ([features] if isinstance(features, int) else features))
-            engine.blocks, blocks = _blocks(engine.encoder, vit, family, depth)
-
-        hook = self._hook
-        for register, function, how in blocks:  # before the probes, which then see what these leave
-            hook(register, function, **how)
-        hook(vlm.register_forward_pre_hook, engine.before_outer)
-        hook(vlm.register_forward_hook, engine.after_outer, always_call=True, with_kwargs=False)
-        hook(core.register_forward_pre_hook, engine.before_core)
-        hook(core.register_forward_hook, engine.after_core, always_call=True, with_kwargs=False)
-        hook(language_model.register_forward_pre_hook, engine.before_language_model)
-        hook(language_model.register_forward_hook, engine.after_language_model)
-        if watches_layers:
-            for i, layer in enumerate(adapter.layers(language_model)):
-                hook(layer.register_forward_pre_hook, functools.partial(engine.before_layer, i), traced=True)
-                if i in engine.ffn_layers:
-                    hook(layer.self_attn.register_forward_pre_hook, engine.before_attention, traced=True)
-                    self._stand_in(layer.mlp, "forward", _feed_forward(engine, i, layer.mlp))
-        for key, (module, read) in probes.items():
-            hook(module.register_forward_hook, functools.partial(engine.in_encoder, key, read))
-        for modality, name in adapter.encoders.items():
-            self._stand_in(core, name, _encoder_method(engine, type(core), name, modality))
-        self._release = None
-        if "attention" in engine.needs:
-            implementation = language_model.config._attn_implementation
-            probe.acquire(implementation)
-            self._release = weakref.finalize(core, probe.release, implementation)
-            self._release.atexit = False
-        _PATCHES[core] = self
-
-    def _hook(
-        self, register: Any, function: Any, *, traced: bool = False, with_kwargs: bool = True, **options: Any
-    ) -> None:
-        seam = (_Seam if traced else _Closed)(function)
-        self._handles.append(register(seam, with_kwargs=with_kwargs, **options))
-
-    def _stand_in(self, module: nn.Module, name: str, function: Any) -> None:
-        """Let `function` be a method of this very module, until `remove`. It holds what was so before in `previous`."""
-        function.previous = module.__dict__.get(name)
-        setattr(module, name, types.MethodType(function, module))
-        self._methods.append((weakref.ref(module), name))
-
-    @property
-    def trace(self) -> Trace:
-        """The record of the last prefill. Raises `PatchStateError` before the first."""
-        if self._engine.trace is None:
-            raise PatchStateError("Nothing to report yet: run the patched model on a picture first.")
-        return self._engine.trace
-
-    def compile(self, **options: Any) -> None:
-        """Compile the language model with what the patch does in its layers, as one graph, until `remove()`.
-
-        options: of `torch.compile`; `fullgraph` is True unless given. What the patch does around the language model
-        (selection before it, compaction, restoring) stays outside of the graph. With a fixed count its shapes follow
-        from the picture's size alone, so that another picture of this size compiles nothing anew.
-        Times of selection within the language model are not measured then. Raises `Unsupported` for compressors in
-        the language model whose count depends on the content, and for those of the "decode" stage.
-        """
-        core = self._core()
-        if not self.active:
-            raise PatchStateError("This patch was removed: there is nothing of it to compile.")
-        if self._compiled or any(module._compiled_call_impl is not None for module in core.modules()):
-            raise PatchStateError("This model is compiled already. Remove the patch, and begin again.")
-        for part in self.compressors:
-            if not part.is_identity and (part.stage == "decode" or (part.stage == "llm" and part.adaptive)):
-                raise Unsupported(
-                    f"{part.name} makes shapes of what it finds in the picture, which cannot be compiled."
-                )
-        compiled = torch.compile(core.language_model.forward, **{"fullgraph": True, **options})
-
-        @functools.wraps(type(core.language_model).forward)
-        def forward(language_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return compiled(*args, **kwargs)
-
-        self._stand_in(core.language_model, "forward", forward)
-        self._compiled = True
+    family: str
+    compressors: tuple[Compressor, ...]
+    _target: weakref.ref[nn.Module]
+    _seams: Seams
 
     @property
     def active(self) -> bool:
         """Whether the patch is on the model."""
-        core = self._core()
-        return core is not None and _PATCHES.get(core) is self
+        target = self._target()
+        return target is not None and _PATCHES.get(target) is self
 
     def remove(self) -> None:
         """Take the patch off. Doing so twice is harmless."""
-        if not self.active:
-            return
-        core = self._core()
-        for handle in self._handles:
-            handle.remove()
-        for reference, name in self._methods:
-            module = reference()
-            function = getattr(vars(module).get(name) if module is not None else None, "__func__", None)
-            if not hasattr(function, "previous"):
-                continue  # somebody stood in after us: theirs to undo, and ours passes calls through
-            if function.previous is None:
-                delattr(module, name)
-            else:  # accelerate's, where a device map spreads the model
-                setattr(module, name, function.previous)
-        if self._release is not None:
-            self._release()
-        del _PATCHES[core]
+        if self.active:
+            self._seams.remove()
+            del _PATCHES[self._target()]
 
-    def __enter__(self) -> Patch:
+    def save(self, file: str | PathLike[str]) -> None:
+        """Write the choice of compressors as JSON. `vtok.load(file)` gives them back, and `vtok.patch(model,
+        config=file)` takes the file itself."""
+        configs.save(self.compressors, file)
+
+    def __enter__(self):
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -258,26 +162,179 @@ class Patch:
         return f"<vtok.Patch {parts} on {self.family}{'' if self.active else ', removed'}>"
 
 
-class VitPatch(Patch):
+class Patch(Handle):
+    """The handle of a patched model. Use it as a context manager, or call `remove()`.
+
+    Threads may share the model: each has its own `trace`, and `paused`, `using` and `prompt` hold for the calling
+    thread alone.
+    """
+
+    def __init__(self, vlm: nn.Module, adapter: adapters.Adapter, parts: tuple[Compressor, ...]) -> None:
+        core = adapter.core(vlm)
+        self.family, self._adapter = adapter.family, adapter
+        self._target, self._vlm = weakref.ref(core), weakref.ref(vlm)
+        # Qwen-VL keeps the position offsets of the last prompt on the model: one call of `generate` at a time
+        self._lock = threading.RLock() if hasattr(core, "rope_deltas") else None
+        self._compiled = False
+        self._install(parts)
+        _PATCHES[core] = self
+
+    def _install(self, parts: tuple[Compressor, ...]) -> None:
+        """Check the compressors against the model, and put the engine's seams on it."""
+        vlm, adapter = self._vlm(), self._adapter
+        site = adapter_site(vlm, adapter, parts)
+        _check_parts(parts, site)
+        acting = _stages(parts, site)
+        token_ids = {modality: adapter.token_id(site.core.config, modality) for modality in adapter.encoders}
+        engine = Engine(adapter, acting, token_ids, Shapes(adapter, vlm.config), _reads(site.parts))
+        self._seams = install(vlm, engine, site, self._lock)
+        self._engine, self.compressors = engine, parts
+
+    @property
+    def trace(self) -> Trace:
+        """The record of the last prefill, of this thread if it has run one. Raises `NothingToReport` before one."""
+        if self._engine.trace is None:
+            raise NothingToReport("Nothing to report yet: run the patched model on a picture first.")
+        return self._engine.trace
+
+    def swap(self, method: Method | None = None, *, budget: float | None = None, **options: Any) -> Patch:
+        """Let another method act on the model, as `patch` takes it. Where it cannot, the former goes on."""
+        self._must_be_on("swap the method of")
+        core = self._target()
+        n_layers = len(self._adapter.layers(core.language_model))
+        parts = _chosen(self._adapter, method, options, budget, n_layers)
+        if self._compiled or any(module._compiled_call_impl is not None for module in core.modules()):
+            raise PatchStateError("This model is compiled, and would not see another method. Remove the patch first.")
+        before, old = self._seams, self.compressors
+        before.remove()
+        try:
+            self._install(parts)
+        except BaseException:
+            self._install(old)
+            raise
+        return self
+
+    @contextmanager
+    def paused(self) -> Iterator[Patch]:
+        """Within, pictures are not compressed, in this thread. Conversations on a compressed cache go on."""
+        self._must_be_on("pause")
+        with self._engine.acting([]):
+            yield self
+
+    @contextmanager
+    def using(self, method: str | None = None, **knobs: Any) -> Iterator[Patch]:
+        """Within, a compressor has other knobs, in this thread.
+
+        method: which, by name, where there are several. knobs: of the compressor, such as keep=0.1. A list gives one
+            value a picture, in the order of the prompts, for methods before the language model.
+        Raises `Unsupported` where the change needs other seams than the patch has: `swap` puts them there."""
+        self._must_be_on("change")
+        if not knobs:
+            raise InvalidValue("Say which knob to change, as in using(keep=0.1).")
+        site = adapter_site(self._vlm(), self._adapter, self.compressors)
+        named = [part for part in self.compressors if method in (None, part.name)]
+        if len(named) != 1:
+            names = ", ".join(part.name for part in self.compressors)
+            raise InvalidValue(f"Say which compressor to change, one of: {names}; got {method!r}.")
+        each = _each(named[0], knobs)
+        parts = tuple(each[0] if part is named[0] else part for part in self.compressors)
+        site = replace(site, parts=tuple(part for part in parts if not part.is_identity))
+        _check_parts(parts, site)
+        acting = _stages(parts, site)
+        if len(each) > 1:
+            index = [stage.compressor is each[0] for stage in acting].index(True)
+            acting[index].each(each)
+        self._engine.check_seams(acting, _reads(site.parts))
+        with self._engine.acting(acting):
+            yield self
+
+    @contextmanager
+    def prompt(self, length: int | Tensor | None = None) -> Iterator[Patch]:
+        """Within, a forward without labels outside of `generate` holds prompts of so many columns, in this thread.
+
+        length: an int, or [B]; None says that all of the input is prompt. Methods that read the text need to know."""
+        told = Told(whole=True) if length is None else Told(length=length)
+        before, self._engine.local.prompt = self._engine.local.prompt, told
+        try:
+            yield self
+        finally:
+            self._engine.local.prompt = before
+
+    def compile(self, **options: Any) -> None:
+        """Compile the language model with what the patch does in its layers, as one graph, until `remove()`.
+
+        options: of `torch.compile`; `fullgraph` is True unless given. What the patch does around the language model
+        (selection before it, compaction, restoring) stays outside of the graph. With a fixed count its shapes follow
+        from the picture's size alone, so that another picture of this size compiles nothing anew.
+        Times of selection within the language model are not measured then. Raises `Unsupported` for compressors in
+        the language model whose count depends on the content, and for those that look into FFNs.
+        """
+        self._must_be_on("compile")
+        core = self._target()
+        if self._compiled or any(module._compiled_call_impl is not None for module in core.modules()):
+            raise PatchStateError("This model is compiled already. Remove the patch, and begin again.")
+        for stage in self._engine.installed:
+            if stage.in_layers and (stage.compressor.adaptive or any(True for _ in stage.ffn_layers())):
+                raise Unsupported(
+                    f"{stage.compressor.name} makes shapes of what it finds in the picture, which cannot be compiled."
+                )
+        compiled = torch.compile(core.language_model.forward, **{"fullgraph": True, **options})
+
+        @functools.wraps(type(core.language_model).forward)
+        def forward(language_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return compiled(*args, **kwargs)
+
+        self._seams.stand_in(core.language_model, "forward", forward)
+        self._compiled = True
+
+    def _must_be_on(self, wish: str) -> None:
+        if not self.active:
+            raise PatchStateError(f"This patch was removed: there is nothing of it to {wish}.")
+
+    def _saved(self) -> str:
+        """What the last prefill saved, in words."""
+        trace = self._engine.trace
+        if trace is None:
+            return "no picture yet"
+        if not trace.pictures:
+            return "no picture in the last prompt"
+        tokens = f"{trace.mean_keep:.1%} of {sum(trace.n_visual)} visual tokens kept in the last prefill"
+        try:
+            flops, cache = trace.flops(), trace.kv_bytes()
+        except Unsupported:
+            return tokens
+        shares = {"FLOPs": flops["compressed"]["prefill"] / flops["dense"]["prefill"]}
+        shares["cache"] = cache["compressed"] / cache["dense"]
+        return f"{tokens}, {', '.join(f'{share:.1%} of the {name}' for name, share in shares.items())}"
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}: {self._saved()}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td><code>{html.escape(repr(part))}</code></td></tr>" for part in self.compressors)
+        where = html.escape(self.family) + ("" if self.active else " (removed)")
+        return f"<table><tr><th>vtok on {where}: {html.escape(self._saved())}</th></tr>{rows}</table>"
+
+
+class VitPatch(Handle):
     """The handle of a patched vision transformer that is no part of a vision-language model."""
 
-    def __init__(self, vit: nn.Module, family: vits.Vit, compressor: Compressor) -> None:
-        self.family = family.family
-        self.compressors = (compressor,)
-        self._core = weakref.ref(vit)
-        self._handles, self._methods, self._release, self._blocks = [], [], None, None
+    def __init__(self, vit: nn.Module, tower: Tower, compressor: Compressor) -> None:
+        self.family, self.compressors = tower.kind, (compressor,)
+        self._target, self._seams, self._grouping = weakref.ref(vit), Seams(), None
         if not compressor.is_identity:
-            self._blocks, hooks = _blocks(compressor, vit, family)
-            for register, function, how in hooks:
-                self._hook(register, function, **how)
+            modules = tower.blocks(vit)
+            self._grouping = Grouping(compressor, tower, len(modules))
+            for register, function, how in self._grouping.hooks(modules):
+                self._seams.hook(register, function, **how)
         _PATCHES[vit] = self
 
     @property
-    def trace(self) -> vits.VitTrace:
-        """The record of the last forward. Raises `PatchStateError` before the first, or if nothing is ever merged."""
-        if self._blocks is None or self._blocks.last is None:
-            raise PatchStateError("Nothing to report: run the patched model on a picture first.")
-        return self._blocks.trace()
+    def trace(self) -> VitTrace:
+        """The record of the last forward. Raises `NothingToReport` before the first, or if nothing is ever merged."""
+        if self._grouping is None or self._grouping.trace is None:
+            raise NothingToReport("Nothing to report: run the patched model on a picture first.")
+        return self._grouping.trace
 
     def compile(self, **options: Any) -> None:
         """Raises `Unsupported`: there is no language model to compile apart."""
@@ -285,70 +342,43 @@ class VitPatch(Patch):
 
 
 def _patch_vit(model: nn.Module, method: Any, budget: float | None, options: dict, no_vlm: Unsupported) -> VitPatch:
-    found = None if method is None else vits.find(model)
+    found = None if method is None else towers.find(model)
     if found is None:
         raise no_vlm
-    vit, family = found
+    vit, tower = found
     if vit in _PATCHES:
         raise PatchStateError(f"This model is already patched: {_PATCHES[vit]!r}. Call vtok.unpatch(model) first.")
-    parts = _parts(method, options, budget, len(family.blocks(vit)))
+    parts = _parts(method, options, budget, len(tower.blocks(vit)))
     if len(parts) > 1 or "token_blocks" not in parts[0].needs:
         raise no_vlm
     if lacking := parts[0].needs_now - {"token_blocks"}:
         raise Unsupported(f"{parts[0]!r} needs {', '.join(lacking)}, which a vision transformer alone does not have.")
-    return VitPatch(vit, family, parts[0])
+    check_tower(tower, vit, parts[0])
+    return VitPatch(vit, tower, parts[0])
 
 
-def _blocks(compressor: Compressor, vit: nn.Module, family: vits.Vit, depth: int | None = None) -> tuple[Any, list]:
-    """A compressor in the blocks of `vit`, and its hooks: (where to register, hook, options)."""
-    family.check(vit, compressor.masks)
-    if any(isinstance(hook, _Seam) for block in family.blocks(vit) for hook in block._forward_pre_hooks.values()):
-        raise PatchStateError("This vision tower is patched already, alone or in another model. Unpatch that first.")
-    blocks = vits.Blocks(compressor, family, vit, depth)
-    return blocks, list(blocks.hooks(vit))
+def _check_arguments(model: Any, method: Any) -> None:
+    """Say what was meant where something else than a model and a method was given."""
+    if isinstance(model, str | PathLike):
+        raise InvalidValue(f"patch takes a model, not its name: load it first, or vtok.load_model({str(model)!r}).")
+    if not isinstance(model, nn.Module):
+        if isinstance(getattr(model, "model", None), nn.Module):
+            raise InvalidValue(f"patch takes a model, not a {type(model).__name__}: pass its .model.")
+        raise InvalidValue(f"patch takes a torch module, not a {type(model).__name__}.")
+    if isinstance(method, int | float) and not isinstance(method, bool):
+        raise InvalidValue(f"A method is a name or a compressor object, not {method!r}. Did you mean keep={method!r}?")
+    if isinstance(method, type) and issubclass(method, Compressor):
+        raise InvalidValue(f"A compressor is an object: {method.__name__}(...), not the class.")
 
 
-class _Seam:
-    """A hook. It cannot be copied, since a copied model's hooks would belong to the original."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: dict) -> _Seam:
-        raise PatchStateError("A patched model cannot be copied: unpatch it, copy it, then patch both.")
-
-
-class _Closed(_Seam):
-    """A hook that the compiler does not trace, since what it decides differs from forward to forward."""
-
-    @torch.compiler.disable
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-def _encoder_method(engine: Engine, core_class: type, name: str, modality: str) -> Any:
-    """A function to bind to the core model in place of its own `name`, with the same signature."""
-    original = getattr(core_class, name)
-
-    @functools.wraps(original)
-    def encode(core: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return engine.encode(core, modality, types.MethodType(original, core), args, kwargs)
-
-    return encode
-
-
-def _feed_forward(engine: Engine, layer: int, mlp: nn.Module) -> Any:
-    """A function to bind to a decoder layer's FFN in place of its `forward`."""
-    inner = mlp.__dict__.get("forward")  # accelerate's, where a device map spreads the model
-
-    @functools.wraps(type(mlp).forward)
-    def forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return engine.feed_forward(layer, mlp, x, inner or types.MethodType(type(mlp).forward, mlp))
-
-    return torch.compiler.disable(forward)
+def _chosen(
+    adapter: adapters.Adapter, method: Method | None, options: dict[str, Any], budget: float | None, n_layers: int
+) -> tuple[Compressor, ...]:
+    """The compressors of a call; the family's default where no method is named."""
+    if method is None:
+        method = adapter.default["method"]
+        options = {**({"keep": adapter.default["keep"]} if budget is None else {}), **options}
+    return _parts(method, options, budget, n_layers)
 
 
 def _parts(method: Any, options: dict[str, Any], budget: float | None, n_layers: int) -> tuple[Compressor, ...]:
@@ -380,40 +410,55 @@ def _parts(method: Any, options: dict[str, Any], budget: float | None, n_layers:
     return tuple(part for item in built for part in item.parts())
 
 
-def _check_parts(parts: tuple[Compressor, ...], vlm: nn.Module, adapter: adapters.Adapter) -> None:
-    stages = [part.stage for part in parts]
-    for stage in stages:
-        if stage not in STAGES:
-            raise Unsupported(f"There is no stage {stage!r}. Stages are: {', '.join(STAGES)}.")
-        if stages.count(stage) > 1:
-            names = ", ".join(part.name for part in parts if part.stage == stage)
-            raise Unsupported(f"At most one compressor a stage: {names} all act at {stage!r}.")
+def _each(part: Compressor, knobs: dict[str, Any]) -> list[Compressor]:
+    """The compressor with other knobs: one, or where a knob is a list one a picture."""
+    known = {f.name for f in fields(part) if f.init}
+    if unknown := sorted(set(knobs) - known):
+        raise InvalidValue(f"{part.name} has no option {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
+    lists = {name: value for name, value in knobs.items() if isinstance(value, list)}
+    if not lists:
+        return [replace(part, **knobs)]
+    if part.stage != "pre_llm":
+        raise Unsupported(f"{part.name} cannot have one value a picture: methods before the language model can.")
+    if len({len(values) for values in lists.values()}) > 1 or not all(lists.values()):
+        raise InvalidValue("Lists of knobs have one value a picture each, so they are of one length.")
+    rows = [dict(zip(lists, row)) for row in zip(*lists.values())]
+    return [replace(part, **{**knobs, **row}) for row in rows]
+
+
+def _stages(parts: tuple[Compressor, ...], site: Site) -> list[Stage]:
+    """The stages that act, in order."""
+    order = stages.load_all()
+    return [stages.of(part, site) for part in sorted(site.parts, key=lambda part: order.index(part.stage))]
+
+
+def _reads(parts: tuple[Compressor, ...]) -> list[tuple[str, Any]]:
+    """What acting compressors read of the vision encoder, (need, layer)."""
+    reads = {(need, x) for part in parts for need, layers in part.encoder_layers.items() for x in layers}
+    return sorted(reads, key=str)
+
+
+def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
+    """Refuse what the stages and the family cannot give."""
+    order, names = stages.load_all(), [part.stage for part in parts]
+    for stage in names:
+        if stage not in order:
+            raise Unsupported(f"There is no stage {stage!r}. Stages are: {', '.join(order)}.")
+        if names.count(stage) > 1:
+            same = ", ".join(part.name for part in parts if part.stage == stage)
+            raise Unsupported(f"At most one compressor a stage: {same} all act at {stage!r}.")
+    available = site.adapter.available(site.config)
     for part in parts:
-        if part.stage == "decode":
-            part.sparse_layers(len(adapter.layers(adapter.core(vlm).language_model)))
-        if part.stage == "llm":
-            part.schedule(len(adapter.layers(adapter.core(vlm).language_model)))  # raises where the depth is too small
-        if "ffn" in part.needs_now and not part.is_identity:
-            layers = adapter.layers(adapter.core(vlm).language_model)
-            for layer in layers:
-                ffn.check(layer, part.name, copies=part.stage == "decode")
-            ffn.check_formula(layers[0].mlp, part.name)
-        if missing := sorted(part.needs_now - adapter.available(vlm)):
+        if missing := sorted(part.needs_now - available):
             hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
             raise Unsupported(
-                f"{part.name} needs {', '.join(missing)}, which this {adapter.family} model does not have.{hints}"
+                f"{part.name} needs {', '.join(missing)}, which this {site.adapter.family} model does not have.{hints}"
             )
-    whole_views = ENCODER_NEEDS | {"crops"}
-    for part, other in permutations(parts, 2):
-        if part.scatters and not part.is_identity and (needs := sorted(other.needs_now & whole_views)):
-            raise Unsupported(f"{other.name} needs {', '.join(needs)} of whole views, and {part!r} leaves parts.")
-    text = vlm.config.get_text_config()
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) and getattr(text, "sliding_window", None):
-        raise Unsupported("Decoders with sliding-window attention are not supported: a window counts dropped tokens.")
-    rope = getattr(text, "rope_parameters", None) or {}
-    for part in parts:
-        if getattr(part, "renumber", False) and "mrope_section" in rope:
-            raise Unsupported(f"{part.name}(renumber=True) has no meaning for the M-RoPE of {adapter.family}.")
+    if site.parts:
+        refuse_windows(site.config)
+    for part in site.parts:
+        if "attention" in part.needs_now:
+            refuse_unseen(site.layers, part.name)
 
 
 def _check_transformers(version: str) -> None:
@@ -423,14 +468,6 @@ def _check_transformers(version: str) -> None:
             f"transformers {version} is outside the tested window {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}: "
             f'pip install "transformers>={low[0]}.{low[1]},<{high[0]}.{high[1]}"'
         )
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or any(
-        module._compiled_call_impl is not None for module in model.modules()
-    )
-    if compiled:
-        raise PatchStateError("This model is compiled, and would not see the patch. Patch first, then torch.compile.")
 
 
 __all__ = ["Patch", "available", "patch", "unpatch"]

@@ -9,7 +9,6 @@ import base64
 import html
 import io
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,10 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vtok import adapter as adapters
-from vtok import demo, draw
+from vtok import draw
 from vtok.draw import Panel
 from vtok.engine.trace import Trace
-from vtok.errors import InvalidValue, MissingExtra, Unsupported
+from vtok.errors import InvalidValue, Unsupported
+from vtok.media import Clip
+from vtok.prompts import ask
+from vtok.runs import DENSE, Asked
 from vtok.types import Layout, Plane
 
 METHODS = ("globalcom2", "divprune", "fastv", "schedule")  # one of each kind; those that the model supports
@@ -33,21 +35,6 @@ COLUMNS = 5  # of the PNG, at most
 SHEET = 1600  # pixels of a contact sheet's longer side
 PAGE = 900  # pixels of the longer side of a picture in the page
 GIF_WIDTH = 1200
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Frames of one size, in order, and how many of them make a second."""
-
-    frames: tuple[Image.Image, ...]
-    fps: float = 2.0
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What a processor has to be told of frames that are chosen already (`do_sample_frames=False`)."""
-        n = len(self.frames)
-        return {"fps": self.fps, "total_num_frames": n, "frames_indices": list(range(n))}
 
 
 @dataclass(frozen=True)
@@ -109,52 +96,6 @@ class Shown:
         return " → ".join(parts)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
-def open_clip(place: str | Path, frames: int = 16) -> Clip:
-    """At most `frames` frames, evenly spread, of a clip: a video file, or a folder of pictures in the order of their
-    names (10 comes behind 9), two a second. Raises `InvalidValue` or, for a file without PyAV, `MissingExtra`."""
-    if frames < 1:
-        raise InvalidValue(f"A clip needs at least one frame, not {frames}.")
-    place = Path(place)
-    if not place.exists():
-        raise InvalidValue(f"There is no clip {str(place)!r}.")
-    if not place.is_dir():
-        return _decode(place, frames)
-    key = lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name.lower())]
-    files = sorted((file for file in place.iterdir() if file.suffix.lower() in PICTURES), key=key)
-    if not files:
-        raise InvalidValue(f"The folder {str(place)!r} holds no pictures.")
-    pictures = tuple(demo.open_picture(files[i]) for i in spread(len(files), frames))
-    if len(sizes := {picture.size for picture in pictures}) > 1:
-        raise InvalidValue(f"The pictures in {str(place)!r} are not of one size, but: {sorted(sizes)}.")
-    return Clip(pictures)
-
-
-def _decode(file: Path, frames: int) -> Clip:
-    try:
-        import av
-    except ImportError as error:
-        raise MissingExtra('Reading a video file needs PyAV: pip install "vtok[viz]".') from error
-    try:
-        with av.open(str(file)) as container:  # many files do not say how many frames they have
-            total = sum(1 for _ in container.decode(video=0))
-        wanted = set(spread(total, frames))
-        with av.open(str(file)) as container:
-            rate = float(container.streams.video[0].average_rate or 25)
-            pictures = tuple(f.to_image() for i, f in enumerate(container.decode(video=0)) if i in wanted)
-    except (av.error.FFmpegError, IndexError, OSError, ValueError) as error:  # IndexError: it has sound alone
-        raise InvalidValue(f"{str(file)!r} is not a clip that can be read.") from error
-    if not pictures:
-        raise InvalidValue(f"{str(file)!r} has no frames.")
-    return Clip(pictures, rate * len(pictures) / total)
-
-
-def spread(n: int, most: int) -> list[int]:
-    """Indices of at most `most` of `n` things, evenly spread, each in the middle of its share."""
-    k = min(n, most)
-    return [(2 * i + 1) * n // (2 * k) for i in range(k)]
-
-
 # ---- running -------------------------------------------------------------------------------------------------------
 def follow(
     model: nn.Module,
@@ -168,29 +109,20 @@ def follow(
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Shown]:
     """Answer the question with the dense model, then with each method, at `keep` or, where given, at `budget`."""
-    if not methods:
-        raise InvalidValue("No method was given.")
-    vlm, adapter = adapters.find(model)
-    if isinstance(seen, Clip):
-        if "video" not in adapter.encoders:
-            able = [name for name, other in adapters.load_all().items() if "video" in other.encoders]
-            raise Unsupported(f"{adapter.family} reads no clips. These families do: {', '.join(able)}.")
-        how = {"video_metadata": [seen.metadata], "do_sample_frames": False}
-        inputs = demo.inputs_for(processor, list(seen.frames), question, vlm.device, "video", **how)
-    else:
-        inputs = demo.inputs_for(processor, seen, question, vlm.device)
-
-    def once(method: str) -> tuple[str, Trace | None]:
+    _, adapter = adapters.find(model)
+    if isinstance(seen, Clip) and "video" not in adapter.encoders:
+        able = [name for name, other in adapters.load_all().items() if "video" in other.encoders]
+        raise Unsupported(f"{adapter.family} reads no clips. These families do: {', '.join(able)}.")
+    how = {"keep": keep} if budget is None else {"budget": budget}
+    asked = Asked.of(model, processor, ask(question, seen), methods, max_new_tokens, **how)
+    runs = {}
+    for method in (DENSE, *methods):
         progress(method)
-        how = demo.options(method, keep) if budget is None else {"budget": budget}
-        ids, _, trace = demo.run(model, inputs, method, how, max_new_tokens)
-        return demo.words(processor, inputs, ids), trace
-
-    runs = {method: once(method) for method in (demo.DENSE, *methods)}
-    reference = runs[methods[0]][1]
+        runs[method] = asked.run(method)
+    reference = runs[methods[0]].trace
     return [
-        Shown(method, answer, sum(reference.n_visual), steps(method, trace, reference))
-        for method, (answer, trace) in runs.items()
+        Shown(method, run.text, sum(reference.n_visual), steps(method, run.trace, reference))
+        for method, run in runs.items()
     ]
 
 
@@ -199,11 +131,11 @@ def steps(method: str, trace: Trace | None, reference: Trace) -> tuple[Step, ...
     (picture,) = (trace or reference).pictures
     if trace is None:  # whatever the reference's encoder did
         picture = replace(picture, source=None, merged_into=None)
-    layers, n = reference.shapes.text.layers, picture.dense.n
+    layers, n = reference.shapes.layers, picture.dense.n
     everything = torch.ones(n, dtype=torch.bool)
 
     def step(first: int, last: int, count: int, present: Tensor, merged: Tensor | None) -> Step:
-        panel = demo.placed(Panel(method, "", None, picture.dense, present, merged), picture)
+        panel = draw.placed(Panel(method, "", None, picture.dense, present, merged), picture)
         made = Step(first, last, count, panel)
         return replace(made, panel=replace(panel, caption=f"{made.words}: {count} of {n}"))
 

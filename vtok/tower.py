@@ -1,44 +1,35 @@
-"""What compressors may read of the vision encoder, and how a family's tower shows it.
+"""What a vision encoder is: what compressors may read of it, its blocks and their parts, and its sizes.
 
-A compressor names it by a *need* and a *layer*; the needs are the methods of `Tower`. While a patched model encodes,
-the engine collects what was asked for, and `VisualTokens.encoder` hands it on, [B, V, P, ...]: B pictures, their V
-views in the order of the layout's planes, crops row-major and padding included, and the P patches of a view, those of
-one token next to each other. Where a token is one patch they are in raster order.
+A compressor names what it reads by a *need* and a *layer*; the needs are the methods of `Tower`. While a patched model
+encodes, the engine collects what was asked for, and `VisualTokens.encoder` hands it on, [B, V, P, ...]: B pictures,
+their V views in the order of the layout's planes, crops row-major and padding included, and the P patches of a view,
+those of one token next to each other. Where a token is one patch they are in raster order.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
-import sys
+import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from vtok.engine.accounting import VisionShape
+from vtok.engine.groups import full
 from vtok.errors import InvalidValue, Unsupported
 from vtok.types import Layout
-from vtok.vit import full
 
 Layer = int | float | None
 OF_PATCHES = frozenset({"encoder_keys", "encoder_attention", "encoder_states"})  # every tower has them
 OF_CLS = frozenset({"cls_attention", "cls_probs"})  # only towers with a CLS token
 NEEDS = OF_PATCHES | OF_CLS
 ROWS = 1 << 25  # attention probabilities held at once while columns are summed
-
-
-def check_layer(layer: Layer, name: str) -> Layer:
-    """Return `layer` if it may name an encoder layer, else raise `InvalidValue`. Whether there are so many is found out
-    when a model is patched."""
-    whole = isinstance(layer, int) and not isinstance(layer, bool)
-    if layer is None or whole or (isinstance(layer, float) and 0.0 <= layer <= 1.0):
-        return layer
-    raise InvalidValue(
-        f"{name} must be an encoder layer (int, from the end if negative), a fraction of the depth in [0, 1] (float), "
-        f"or None for the layer that the projector reads, got {layer!r}"
-    )
+_KINDS: list[type[Tower]] = []  # those that can be found alone
 
 
 def layer_index(layer: int | float, n: int) -> int:
@@ -50,21 +41,79 @@ def layer_index(layer: int | float, n: int) -> int:
 
 
 @dataclass(frozen=True)
-class Tower:
-    """An encoder that sees views apart, hidden states [views, S, C], as CLIP and SigLIP do. Holds no module.
+class Parts:
+    """The modules of one block: two residual branches, attention, then an MLP that treats each token alone.
 
-    skip: tokens before the patches: 1 where there is a CLS token, else 0.
+    first: is given the block's input. attention: is given what `first` made of it.
+    key: a module, and a function of (it, its inputs, its output) -> [B, n, d], the mean over heads of the keys.
+    second: is given the sum of input and attention. last: what it gives is added to that sum, scaled at most by channel
+        or by view.
+    """
+
+    first: nn.Module
+    attention: nn.Module
+    key: tuple[nn.Module, Callable[[nn.Module, tuple, Any], Tensor]]
+    second: nn.Module
+    last: nn.Module
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An encoder that sees views apart, hidden states [views, S, C]. Holds no module, and is made of a config alone.
+
+    A kind of tower is a subclass in a file of `adapters/`. An adapter makes it for a model of its family; `alone` makes
+    it for a tower that is no part of one. This class itself describes one of which nothing can be read.
+
+    skip: class and register tokens before the patches.
     merge: side of the square of patches that becomes one token (pixel shuffle).
     features: which of the layers' hidden states, as transformers counts them, the projector reads.
-    attention: the name of a layer's attention.
+    width: C, 0 where it is not known.
+    config: of the whole model, of which `shape` reads the sizes; None for a tower alone.
     """
 
     skip: int = 0
     merge: int = 1
-    features: int = -1
-    attention: str = "self_attn"
+    features: tuple[int, ...] = (-1,)
+    width: int = 0
+    config: Any = field(default=None, repr=False, compare=False)
 
-    # ---- where the projections are: what other towers override ---------------------------------------------------
+    kind: ClassVar[str] = "vision towers of an unknown kind"
+    attention: ClassVar[str] = "self_attn"  # the name of a layer's attention
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "alone" in cls.__dict__:
+            _KINDS.append(cls)
+
+    # ---- its modules -----------------------------------------------------------------------------------------------
+    @classmethod
+    def alone(cls, module: nn.Module) -> Tower | None:
+        """The description of a module that is a whole tower of this kind, and can have compressors in its blocks."""
+        return None
+
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+        """The layers of the tower `module`."""
+        raise Unsupported(f"The layers of {self.kind} are not known.")
+
+    def check(self, module: nn.Module, masks: bool) -> None:
+        """Raise `Unsupported` for a tower whose blocks are not as `parts` describes them, or take no additive mask
+        where the compressor `masks`."""
+
+    def parts(self, block: nn.Module) -> Parts:
+        raise Unsupported(f"Tokens cannot be merged in the blocks of {self.kind}.")
+
+    def mask(self, kwargs: dict[str, Any], bias: Tensor) -> dict[str, Any]:
+        """The keywords of the attention's call, with `bias` [B, n] added to the logits of each key."""
+        if kwargs.get("attention_mask") is not None:
+            raise Unsupported("A vision tower that is given an attention mask cannot merge tokens.")
+        return {**kwargs, "attention_mask": bias[:, None, None]}
+
+    # ---- its sizes -------------------------------------------------------------------------------------------------
+    def shape(self) -> VisionShape:
+        """What its cost and its projector's depend on. Raises `Unsupported` where the config does not say it all."""
+        raise Unsupported(f"FLOPs of {self.kind} cannot be counted.")
+
+    # ---- where its projections are ---------------------------------------------------------------------------------
     def query(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """[..., S, C] of the attention's input, heads next to each other, before any rotary embedding."""
         return attention.q_proj(hidden)
@@ -111,7 +160,12 @@ class Tower:
         Of n layers there are n + 1 hidden states, the first going in: "encoder_states" counts them as transformers
         does, all else counts layers. None is the state that the projector reads, and the layer that makes it."""
         n = len(layers)
-        projected = layer_index(self.features, n + 1)
+        if layer is None and len(self.features) > 1:
+            raise Unsupported(
+                f"The projector reads the encoder's states {self.features} together, so there is no one layer that it "
+                f"reads: name a layer (an int, or a fraction of the depth)."
+            )
+        projected = layer_index(self.features[0], n + 1)
         if need == "encoder_states":
             state = projected if layer is None else layer_index(layer, n + 1)
             read = functools.partial(_of_layer, self.encoder_states, state > 0)
@@ -143,50 +197,19 @@ def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return sums
 
 
-@dataclass(frozen=True)
-class PackedTower(Tower):
-    """An encoder that sees the frames of all pictures in one sequence, hidden states [S, C], the patches of a token
-    next to each other, with a fused projection and rotary embedding: Qwen-VL's.
+def find(model: nn.Module) -> tuple[nn.Module, Tower] | None:
+    """The vision tower in whose blocks compressors can act, inside `model` (or itself), and its description, or None.
 
-    window: side in tokens of the windows by which the tokens are ordered; 0 where they are in raster order.
-    """
+    Raises `Unsupported` where there are several."""
+    import vtok.adapters
 
-    window: int = 0
-
-    def query(self, attention: nn.Module, hidden: Tensor) -> Tensor:
-        return attention.qkv(hidden).chunk(3, -1)[0]
-
-    def key(self, attention: nn.Module, hidden: Tensor) -> Tensor:
-        return attention.qkv(hidden).chunk(3, -1)[1]
-
-    def encoder_attention(self, attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:
-        """[S] fp32; in a layer with windows tokens get nothing from outside of theirs. Waits for the device once."""
-        split = lambda x: x.unflatten(-1, (attention.num_heads, -1))  # [S, H, d]
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
-        query, key = (split(project(attention, hidden)) for project in (self.query, self.key))
-        query, key = (x.float().transpose(0, 1) for x in rotate(query, key, *kwargs["position_embeddings"]))
-        lengths = kwargs["cu_seqlens"].diff().tolist()
-        parts = zip(query.split(lengths, 1), key.split(lengths, 1))
-        return torch.cat([received(q, k, attention.head_dim**-0.5) for q, k in parts])
-
-    def arrange(self, x: Tensor, layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
-        tokens = x.unflatten(0, (-1, self.merge**2))  # [tokens, m * m, ...]
-        if self.window:
-            tokens = tokens[window_order(layouts, self.window, x.device).argsort()]
-        parts = tokens.split([layout.n for layout in layouts])
-        return tuple(part.flatten(0, 1).unflatten(0, (len(y.planes), -1)) for part, y in zip(parts, layouts))
-
-
-def window_order(layouts: Sequence[Layout], window: int, device: torch.device | None = None) -> Tensor:
-    """[tokens] the token, counted in raster order over all frames, at each place of the encoder's sequence."""
-    order, start = [], 0
-    for plane in (plane for layout in layouts for plane in layout.planes):
-        y = torch.arange(plane.rows, device=device) // window
-        x = torch.arange(plane.cols, device=device) // window
-        of_token = (y[:, None] * plane.cols + x).flatten()  # cols is at least the number of windows in a row
-        order.append(start + of_token.argsort(stable=True))
-        start += plane.size
-    return torch.cat(order)
+    for module in pkgutil.iter_modules(vtok.adapters.__path__):
+        importlib.import_module(f"vtok.adapters.{module.name}")
+    found = [(module, tower) for module in model.modules() for kind in _KINDS if (tower := kind.alone(module))]
+    if len(found) > 1:
+        names = ", ".join(type(module).__name__ for module, _ in found)
+        raise Unsupported(f"{type(model).__name__} holds {len(found)} vision towers ({names}): patch the one you mean.")
+    return found[0] if found else None
 
 
 def _of_attention(function: Callable[..., Tensor], module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor:

@@ -12,20 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok.errors import InvalidValue, Unsupported
+from vtok import options
+from vtok.errors import Unsupported
 from vtok.kernels.merge import merge
 
 
 def check_keep(keep: float | int, name: str = "keep") -> float | int:
     """Return `keep` if it is a fraction in (0, 1] or a count >= 1, else raise `InvalidValue`."""
-    accepted = f"{name} must be a float in (0, 1] (a fraction) or an int >= 1 (a count), got {keep!r}"
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise InvalidValue(accepted)
-    if isinstance(keep, int):
-        if keep < 1:
-            raise InvalidValue(accepted)
-    elif not 0.0 < keep <= 1.0:  # also refuses NaN
-        raise InvalidValue(accepted)
+    options.check(options.Keep, keep, name)
     return keep
 
 
@@ -43,6 +37,18 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
     for i in rest[: total - sum(parts)]:
         parts[i] += 1
     return parts
+
+
+def ranks(score: Tensor, group: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
+    """Rank of each entry of `score` [..., T], best first, ties to the lower index. [..., T] long.
+
+    Within its `group` [T], of which there are as many as `sizes` [G] says, if given; `score` is [B, T] then."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    if group is not None:
+        order = order.gather(1, group[order].argsort(dim=1, stable=True))  # by group, then score
+        place = place - (sizes.cumsum(0) - sizes)[group[order]]
+    return torch.empty_like(order).scatter_(-1, order, place)
 
 
 @dataclass(frozen=True)
@@ -205,6 +211,12 @@ class Question:
     valid: Tensor
     states: Tensor
     ids: Tensor | None = None
+
+    def rows(self, rows: Tensor) -> Question:
+        """Some rows of the batch, [G] indices."""
+        rows = rows.to(self.valid.device)
+        ids = None if self.ids is None else self.ids[rows]
+        return Question(self.valid[rows], self.states[rows.to(self.states.device)], ids)
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,6 @@ class Views:
         return x.unflatten(2, (t, -1))
 
 
-def ranks(score: Tensor) -> Tensor:
-    """Rank of each entry of `score` [..., T], best first, ties to the lower index. [..., T] long."""
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, place)
-
-
 def unit(x: Tensor) -> Tensor:
     """x [..., C] in fp32 at length 1; zero stays zero, and what is not finite becomes zero."""
     x = x.float()

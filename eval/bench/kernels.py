@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
 from vtok.kernels.sparse_ffn import gather_neurons, gathered_ffn
+from vtok.timing import clock
 
 SIZES = (720, 1440, 2880)
 WIDTH, PICKS = 1024, 1 / 9  # D of features; of N tokens `farthest_points` picks 320 of 2,880
@@ -99,13 +99,10 @@ def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def timed(work: Callable[[], Any], device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    began = time.perf_counter()
+    now = clock(device)
+    began = now()
     work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return now() - began
 
 
 def limits(device: str, dtype: torch.dtype) -> dict[str, float]:

@@ -43,7 +43,7 @@ def describe(device: str, dtype: str) -> dict[str, str]:
 def command() -> str:
     """What started this process, and those that share its work, as one would type it."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # None of a script
-    program = Path(sys.argv[0]).name if module is None else f"-m {module.name}"
+    program = Path(sys.argv[0]).name if module is None else f"-m {module.name.removesuffix('.__main__')}"
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         program = f"torchrun --nproc_per_node {processes} {program}"
     elif module is not None:

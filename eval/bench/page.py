@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
-from vtok.eval.bench.bench import DENSE, IDENTITY, bars
+from vtok.eval.bench.bars import bars
+from vtok.eval.bench.measure import DENSE, IDENTITY
 from vtok.markdown import table
 
 HEAD = """# Speed

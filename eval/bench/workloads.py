@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import MissingExtra, UnknownName
+from vtok.errors import MissingExtra, UnknownName, meant
 
 TEXT = 40  # text tokens, half before the picture and half after it
 IMAGE = 5  # the placeholder's id
@@ -65,7 +65,8 @@ def find(name: str) -> Workload:
         return WORKLOADS[name]
     if name in zoo.names():
         return Workload(f"{name}, bundled and trained", {0: partial(_bundled, name)})
-    raise UnknownName(f"No workload {name!r}; there are: {', '.join([*WORKLOADS, *zoo.names()])}.")
+    known = [*WORKLOADS, *zoo.names()]
+    raise UnknownName(f"No workload {name!r}; there are: {', '.join(known)}.{meant(name, known)}")
 
 
 def _llava(decoder: dict[str, int], side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
@@ -201,17 +202,12 @@ def _smollm2(side: int, views: bool, batch: int, device: str, dtype: torch.dtype
 
 def _bundled(name: str, batch: int, device: str, dtype: torch.dtype) -> Built:
     """A bundled model, asked about the demo's picture."""
-    from PIL import Image
+    from vtok import media, models, zoo
+    from vtok.prompts import ask, encode
 
-    from vtok import zoo
-
-    model, processor = zoo.load(name, dtype=str(dtype).removeprefix("torch."), device=device)
-    content = [{"type": "image"}, {"type": "text", "text": zoo.DEMO_QUESTION}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    with Image.open(zoo.DEMO_IMAGE) as picture:
-        inputs = processor(text=[prompt] * batch, images=[picture.convert("RGB")] * batch, return_tensors="pt")
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    return model, dict(inputs.to(device))
+    model, processor = models.load(name, device, str(dtype).removeprefix("torch."))
+    asked = ask(zoo.DEMO_QUESTION, media.open_picture(zoo.DEMO_IMAGE))
+    return model, dict(encode(processor, [asked] * batch).to(model.device, dtype))
 
 
 def _llavas(decoder: dict[str, int], side: int = 24) -> dict[int, Callable[..., Built]]:

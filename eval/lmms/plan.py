@@ -24,7 +24,7 @@ from torch import nn
 
 from vtok import compressor as compressors
 from vtok.compressor import Compressor
-from vtok.errors import InvalidValue, UnknownName
+from vtok.errors import InvalidValue, UnknownName, meant
 from vtok.eval.results.sweep import fingerprint as weights_of
 from vtok.patching import Patch, patch
 
@@ -82,7 +82,8 @@ def _assign(names: list[str], options: Mapping[str, Any]) -> dict[str, dict[str,
     known = compressors.load_all()
     for name in names:
         if name not in known:
-            raise UnknownName(f"No compressor is named {name!r}. There are: {DENSE}, {', '.join(known)}.")
+            there = ", ".join([DENSE, *known])
+            raise UnknownName(f"No compressor is named {name!r}. There are: {there}.{meant(name, known)}")
     has = {name: [f.name for f in fields(known[name]) if f.init] for name in names}
     given: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in options.items():

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vtok.demo import open_picture
-from vtok.errors import InvalidValue, Unsupported
-from vtok.eval.lmms.video import Sampling, open_clip
-from vtok.eval.tasks.answers import encode
-from vtok.show import Clip
+from vtok.errors import Unsupported
+from vtok.media import Clip, Sampling, open_clip, open_picture
+from vtok.prompts import Conversation
 
 IMAGE_MARK = "<image>"  # stands for a picture in the prompts of some tasks
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What the model is told. In `turns` a part {"type": "image"} or {"type": "video"} stands for the next of its
-    `pictures` or `clips`."""
-
-    turns: list[dict[str, Any]]
-    pictures: tuple[Image.Image, ...]
-    clips: tuple[Clip, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +41,7 @@ class Prompts:
                         text = text.replace(mark, "")
                     content.append({"type": "text", "text": text})
                 elif kind == "image":
-                    pictures.append(_picture(part.get("url", part.get("image"))))
+                    pictures.append(open_picture(part.get("url", part.get("image"))))
                     content.append({"type": "image"})
                 elif kind == "video":
                     clip = self._clip(part)
@@ -79,21 +66,6 @@ class Prompts:
             source = source.get("url") or source.get("path") or source.get("video")
         return open_clip(source, self.sampling, start, end, fps)
 
-    def encode(self, asked: Sequence[Conversation]) -> Any:
-        """The model's inputs, a row a conversation, padded on the left."""
-        if getattr(self.processor, "chat_template", None) is None:
-            raise Unsupported("This checkpoint's processor has no chat template, so the question cannot be put.")
-        template = functools.partial(self.processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        prompts = [template(conversation.turns) for conversation in asked]
-        media: dict[str, Any] = {}
-        if pictures := [list(conversation.pictures) for conversation in asked if conversation.pictures]:
-            media["images"] = pictures
-        if clips := [clip for conversation in asked for clip in conversation.clips]:
-            media["videos"] = [list(clip.frames) for clip in clips]
-            media["video_metadata"] = [clip.metadata for clip in clips]
-            media["do_sample_frames"] = False
-        return encode(self.processor, prompts, **media)
-
 
 def question(visuals: Any, text: str) -> list[dict[str, Any]]:
     """One turn of the user: the pictures and clips, then the text; or each where the text has a mark for it."""
@@ -116,11 +88,3 @@ def _part(visual: Any) -> dict[str, Any]:
     if isinstance(visual, dict) and "array" in visual:
         return {"type": "audio", "url": visual}
     return {"type": "video", "url": visual}
-
-
-def _picture(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if isinstance(source, str | Path):
-        return open_picture(source)
-    raise InvalidValue(f"A picture is an image or the path of one, not {type(source)}.")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from vtok.errors import InvalidValue
 from vtok.eval.tasks.task import Item, Task, get, tasks
+from vtok.media import open_picture
 
 CHOICES = ["yes", "no"]
 GENERATE = {"max_new_tokens": 16, "temperature": 0, "do_sample": False, "until": ["\n"]}
@@ -83,14 +84,7 @@ def _metric(category: str) -> str:
 def exported(name: str, folder: Path) -> dict[str, Callable]:
     """The functions of an exported task, whose pictures lie in `folder`."""
 
-    def see(doc: dict) -> list[Image.Image]:
-        seen = []
-        for picture in doc["pictures"]:
-            with Image.open(folder / picture) as opened:
-                seen.append(opened.convert("RGB"))
-        return seen
-
-    return functions(get(name), see)
+    return functions(get(name), lambda doc: [open_picture(folder / picture) for picture in doc["pictures"]])
 
 
 def config(task: Task, made: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def write(folder: Path) -> Path:
     files = {part: folder / f"{part}.json" for part in ("eval", "training", "config")}
     if missing := [file.name for file in files.values() if not file.is_file()]:
         raise InvalidValue(f"{folder} lacks {', '.join(missing)}, from which its card is written.")
-    tasks = "tasks" in json.loads(files["eval"].read_text())
+    own = "tower_batch" in json.loads(files["training"].read_text())["recipe"]  # from before all models had one recipe
     path = folder / "README.md"
-    path.write_text((task_card if tasks else scene_card).text(folder))
+    path.write_text((scene_card if own else task_card).text(folder))
     return path

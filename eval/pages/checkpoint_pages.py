@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vtok import adapter as adapters
 from vtok import zoo
-from vtok.engine.accounting import TextShape, VisionShape
+from vtok.engine.accounting import TextShape
 from vtok.eval.pages.checkpoints import (
     CHECKPOINTS,
     REMARKS,
@@ -64,7 +64,7 @@ Written by `vtok zoo pages`; do not edit.
 
 ## Bundled
 
-Trained by the recipes of `vtok zoo train`; weights, processor and measured tables are in the folder and in the wheel:
+Trained by the recipes in `recipes/`; weights, processor and measured tables are in the folder and in the wheel:
 `model, processor = vtok.zoo.load(NAME)`.
 
 {table(["model", "family", "weights", "trained on", "held-out questions answered"], bundled)}
@@ -140,19 +140,22 @@ def _default(c: Checkpoint) -> str:
 
 def _sizes(c: Checkpoint) -> str:
     config = c.build()
-    text, vision = TextShape.of(config), VisionShape.of(config)
+    text, vision = TextShape.of(config), adapters.of(config).tower(config).shape()
     head = text.query_width // text.heads
     heads = f"{text.heads} query and {text.kv_width // head} key-value heads of {head}"
     windows = vision.layers - vision.full_layers
     seen = f", {windows} of them in windows of {vision.window} x {vision.window} patches" if windows else ""
     merged = f"; {vision.merge} x {vision.merge} patches are one visual token" if vision.merge > 1 else ""
+    mlp, experts = f"MLP of {text.ffn} ({text.ffn / text.hidden:.2f} times the width)", text.experts
+    if experts is not None:
+        mlp = f"{experts.router} experts in {len(experts.layers)} layers, of whose neurons a token uses {experts.width}"
     size = sum(parameter.numel() for parameter in c.hollow().parameters())
     cache = 2 * text.kv_width * text.layers * 2 / 1e3
     return "\n".join(
         (
             f"- {size / 1e9:.2f} billion parameters, {2 * size / 1e9:.1f} GB in half precision",
-            f"- decoder: {text.layers} layers of width {text.hidden}, {heads}, MLP of {text.ffn} "
-            f"({text.ffn / text.hidden:.2f} times the width); {cache:.1f} kB of cache a token in half precision",
+            f"- decoder: {text.layers} layers of width {text.hidden}, {heads}, {mlp}; "
+            f"{cache:.1f} kB of cache a token in half precision",
             f"- encoder: {vision.layers} layers of width {vision.hidden}, {vision.heads} heads, MLP of {vision.ffn}"
             f"{seen}{merged}",
         )

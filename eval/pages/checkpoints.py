@@ -8,10 +8,10 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from vtok.engine.accounting import TextShape, VisionShape, encoder_flops, kv_bytes, prefill_flops
+from vtok import adapter as adapters
+from vtok.engine.accounting import TextShape, encoder_flops, kv_bytes, prefill_flops
 from vtok.types import Layout, keep_count
 
 TEXT = 40  # text tokens of a prompt, as in AIM's table
@@ -116,26 +116,24 @@ def media(checkpoint: Checkpoint) -> Iterator[Media]:
 
 def layouts(checkpoint: Checkpoint, shown: Media) -> list[Layout]:
     """One a picture: of a clip one, or one a frame where the family reads clips as pictures."""
-    from vtok import adapter as adapters
-
-    adapter, config = adapters.load_all()[checkpoint.family], checkpoint.build()
+    config = checkpoint.build()
+    adapter = adapters.of(config)
     if shown.frames and "video" not in adapter.encoders:
         return [_GRIDS[checkpoint.family](checkpoint, adapter, config, shown)] * checkpoint.max_frames
     return [_GRIDS[checkpoint.family](checkpoint, adapter, config, shown)]
 
 
 def _one_view(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> Layout:
-    return adapter.layouts(SimpleNamespace(config=config), "image", {"pixel_values": (None,)})[0]
+    return adapter.layouts(config, "image", {"pixel_values": (None,)})[0]
 
 
 def _anyres(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> Layout:
     import torch
 
-    core = SimpleNamespace(config=config)
     if shown.frames:
         clip = torch.empty(1, shown.frames, device="meta")
-        return adapter.layouts(core, "video", {"pixel_values_videos": clip})[0]
-    return adapter.layouts(core, "image", {"image_sizes": torch.tensor([[shown.height, shown.width]])})[0]
+        return adapter.layouts(config, "video", {"pixel_values_videos": clip})[0]
+    return adapter.layouts(config, "image", {"image_sizes": torch.tensor([[shown.height, shown.width]])})[0]
 
 
 def _tiles(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> Layout:
@@ -146,7 +144,7 @@ def _tiles(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> L
 
     size = config.vision_config.image_size[0]
     cols, rows = get_optimal_tiled_canvas((shown.height, shown.width), (size, size), 1, checkpoint.tiles)
-    side = size // adapter.unit(SimpleNamespace(config=config))
+    side = size // adapter.unit(config)
     return tiled(side, (rows, cols)) if rows * cols > 1 else Layout((Plane(side, side),))
 
 
@@ -158,13 +156,13 @@ def _native(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> 
     vision, size = config.vision_config, (shown.height, shown.width)
     factor, step = vision.patch_size * vision.spatial_merge_size, vision.temporal_patch_size
     least, most = checkpoint.video_limits if shown.frames else checkpoint.limits
-    if shown.frames and checkpoint.family == "qwen3_vl":
+    if shown.frames and checkpoint.family.startswith("qwen3"):
         height, width = resize_clip(shown.frames, *size, step, factor, least, most)
     else:
         height, width = smart_resize(*size, factor, least, most)
     kind = "video" if shown.frames else "image"
     grid = [[max(1, shown.frames // step), height // vision.patch_size, width // vision.patch_size]]
-    return adapter.layouts(SimpleNamespace(config=config), kind, {f"{kind}_grid_thw": torch.tensor(grid)})[0]
+    return adapter.layouts(config, kind, {f"{kind}_grid_thw": torch.tensor(grid)})[0]
 
 
 _GRIDS = {
@@ -175,6 +173,7 @@ _GRIDS = {
     "qwen2_vl": _native,
     "qwen2_5_vl": _native,
     "qwen3_vl": _native,
+    "qwen3_vl_moe": _native,
 }
 
 
@@ -204,7 +203,8 @@ def costs(checkpoint: Checkpoint, shown: Media, shares: tuple[float, ...]) -> li
 
 def encoder(checkpoint: Checkpoint, shown: Media) -> int:
     """FLOPs of the vision tower and the projector, which a compressor behind them does not save."""
-    shape = VisionShape.of(checkpoint.build())
+    config = checkpoint.build()
+    shape = adapters.of(config).tower(config).shape()
     planes = [plane for picture in layouts(checkpoint, shown) for plane in picture.planes]
     views = [tuple(shape.merge * side for side in plane.view_shape) for plane in planes for _ in range(plane.views)]
     return encoder_flops(shape, views)

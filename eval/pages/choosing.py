@@ -10,7 +10,7 @@ from typing import Any
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
 from vtok.eval.pages.words import FEW, about_models, family, percent_of, sources
-from vtok.eval.results.cells import baselines
+from vtok.eval.results.cells import bare, baselines
 from vtok.eval.results.results import Mean, Results, Several, load
 from vtok.eval.results.verdicts import WORTH, hopeless, tied
 from vtok.markdown import paragraph, percent
@@ -72,7 +72,7 @@ def choose(found: Several, budget: float, fits: Callable[[str], bool] = lambda _
     """The best method by the mean over telling tasks at a budget, of those that fit and ran on all of them; None where
     there is none, as where there are too few questions for a verdict."""
     known = load_all()
-    rows = [row for row in found.at(budget) if row.kept and row.method in known and fits(row.method)]
+    rows = [row for row in found.at(budget) if row.kept and bare(row.method) in known and fits(bare(row.method))]
     return Choice(rows[0], tuple(tied(rows, rows[0]))) if rows else None
 
 

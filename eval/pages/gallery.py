@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vtok import demo, draw, show, zoo
+from vtok import draw, show, zoo
 from vtok.eval.results import sweep
 from vtok.eval.results.cells import DENSE, Cell, baselines, smaller_picture
 from vtok.eval.results.results import Results, Several
 from vtok.eval.results.verdicts import headline
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.task import Item
+from vtok.media import Clip
 
 FRAMES = 4  # of a clip's planes of tokens, in a row
 WIDTH, SCALE = 1000, 0.55  # of a drawing in the page: pixels, and part of those that were drawn, both at most
@@ -93,23 +93,17 @@ def panels(model: Any, processor: Any, item: Item, methods: Sequence[str], budge
     """The dense model and each method, with its answer to the one question of the item, over its picture; over a clip's
     frames side by side."""
 
-    def ask(method: str, trace: Any, said: str, tokens: int) -> demo.Answer:
-        kept = tokens if trace is None else round(trace.mean_keep * tokens)
-        unknown = dict.fromkeys(("flops", "kv_bytes"), 0) | dict.fromkeys(("selection", "prefill", "total"), math.nan)
-        return demo.Answer(method=method, text=said, tokens=tokens, kept=kept, trace=trace, **unknown)
-
-    answers = []
+    runs = []
     for method in methods:
         with Cell(method, budget).patch(model) as handle:
             said = answer(model, processor, item, instruction)
-            trace = handle.trace
-            answers.append(ask(method, trace, said[0], sum(trace.n_visual)))
-    reference = answers[0].trace
-    dense = ask(DENSE, None, answer(model, processor, item, instruction)[0], sum(reference.n_visual))
-    shown = [demo.panel(each, reference) for each in (dense, *answers)]
+            runs.append((method, said[0], handle.trace))
+    reference = runs[0][2]
+    runs.insert(0, (DENSE, answer(model, processor, item, instruction)[0], None))
+    shown = [draw.panel(*run, reference) for run in runs]
     if item.media != "video":
         return draw.panels(item.images[0], shown, item.questions[0].text, columns=3)
-    clip, planes = show.Clip(item.images, item.fps), len(shown[0].layout.planes)
+    clip, planes = Clip(item.images, item.fps), len(shown[0].layout.planes)
     across = min(planes, FRAMES)
     strip = show.contact_sheet(clip, planes, across)
     return draw.panels(strip, [show.on_sheet(each, across) for each in shown], item.questions[0].text, columns=2)

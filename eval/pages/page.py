@@ -18,7 +18,7 @@ from vtok.eval.pages import words
 from vtok.eval.pages.drawings import THEME
 from vtok.eval.pages.gallery import Gallery
 from vtok.eval.results import verdicts
-from vtok.eval.results.cells import Cell, baselines, calls, smaller_picture
+from vtok.eval.results.cells import Cell, bare, baselines, calls, smaller_picture
 from vtok.eval.results.results import Mean, Results, Row, Several, rival, signed
 from vtok.eval.tasks.answers import TOKENS
 
@@ -68,7 +68,9 @@ def page(models: Sequence[Several], drawings: Mapping[str, Sequence[str]], galle
             rows=rows,
             tabs=[tab for _, tabs in rows for tab in tabs],
             tasks={results.about["task"]: results for results in every.tasks},
-            methods=sorted({cell.method for results in every.tasks for cell in results.facts} & load_all().keys()),
+            methods=sorted(
+                {bare(cell.method) for results in every.tasks for cell in results.facts} & load_all().keys()
+            ),
             light=light,
             dark=dark,
             css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
@@ -176,7 +178,7 @@ def left_out(results: Results) -> list[tuple[str, str]]:
     """(what, why) of all that was not run."""
     found = verdicts.not_run(results.refused)
     out = [(f"{method} at {words.listed(map(words.percent_of, at))}", why) for (method, why), at in found.items()]
-    ran = {cell.method for cell in results.facts} | {item["method"] for item in results.refused}
+    ran = {bare(method) for method in (*(c.method for c in results.facts), *(r["method"] for r in results.refused))}
     untried: dict[bool, list[str]] = {False: [], True: []}
     for name, cls in load_all().items():
         if name not in ran:

@@ -7,8 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from vtok.eval.pages.card_tables import card
+from vtok.eval.tasks import scenes, sources
 from vtok.markdown import percent, table
-from vtok.zoo import DEMO_ANSWER, scenes, sources
+from vtok.zoo import DEMO_ANSWER
 
 GUESSES = ("chance", "majority", "question only", "half res.", "grey")
 
@@ -31,6 +32,9 @@ def text(folder: Path) -> str:
     result, made, config = (
         json.loads((folder / f"{part}.json").read_text()) for part in ("eval", "training", "config")
     )
+    plain = lambda rows: {key.removeprefix("scenes/"): row for key, row in rows.items()}
+    categories, pairs_of = plain(result["categories"]), plain(result["confusion"])
+    letters = [(a == p, n) for truth, said, n in pairs_of["reading"] for a, p in zip(truth, said.ljust(len(truth)))]
     guesses = ("chance", "majority", "question_only", "half_resolution", "grey_picture")
     scores = table(
         ["category", "n", "exact match %", "95 % interval", *GUESSES],
@@ -42,18 +46,21 @@ def text(folder: Path) -> str:
                 f"{percent(row['low'])} to {percent(row['high'])}",
                 *(percent(row[k]) for k in guesses),
             ]
-            for category, row in result["categories"].items()
+            for category, row in categories.items()
         ],
     )
     return card(
         "scene_card.md.j2",
         folder,
         result=result,
+        test=result["test_set"] | result["tasks"]["scenes"],
+        categories=categories,
+        letters=sum(n for right, n in letters if right) / sum(n for _, n in letters),
         made=made,
         config=config,
         scores=scores,
-        confusion="\n\n".join(f"### {c}\n\n{_confusion(c, pairs)}" for c, pairs in result["confusion"].items()),
-        weakest=min(result["categories"], key=lambda c: result["categories"][c]["accuracy"]),
+        confusion="\n\n".join(f"### {c}\n\n{_confusion(c, pairs)}" for c, pairs in pairs_of.items()),
+        weakest=min(categories, key=lambda c: categories[c]["accuracy"]),
         photos={split: ", ".join(Path(p).stem for p in names) for split, names in sources.PHOTOS.items()},
         scenes=scenes,
         sources=sources,

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vtok.eval.pages.card_tables import card
+from vtok.eval.results import judge
 from vtok.eval.tasks.task import tasks
 from vtok.markdown import percent, table
-from vtok.zoo import judge
-from vtok.zoo.text import taught
 
 GUESSES = ("chance", "majority", "question_only")
+DRILLS = {"text": "letters on a page"}  # what a recipe teaches the tower alone, beside the tasks
 
 
 def _share(row: dict) -> list[str]:
@@ -41,7 +41,20 @@ def _internvl(vision: dict, text: dict, processor: dict) -> str:
   {text["num_attention_heads"]} heads; every word it was taught is one token, all else is spelled"""
 
 
-ARCHITECTURES = {"qwen2_5_vl": ("A Qwen2.5-VL", _qwen), "internvl": ("An InternVL", _internvl)}
+def _llava(vision: dict, text: dict, processor: dict) -> str:
+    views = processor["image_processor"]["image_grid_pinpoints"]
+    return f"""- vision: CLIP tower with CLS, {vision["num_hidden_layers"]} layers of {vision["hidden_size"]}, views of
+  {vision["image_size"]} x {vision["image_size"]} pixels in patches of {vision["patch_size"]}; a thumbnail and crops,
+  pinpoints (height, width) {views}, unpadding, newline tokens
+- language: Llama decoder, {text["num_hidden_layers"]} layers of {text["hidden_size"]},
+  {text["num_attention_heads"]} heads; every word it was taught is one token, all else is spelled"""
+
+
+ARCHITECTURES = {
+    "llava_next": ("A LLaVA-NeXT", _llava),
+    "qwen2_5_vl": ("A Qwen2.5-VL", _qwen),
+    "internvl": ("An InternVL", _internvl),
+}
 
 
 def text(folder: Path) -> str:
@@ -119,7 +132,7 @@ def _history(made: dict) -> dict[str, Any]:
     steps = {k: " + ".join(f"{run['recipe'][k]:,}" for run in reversed(runs)) for k in ("tower_steps", "steps")}
     return {
         "begun": f"from the decoder of `{owner}`" if owner else "from scratch",
-        "drilled": "".join(f"- `{key}`, for the tower alone: {taught(key).title.lower()}\n" for key in drill),
+        "drilled": "".join(f"- `{key}`, for the tower alone: {DRILLS[key]}\n" for key in drill),
         "chain": f"It was {len(runs)} runs, each from the weights of the one before.\n" if len(runs) > 1 else "",
         **sums,
         **steps,

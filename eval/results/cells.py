@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtok import adapter as adapters
+from vtok import methods
 from vtok.compressor import load_all
-from vtok.errors import InvalidValue, UnknownName, VtokError
+from vtok.errors import InvalidValue
 from vtok.patching import Patch, patch
 
 DENSE = "dense"
@@ -16,7 +16,10 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one budget: the mean over decoder layers of kept over all visual tokens is at most that."""
+    """One method at one budget: the mean over decoder layers of kept over all visual tokens is at most that.
+
+    method: a name, with options behind it as `vtok.methods.read` reads them: "fastv:layer=2".
+    """
 
     method: str
     budget: float
@@ -26,7 +29,17 @@ class Cell:
         return f"{self.method}@{self.budget:g}.jsonl"
 
     def patch(self, model: Any) -> Patch:
-        return patch(model, self.method, budget=self.budget, **options(model, self.method))
+        name, told = methods.call(model, self.method, budget=self.budget)
+        return patch(model, name, **told)
+
+    def options(self, model: Any) -> dict[str, Any]:
+        """What the method has to be told, beside the budget, to run on this model."""
+        _, told = methods.call(model, self.method, budget=self.budget)
+        return {key: value for key, value in told.items() if key != "budget"}
+
+    def refusal(self, model: Any) -> str | None:
+        """Why the model cannot be patched so, or None where it can."""
+        return None if self.method == DENSE else methods.refusal(model, self.method, budget=self.budget)
 
 
 def baselines() -> list[str]:
@@ -36,7 +49,7 @@ def baselines() -> list[str]:
 
 def smaller_picture() -> str:
     """The baseline that acts before the encoder: what it gets wrong are the questions that need visual detail."""
-    return next(name for name in baselines() if load_all()[name].stage == "encoder")
+    return next(name for name in baselines() if load_all()[name].stage == "pixels")
 
 
 def training_free() -> list[str]:
@@ -45,40 +58,23 @@ def training_free() -> list[str]:
     return sorted(names, key=lambda name: (name not in first, name))
 
 
-def options(model: Any, method: str) -> dict[str, Any]:
-    """What a method has to be told to run on this model at a budget."""
-    vlm, adapter = adapters.find(model)
-    cls = load_all()[method]
-    lacking = sorted((cls.needs - adapter.available(vlm)) & cls.optional.keys())
-    return dict(cls.budgeted) | {key: value for need in lacking for key, value in cls.optional[need].items()}
-
-
 def calls(told: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Of (method, options) those that had to be told something, as in "tome(carry=True)"."""
-    return sorted(
-        {f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in told if given}
-    )
+    spelt = lambda given: ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return sorted({f"{bare(method)}({spelt(given)})" for method, given in told if given})
 
 
-def cells(methods: Sequence[str] | None, budgets: Sequence[float]) -> list[Cell]:
+def bare(method: str) -> str:
+    """The name of a method, without the options behind it."""
+    return method.partition(":")[0]
+
+
+def cells(wanted: Sequence[str] | None, budgets: Sequence[float]) -> list[Cell]:
     """The dense model and every method at every budget. Raises `UnknownName` and `InvalidValue`."""
-    known = load_all()
-    for name in methods or ():
-        if name not in known:
-            raise UnknownName(f"No compressor is named {name!r}. There are: {', '.join(known)}.")
+    for method in wanted or ():
+        methods.read(method)
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InvalidValue(f"A budget is a fraction in (0, 1], not {budget}.")
-    chosen = training_free() if methods is None else methods
-    return [Cell(DENSE, 1.0), *(Cell(name, budget) for budget in budgets for name in chosen)]
-
-
-def refusal(model: Any, cell: Cell) -> str | None:
-    """Why the model cannot be patched so, or None where it can."""
-    if cell.method == DENSE:
-        return None
-    try:
-        cell.patch(model).remove()
-    except VtokError as error:
-        return str(error)
-    return None
+    chosen = training_free() if wanted is None else wanted
+    return [Cell(DENSE, 1.0), *(Cell(method, budget) for budget in budgets for method in chosen)]

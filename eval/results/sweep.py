@@ -24,11 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtok.errors import InvalidValue
 from vtok.eval.bench.machine import commit, describe
-from vtok.eval.results.cells import DENSE, Cell, cells, options, refusal
+from vtok.eval.results.cells import DENSE, Cell, cells
 from vtok.eval.results.results import summarise
 from vtok.eval.tasks.answers import answer
-from vtok.eval.tasks.task import Item, Task
-from vtok.zoo.evaluate import TEST_SEED
+from vtok.eval.tasks.task import TEST_SEED, Item, Task
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def run_cell(
 
 
 def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
-    """Of how many of a cell's items the method dropped nothing although told to, as GlobalCom2 of one without crops."""
+    """Of how many of a cell's items the method dropped nothing although told to."""
     return sum(line["mean_keep"] >= 1 for line in lines.values()) if cell.budget < 1 else 0
 
 
@@ -143,7 +142,7 @@ def run(
     commit()  # is remembered as it is now
     about = _claim(model, name, task, out, instruction)
     items = list(task.held_out(count))
-    reasons = {cell: refusal(model, cell) for cell in cells(methods, budgets)}
+    reasons = {cell: cell.refusal(model) for cell in cells(methods, budgets)}
     wanted = [cell for cell, reason in reasons.items() if reason is None]
     refused = {cell: reason for cell, reason in reasons.items() if reason is not None}
     if share.rank == 0:
@@ -199,7 +198,7 @@ def _write_summary(model: Any, about: dict[str, Any], wanted: list[Cell], refuse
         if whole := untouched(cell, lines[cell]):
             refused = refused | {cell: f"It leaves {whole} of the {count} items whole, and so is above the budget."}
             del lines[cell]
-    told = {cell: options(model, cell.method) for cell in lines if cell.method != DENSE}
+    told = {cell: cell.options(model) for cell in lines if cell.method != DENSE}
     summary = summarise(about, lines, told, refused)
     part = file.with_suffix(".tmp")  # a kill leaves no half of the file, which a later call reads
     part.write_text(json.dumps(summary, indent=1) + "\n")

@@ -9,7 +9,8 @@ import torch
 
 from vtok.errors import Unsupported
 from vtok.eval.tasks.task import Item
-from vtok.show import Clip
+from vtok.media import Clip
+from vtok.prompts import ask, encode
 
 TOKENS = 16  # of an answer at most
 
@@ -25,36 +26,14 @@ def answer(model: Any, processor: Any, item: Item, instruction: str = "", tokens
     instruction: put behind each question. tokens: of an answer at most. Raises `Unsupported` where the processor takes
     no clips and the item is one.
     """
-    count = len(item.questions)
+    seen: Sequence[Any] = item.images
     if item.media == "video":
         if "video" not in media(processor):
             raise Unsupported(f"{type(processor).__name__} takes no clips.")
-        content, clip = [{"type": "video"}], Clip(item.images, item.fps)
-        shown = {"videos": [list(clip.frames)] * count, "video_metadata": [clip.metadata] * count}
-        shown["do_sample_frames"] = False
-    else:
-        content = [{"type": "image"}] * len(item.images)
-        shown = {"images": [list(item.images)] * count}
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": f"{q.text} {instruction}".strip()}]}],
-            add_generation_prompt=True,
-        )
-        for q in item.questions
-    ]
-    inputs = encode(processor, prompts, **shown).to(model.device, model.dtype)
+        seen = [Clip(item.images, item.fps)]
+    asked = [ask(f"{q.text} {instruction}".strip(), *seen) for q in item.questions]
+    inputs = encode(processor, asked).to(model.device, model.dtype)
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def encode(processor: Any, prompts: Sequence[str], **media: Any) -> Any:
-    """What a model is given: a row a prompt, padded on the left.
-
-    A template that writes the beginning-of-sequence token leaves the tokenizer none to add.
-    """
-    bos = processor.tokenizer.bos_token
-    if bos is not None and prompts[0].startswith(bos):
-        media["add_special_tokens"] = False
-    return processor(text=list(prompts), padding=True, padding_side="left", return_tensors="pt", **media)

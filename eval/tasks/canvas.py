@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vtok.zoo import scenes, sources
+from vtok.eval.tasks import scenes, sources
 
 if TYPE_CHECKING:
     from vtok.eval.tasks.task import Item

@@ -24,9 +24,9 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vtok.eval.tasks import sources
 from vtok.eval.tasks.canvas import INK
 from vtok.eval.tasks.task import Item, Question, Task, generator
-from vtok.zoo import sources
 
 POINTS = 64  # of a plotted window
 SIZES = ((192, 128), (128, 128), (256, 128), (160, 128))

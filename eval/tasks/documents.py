@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vtok.eval.tasks import sources
 from vtok.eval.tasks.canvas import CODES, text_size
 from vtok.eval.tasks.task import Item, Question, Task, generator, owner
-from vtok.zoo import sources
 
 SIZES = ((256, 256), (192, 256))
 FACES = (

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from PIL import Image
 
-from vtok.eval.tasks import canvas
+from vtok.eval.tasks import canvas, scenes, sources
 from vtok.eval.tasks.canvas import INK
 from vtok.eval.tasks.task import Item, Question, Task, generator
-from vtok.zoo import scenes, sources
 
 SIZES = ((160, 160), (192, 128), (128, 192))
 CATEGORIES = ("random", "popular", "adversarial")

@@ -18,10 +18,9 @@ import math
 
 from PIL import Image, ImageDraw
 
-from vtok.eval.tasks import canvas
+from vtok.eval.tasks import canvas, scenes, sources
 from vtok.eval.tasks.canvas import CODES, INK
 from vtok.eval.tasks.task import Item, Question, Task, generator, owner
-from vtok.zoo import scenes, sources
 
 SIZES = ((256, 256), (256, 192), (192, 256))
 BODIES = ((150, 150, 150), (196, 172, 140), (120, 140, 150))  # of shapes with dots: no colour that a dot has

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 import vtok.eval.tasks
-from vtok.errors import InvalidValue, UnknownName
-from vtok.zoo.evaluate import TEST_SEED
-from vtok.zoo.sources import SPLITS, split_of
+from vtok.errors import InvalidValue, UnknownName, meant
+from vtok.eval.tasks.sources import SPLITS, split_of
 
+TEST_SEED = 2026  # of all test sets
 Box = tuple[int, float, float, float, float]  # index of the picture or frame, left, top, right, bottom in pixels
 
 
@@ -108,7 +108,7 @@ def get(name: str) -> Task:
     """The task of that name. Raises `UnknownName`."""
     found = tasks()
     if name not in found:
-        raise UnknownName(f"No task is named {name!r}. There are: {', '.join(found)}.")
+        raise UnknownName(f"No task is named {name!r}. There are: {', '.join(found)}.{meant(name, found)}")
     return found[name]
 
 

@@ -26,10 +26,9 @@ import numpy as np
 from PIL import Image
 
 from vtok.errors import MissingExtra
-from vtok.eval.tasks import canvas
+from vtok.eval.tasks import canvas, scenes, sources
 from vtok.eval.tasks.canvas import INK
 from vtok.eval.tasks.task import Box, Item, Question, Task, generator
-from vtok.zoo import scenes, sources
 
 SIZE, FRAMES, FPS = 96, 8, 4.0
 FILMS = {"bunny": "bigbuckbunny", "bikes": "bikes", "carphone": "carphone_pristine"}

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vtok.compressor import ANCHORS, Compressor
+from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
 from vtok.kernels.pagerank import pagerank
-from vtok.types import Attention, Selection, VisualTokens, keep_count, share
+from vtok.options import AtLeast1, Depth, In, Keep, Positive
+from vtok.stages.llm import InLLM
+from vtok.stages.pre_llm import PreLLM
+from vtok.types import Attention, Layout, Selection, VisualTokens, keep_count, share
 
 PAPER = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning, arXiv 2412.03248"
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True, kw_only=True)
-class AIMMerge(Compressor):
+class AIMMerge(PreLLM):
     """Merge each even token into its most similar odd one, in rounds that halve the tokens (Section 3.1).
 
     keep: fraction or count, per picture, of the tokens after merging. A clip's frames are merged each alone, and so are
@@ -36,24 +34,24 @@ class AIMMerge(Compressor):
     """
 
     name = "aim_merge"
-    stage = "pre_llm"
     paper = PAPER
     merges = True
 
-    weighting: str = "plain"
+    weighting: Literal["plain", "size"] = "plain"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weighting not in ("plain", "size"):
-            raise InvalidValue(f"weighting must be 'plain' or 'size', got {self.weighting!r}")
+    def counts(self, layout: Layout) -> list[int]:
+        """How many tokens of each plane stay."""
+        if isinstance(self.keep, int):
+            return share(keep_count(layout.n, self.keep), [plane.size for plane in layout.planes])
+        return [keep_count(plane.size, self.keep) for plane in layout.planes]
+
+    def count(self, layout: Layout) -> int:
+        return sum(self.counts(layout))
 
     def select(self, tokens: VisualTokens) -> Selection:
         features, layout = tokens.features, tokens.layout
         b, n, d = features.shape
-        if isinstance(self.keep, int):
-            counts = share(keep_count(n, self.keep), [plane.size for plane in layout.planes])
-        else:
-            counts = [keep_count(plane.size, self.keep) for plane in layout.planes]
+        counts = self.counts(layout)
         keep, merged, into = [], [], []
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, (plane, count) in enumerate(zip(layout.planes, counts)):
@@ -110,7 +108,7 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class AIMPrune(Compressor):
+class AIMPrune(InLLM):
     """Drop visual tokens by PageRank on the attention of a run of decoder layers, until none is left (Section 3.2).
 
     start, end: layers l1 and l2 of the paper, as fractions of the depth or as absolute layers (int). All visual tokens
@@ -118,7 +116,7 @@ class AIMPrune(Compressor):
         layer l2 - 1. The defaults are the paper's 14 and 22 of 28 layers; for Vicuna's 32 it has start=13, end=21.
         A start at the last layer or later drops nothing.
     tau, iters, damping, head_reduce: of the PageRank, as in the official code; the paper gives none of them.
-    anchor: the token at which the prompt ends, see `Compressor`; later tokens have no vote.
+    anchor: the token at which the prompt ends, see `InLLM`; later tokens have no vote.
     Differs from the paper: dropped tokens are gone, so they do not vote in later layers (the official code masks them
     and lets them vote). Several pictures a sample share one ranking. What goes wrong in the official code does not
     here: positions that jump back while decoding, NaN and dropped text with left padding, one sample's text length
@@ -127,37 +125,20 @@ class AIMPrune(Compressor):
 
     name = "aim_prune"
     slow = True
-    stage = "llm"
+    several_turns = False  # all tokens up to the anchor rank the others
     needs = frozenset({"attention"})
     paper = PAPER
-    text_guided = True
+    examples = ({"start": 1, "end": 3},)
 
     keep: float = field(default=1.0, init=False, repr=False)  # the schedule says it
-    start: float | int = 0.5
-    end: float | int = 22 / 28
-    tau: float = 0.1
-    iters: int = 5
-    damping: float = 0.0
-    head_reduce: str = "rms"
-    anchor: str = "prompt_end"
+    start: Depth = 0.5
+    end: Depth = 22 / 28
+    tau: Positive = 0.1
+    iters: AtLeast1 = 5
+    damping: Annotated[float, In("[0, 1]")] = 0.0
+    head_reduce: Literal["rms", "mean"] = "rms"
 
     is_identity: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            value = getattr(self, name)
-            if not _number(value) or not (value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0):
-                raise InvalidValue(f"{name} must be a layer (int >= 0) or a fraction of depth in [0, 1], got {value!r}")
-        if not _number(self.tau) or not 0 < self.tau < math.inf:
-            raise InvalidValue(f"tau must be a number above 0, got {self.tau!r}")
-        if isinstance(self.iters, bool) or not isinstance(self.iters, int) or self.iters < 1:
-            raise InvalidValue(f"iters must be an int >= 1, got {self.iters!r}")
-        if not _number(self.damping) or not 0 <= self.damping <= 1:
-            raise InvalidValue(f"damping must be a number in [0, 1], got {self.damping!r}")
-        if self.head_reduce not in ("rms", "mean"):
-            raise InvalidValue(f"head_reduce must be 'rms' or 'mean', got {self.head_reduce!r}")
-        if self.anchor not in ANCHORS:
-            raise InvalidValue(f"anchor must be one of {ANCHORS}, got {self.anchor!r}")
 
     def layers(self, n_layers: int) -> tuple[int, int]:
         """(l1, l2) for a decoder of `n_layers`."""
@@ -215,6 +196,7 @@ class AIM(AIMPrune):
     """`AIMMerge` before the language model and `AIMPrune` in it, with the parameters of both.
 
     keep: the merge's ratio; the schedule comes on top.
+    weighting: of the merge, see `AIMMerge`.
     Differs from the paper: see the two.
     """
 
@@ -222,12 +204,10 @@ class AIM(AIMPrune):
     stage = "pre_llm+llm"
     merges = True
     slow = False  # merging leaves few tokens to score
+    examples = ({"keep": 0.5, "start": 1, "end": 3},)
 
-    keep: float | int = field(default=0.25)
-    weighting: str = "plain"
-
-    def __post_init__(self) -> None:
-        self.parts()  # checks all parameters
+    keep: Keep = field(default=0.25)
+    weighting: Literal["plain", "size"] = "plain"
 
     def parts(self) -> tuple[Compressor, ...]:
         own = {f.name: getattr(self, f.name) for f in fields(AIMPrune) if f.init}

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vtok.compressor import ANCHORS, Compressor
+from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
-from vtok.types import Activations, check_keep
+from vtok.options import AtLeast0, AtLeast1, Depth, Keep, Share
+from vtok.stages.decode import Decode
+from vtok.stages.llm import InLLM
+from vtok.types import Activations, ranks
 
 PAPER = "CoreMatching: A Co-adaptive Sparse Inference Framework for VLMs, arXiv 2505.19235"
 BLOCK = 256  # tokens whose strongest neurons are found at once
-VOTERS = ("all", "text", "last")
-QUOTAS = ("token", "mean")
-REFERENCES = ("core", "last", "official")
+Voters = Literal["all", "text", "last"]
+Quota = Literal["token", "mean"]
 OFFICIAL_TOKEN = 4  # tokens before the prompt's last one: where "ASSISTANT:" begins in the official prompt
 
 
@@ -88,20 +90,7 @@ def core_tokens(
     n = elbow(counts, members, inclusive)
     n = n if low is None else n.maximum(low)
     n = n if high is None else n.minimum(high)
-    order = counts.masked_fill(~members, -1).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)
-    return members & (rank < n[:, None])
-
-
-def _fraction(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise InvalidValue(f"{name} must be a fraction in (0, 1], got {value!r}")
-
-
-def _one_of(value: Any, name: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise InvalidValue(f"{name} must be one of {accepted}, got {value!r}")
+    return members & (ranks(counts.masked_fill(~members, -1)) < n[:, None])
 
 
 def _find_core(activations: Activations, rho: float, beta: float, quota: str, voters: str) -> Tensor:
@@ -115,7 +104,7 @@ def _find_core(activations: Activations, rho: float, beta: float, quota: str, vo
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreTokens(Compressor):
+class CoreTokens(InLLM):
     """Keep the visual tokens that activate many of the prompt's core neurons, after an early decoder layer.
 
     rho, beta: a token votes for the strongest rho of its positive FFN activations; the beta of the layer's neurons with
@@ -129,47 +118,33 @@ class CoreTokens(Compressor):
     per: one elbow a "sample", over all its pictures, or a "picture".
     min_keep, max_keep: bounds on what the elbow keeps: fractions of the visual tokens, or counts a picture. None is no
         bound. min_keep=1.0 keeps all, and the model runs untouched.
-    anchor: where the prompt ends, see `Compressor`; later tokens have no vote.
+    anchor: where the prompt ends, see `InLLM`; later tokens have no vote.
     Differs from the paper: the layers up to l keep the keys and values of all tokens. The released code holds no core
     neurons, takes image tokens from fixed places and zeroes cached keys in 14 layers, after which the zeros still
     draw attention; here dropped tokens are gone. Where the sorted counts are a straight line, all tokens stay.
     """
 
     name = "core_tokens"
-    stage = "llm"
     needs = frozenset({"ffn"})
     paper = PAPER
     adaptive = True
-    text_guided = True
+    several_turns = False  # all tokens of the prompt vote
+    examples = ({"layer": 1, "max_keep": 0.6},)
 
     keep: float = field(default=1.0, init=False, repr=False)  # the elbow says it
-    rho: float = 0.2
-    beta: float = 0.4
-    layer: int = 2
+    rho: Share = 0.2
+    beta: Share = 0.4
+    layer: AtLeast0 = 2
     inclusive: bool = True
-    reference: str = "core"
-    voters: str = "all"
-    quota: str = "token"
-    per: str = "sample"
-    min_keep: float | int | None = None
-    max_keep: float | int | None = None
-    anchor: str = "prompt_end"
+    reference: Literal["core", "last", "official"] = "core"
+    voters: Voters = "all"
+    quota: Quota = "token"
+    per: Literal["sample", "picture"] = "sample"
+    min_keep: Keep | None = None
+    max_keep: Keep | None = None
 
     def __post_init__(self) -> None:
-        _fraction(self.rho, "rho")
-        _fraction(self.beta, "beta")
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise InvalidValue(f"layer must be an int >= 0, got {self.layer!r}")
-        if not isinstance(self.inclusive, bool):
-            raise InvalidValue(f"inclusive must be True or False, got {self.inclusive!r}")
-        _one_of(self.reference, "reference", REFERENCES)
-        _one_of(self.voters, "voters", VOTERS)
-        _one_of(self.quota, "quota", QUOTAS)
-        _one_of(self.per, "per", ("sample", "picture"))
-        _one_of(self.anchor, "anchor", ANCHORS)
-        for name in ("min_keep", "max_keep"):
-            if getattr(self, name) is not None:
-                check_keep(getattr(self, name), name)
+        super().__post_init__()
         low, high = self.min_keep, self.max_keep
         if low is not None and high is not None and isinstance(low, int) == isinstance(high, int) and low > high:
             raise InvalidValue(f"min_keep must be at most max_keep, got {low} and {high}")
@@ -229,7 +204,7 @@ def _bound(keep: float | int | None, n: Tensor, pictures: Tensor) -> Tensor | No
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreNeurons(Compressor):
+class CoreNeurons(Decode):
     """Decode with the core neurons of the prompt alone: beta of the FFN in the layers start <= l < end.
 
     rho, beta, voters, quota: as in `CoreTokens`; each layer has its own core, of the tokens present there.
@@ -246,33 +221,18 @@ class CoreNeurons(Compressor):
 
     name = "core_neurons"
     slow = True
-    stage = "decode"
     needs = frozenset({"ffn"})
     paper = PAPER
-    text_guided = True
-    anchor: ClassVar[str] = "prompt_end"
+    examples = ({"min_tokens": 1},)
 
     keep: float = field(default=1.0, init=False, repr=False)  # drops no token
-    rho: float = 0.2
-    beta: float = 0.4
-    start: float | int = 6 / 32
-    end: float | int = 27 / 32
-    voters: str = "all"
-    quota: str = "token"
-    min_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        _fraction(self.rho, "rho")
-        _fraction(self.beta, "beta")
-        _one_of(self.voters, "voters", VOTERS)
-        _one_of(self.quota, "quota", QUOTAS)
-        for name in ("start", "end"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not (value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0):
-                raise InvalidValue(f"{name} must be a layer (int >= 0) or a fraction of depth in [0, 1], got {value!r}")
-        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 1:
-            raise InvalidValue(f"min_tokens must be an int >= 1, got {self.min_tokens!r}")
+    rho: Share = 0.2
+    beta: Share = 0.4
+    start: Depth = 6 / 32
+    end: Depth = 27 / 32
+    voters: Voters = "all"
+    quota: Quota = "token"
+    min_tokens: AtLeast1 = 32
 
     @property
     def is_identity(self) -> bool:
@@ -300,19 +260,18 @@ class CoreNeurons(Compressor):
 class CoreMatching(CoreTokens):
     """`CoreTokens` in the prefill and `CoreNeurons` in decoding, with the parameters of both.
 
+    start, end, min_tokens: of the sparse layers, see `CoreNeurons`.
     Differs from the paper: see the two.
     """
 
     name = "corematching"
     slow = True
     stage = "llm+decode"
+    examples = ({"layer": 1, "max_keep": 0.6, "min_tokens": 1},)
 
-    start: float | int = 6 / 32
-    end: float | int = 27 / 32
-    min_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        self.parts()  # checks all parameters
+    start: Depth = 6 / 32
+    end: Depth = 27 / 32
+    min_tokens: AtLeast1 = 32
 
     def parts(self) -> tuple[Compressor, ...]:
         return tuple(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vtok.compressors.fastv import FastV
 from vtok.errors import InvalidValue
+from vtok.options import AtLeast0, Keep
 from vtok.types import Attention
 
 NORMS = {"l2": 2, "l1": 1}
@@ -26,7 +28,7 @@ class DART(FastV):
     visual_pivots, text_pivots: how many of each; text is that between the first visual token and the anchor.
     norm: by which keys are large, over all heads: "l2", or "l1" as in the official code. Keys are rotated by their
         positions, which changes their L1 norm: padding in front of a prompt can then change what is kept.
-    anchor: where the text ends, see `Compressor`.
+    anchor: where the text ends, see `InLLM`.
     Several pictures of a sample share the pivots.
     Differs from the paper: the Euclidean norm, see `norm`; hidden states are those that enter the layer, where the
     official code takes those that leave it, under the weights of the decoder's last norm; where the count is no
@@ -38,20 +40,15 @@ class DART(FastV):
     paper = (
         "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494"
     )
+    examples = ({"keep": 0.4, "visual_pivots": 1, "text_pivots": 2},)
 
-    keep: float | int = 128 / 576
-    visual_pivots: int = 4
-    text_pivots: int = 4
-    norm: str = "l2"
+    keep: Keep = 128 / 576
+    visual_pivots: AtLeast0 = 4
+    text_pivots: AtLeast0 = 4
+    norm: Literal["l2", "l1"] = "l2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("visual_pivots", "text_pivots"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise InvalidValue(f"{name} must be an int >= 0, got {value!r}")
-        if self.norm not in NORMS:
-            raise InvalidValue(f"norm must be one of {tuple(NORMS)}, got {self.norm!r}")
         if self.visual_pivots + self.text_pivots == 0:
             raise InvalidValue("dart needs a pivot: visual_pivots and text_pivots cannot both be 0.")
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from vtok.compressor import Compressor
 from vtok.kernels.farthest_points import farthest_points
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Selection, VisualTokens, keep_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(Compressor):
+class DivPrune(PreLLM):
     """Greedy max-min diversity by cosine distance among the tokens as they enter the language model (Algorithm 1).
 
     keep: fraction or count of the tokens, per picture. Crops and thumbnail, or the frames of a clip, are one set.
@@ -22,7 +22,6 @@ class DivPrune(Compressor):
     """
 
     name = "divprune"
-    stage = "pre_llm"
     paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, arXiv 2503.02175"
 
     @torch.no_grad()

@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from vtok.compressor import Compressor
-from vtok.errors import InvalidValue
+from vtok.options import Fraction
+from vtok.stages.pixels import Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Downsample(Compressor):
+class Downsample(Pixels):
     """Shrink each picture (each view of it) before the encoder, so that fewer tokens come out.
 
     keep: fraction of the tokens; the sides shrink by its square root. A count is refused.
@@ -17,13 +17,9 @@ class Downsample(Compressor):
     """
 
     name = "downsample"
-    stage = "encoder"
     paper = "baseline"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.keep, int):
-            raise InvalidValue("downsample chooses a smaller picture by a fraction: keep must be a float in (0, 1].")
+    keep: Fraction = 0.25
 
     def scale(self) -> float:
         return math.sqrt(self.keep)

@@ -6,38 +6,30 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
+from vtok.options import AtLeast1, Keep
+from vtok.stages.llm import InLLM
 from vtok.types import Attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(Compressor):
+class FastV(InLLM):
     """Score: head-mean attention of the prompt's last token to each key, at decoder layer `layer - 1` (Section 4).
 
     keep: of the sample's visual tokens that remain after that layer.
     layer: K of the paper, how many decoder layers see all tokens.
-    anchor: whose attention counts, see `Compressor`; "prompt_end" is the paper's.
+    anchor: whose attention counts, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: nothing known.
     """
 
     name = "fastv"
-    stage = "llm"
     needs = frozenset({"attention"})
     paper = "An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764"
-    text_guided = True
+    examples = ({}, {"keep": 2, "layer": 1}, {"anchor": "after_visual"})
 
-    keep: float | int = 0.5
-    layer: int = 2
-    anchor: str = "prompt_end"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise InvalidValue(f"layer must be an int >= 1, got {self.layer!r}")
-        if self.anchor not in ANCHORS:
-            raise InvalidValue(f"anchor must be one of {ANCHORS}, got {self.anchor!r}")
+    keep: Keep = 0.5
+    layer: AtLeast1 = 2
 
     def schedule(self, n_layers: int) -> dict[int, float | int]:
         if self.layer >= n_layers:

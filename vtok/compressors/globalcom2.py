@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtok.compressor import Compressor
-from vtok.errors import InvalidValue, Unsupported
-from vtok.types import Plane, Selection, VisualTokens, keep_count, share
-
-SOURCES = ("cls_logits", "cls_probs", "neg_cos_mean")
-ALLOCATIONS = ("softmax_sum", "uniform")
-BUDGET_MAPS = ("centred", "official")
+from vtok.errors import Unsupported
+from vtok.options import In, Positive
+from vtok.stages.pre_llm import PreLLM
+from vtok.types import Layout, Plane, Selection, VisualTokens, keep_count, ranks, share
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalCom2(Compressor):
+class GlobalCom2(PreLLM):
     """Each crop keeps a share that grows with its part of the thumbnail's attention, and in it the tokens
-    that score best locally and globally (Sections 3.2 and 3.3). Pictures without crops are left whole.
+    that score best locally and globally (Sections 3.2 and 3.3).
 
     keep: R of the paper, the fraction of the thumbnail's and of the crops' tokens; or a count per picture,
-        split over both in proportion to their sizes.
+        split over both in proportion to their sizes. A picture of one view (an InternVL picture of one tile, a banner
+        whose crops are padding alone) is compressed as a thumbnail is: its tokens that score best.
     tau: temperature of the shares over crops; works from 5 to 20 with logits.
     alpha: weight of the thumbnail's score against the crop's own, in [0, 1].
     score_source: "cls_logits", the encoder's CLS attention before softmax, as the official code takes it;
@@ -38,40 +37,30 @@ class GlobalCom2(Compressor):
         cuts the outer crops. The same where nothing is padded and the grid divides the thumbnail.
     renumber: kept tokens get consecutive positions, as in the official code, instead of their own.
     Differs from the paper: kept tokens stay in raster order, the thumbnail's too; crops keep an exact total, and their
-    shares allow for padding (`exact_count`, `budget_map`). Three faults of the official code cannot occur, as the
+    shares allow for padding (`exact_count`, `budget_map`); the official code leaves a picture of one view whole, of
+    which the paper says nothing. Three faults of the official code cannot occur, as the
     sequence holds no padding and keeps all separators: tokens that slide into padding, newlines for rows of
     padding, and scores that come from another picture of the batch.
     """
 
     name = "globalcom2"
-    stage = "pre_llm"
     needs = frozenset({"crops", "cls_attention"})
     paper = "Global Compression Commander, arXiv 2501.05179"
+    examples = ({"keep": 0.3}, {"keep": 0.3, "score_source": "neg_cos_mean"})
 
     optional = {"cls_attention": {"score_source": "neg_cos_mean"}}
     hints = {"cls_attention": "For encoders without CLS there is score_source='neg_cos_mean'."}
 
-    tau: float = 10.0
-    alpha: float = 0.5
-    score_source: str = "cls_logits"
-    allocation: str = "softmax_sum"
+    tau: Positive = 10.0
+    alpha: Annotated[float, In("[0, 1]")] = 0.5
+    score_source: Literal["cls_logits", "cls_probs", "neg_cos_mean"] = "cls_logits"
+    allocation: Literal["softmax_sum", "uniform"] = "softmax_sum"
     exact_count: bool = True
-    budget_map: str = "centred"
-    renumber: bool = False
+    budget_map: Literal["centred", "official"] = "centred"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not _is_number(self.tau) or self.tau <= 0:
-            raise InvalidValue(f"tau must be a number > 0, got {self.tau!r}")
-        if not _is_number(self.alpha) or not 0 <= self.alpha <= 1:
-            raise InvalidValue(f"alpha must be a number in [0, 1], got {self.alpha!r}")
-        words_of = {"score_source": SOURCES, "allocation": ALLOCATIONS, "budget_map": BUDGET_MAPS}
-        for field, words in words_of.items():
-            if getattr(self, field) not in words:
-                raise InvalidValue(f"{field} must be one of {words}, got {getattr(self, field)!r}")
-        for field in ("exact_count", "renumber"):
-            if not isinstance(getattr(self, field), bool):
-                raise InvalidValue(f"{field} must be True or False, got {getattr(self, field)!r}")
+    @property
+    def adaptive_now(self) -> bool:
+        return not self.exact_count and not self.is_identity
 
     @property
     def needs_now(self) -> frozenset[str]:
@@ -82,9 +71,12 @@ class GlobalCom2(Compressor):
         layout, (b, n, _), device = tokens.layout, tokens.features.shape, tokens.features.device
         if layout.modality == "video":
             raise Unsupported("globalcom2 compresses pictures; a video has no thumbnail and crops.")
-        if not any(plane.kind == "crops" and plane.size for plane in layout.planes):
-            return Selection(torch.ones(b, n, dtype=torch.bool, device=device), n_kept=n)
         kinds = [plane.kind for plane in layout.planes]
+        if sum(plane.size > 0 for plane in layout.planes) == 1:
+            (view,) = (plane for plane in layout.planes if plane.size)
+            score, broken = self._scores(tokens, view, None, kinds[0] == "crops")
+            kept = keep_count(n, self.keep)
+            return Selection(ranks(score.masked_fill(broken, -math.inf)) < kept, n_kept=kept)
         if sorted(kinds) != ["crops", "thumbnail"]:
             raise Unsupported(f"globalcom2 needs a thumbnail and its crops, got {', '.join(kinds)}.")
         thumbnail, crops = sorted(layout.planes, key=lambda plane: plane.kind, reverse=True)
@@ -116,21 +108,34 @@ class GlobalCom2(Compressor):
         keep = torch.cat([in_crops, in_thumb] if behind else [in_thumb, in_crops], 1)
         return Selection(keep, n_kept=k_thumb + k_crops if self.exact_count else None)
 
-    def _scores(self, tokens: VisualTokens, thumbnail: Plane, crops: Plane, behind: bool) -> tuple[Tensor, Tensor]:
+    def count(self, layout: Layout) -> int | None:
+        if self.adaptive_now:
+            return None
+        views = [plane for plane in layout.planes if plane.size]
+        if isinstance(self.keep, int):
+            return keep_count(layout.n, self.keep)
+        return sum(keep_count(plane.size, self.keep) for plane in views)
+
+    def _scores(
+        self, tokens: VisualTokens, thumbnail: Plane, crops: Plane | None, behind: bool
+    ) -> tuple[Tensor, Tensor]:
         """[B, N] finite score of each token within its own view, the thumbnail's first, and [B, N] bool, where it was
-        not finite."""
+        not finite. `crops` is None where they have no tokens; `behind` says where the thumbnail's view is."""
         if self.score_source == "neg_cos_mean":
             features = tokens.features.roll(thumbnail.size, 1) if behind else tokens.features
-            thumb, mosaic = features.split([thumbnail.size, crops.size], 1)
-            mosaic = mosaic.unflatten(1, (crops.rows, crops.cols))  # [B, rows, cols, D]
-            similar = torch.cat([cos_to_mean(thumb), cos_to_view_mean(mosaic, crops).flatten(1)], 1)
+            similar = cos_to_mean(features[:, : thumbnail.size])
+            if crops is not None:
+                mosaic = features[:, thumbnail.size :].unflatten(1, (crops.rows, crops.cols))  # [B, rows, cols, D]
+                similar = torch.cat([similar, cos_to_view_mean(mosaic, crops).flatten(1)], 1)
             broken = ~similar.isfinite()
             return -_wide(similar).masked_fill(broken, 1.0), broken
         a = tokens.cls_attention
         if a is None:
             raise Unsupported("globalcom2 got no cls_attention. " + self.hints["cls_attention"])
-        views, patches = 1 + crops.views, a.shape[2] // thumbnail.size  # of a token: 4 behind a 2x2 pixel shuffle
-        if a.shape[1:] != (views, patches * thumbnail.size) or math.prod(crops.crop_shape) != thumbnail.size:
+        views = sum(plane.views for plane in tokens.layout.planes)
+        patches = a.shape[2] // thumbnail.size  # of a token: 4 behind a 2x2 pixel shuffle
+        alike = all(math.prod(plane.view_shape) == thumbnail.size for plane in tokens.layout.planes)
+        if a.shape[1:] != (views, patches * thumbnail.size) or not alike:
             raise Unsupported(
                 f"globalcom2 expected the CLS attention of {views} views over the patches of {thumbnail.size} tokens "
                 f"each, got {tuple(a.shape[1:])}."
@@ -144,12 +149,9 @@ class GlobalCom2(Compressor):
         if self.score_source == "cls_probs":
             a = a.softmax(-1)
         place = torch.arange(thumbnail.size, device=a.device)  # [P]
-        place = torch.cat([place, thumbnail.size + mosaic_index(crops, a.device)])  # [N] among the V * P
+        if crops is not None:
+            place = torch.cat([place, thumbnail.size + mosaic_index(crops, a.device)])  # [N] among the V * P
         return a.flatten(1).index_select(1, place), broken.flatten(1).index_select(1, place)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -281,15 +283,3 @@ def cos_to_view_mean(x: Tensor, crops: Plane) -> Tensor:
 def group_sums(values: Tensor, group: Tensor, n_groups: int) -> Tensor:
     """[B, G] sums of `values` [B, n] over the members of each `group` [n], the same in each run."""
     return values @ (group[:, None] == torch.arange(n_groups, device=group.device)).to(values)
-
-
-def ranks(score: Tensor, group: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
-    """Rank of each entry of `score` [B, n], best first, ties to the lower index. [B, n] long.
-
-    Within its `group` [n], of which there are as many as `sizes` [G] says, if given."""
-    order = score.argsort(dim=1, descending=True, stable=True)  # [B, n]
-    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    if group is not None:
-        order = order.gather(1, group[order].argsort(dim=1, stable=True))  # by group, then score
-        place = place - (sizes.cumsum(0) - sizes)[group[order]]
-    return torch.empty_like(order).scatter_(1, order, place)

@@ -8,32 +8,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtok.compressor import Compressor
-from vtok.types import Plane, Selection, VisualTokens, keep_count, share
+from vtok.stages.pre_llm import PreLLM
+from vtok.types import Layout, Plane, Selection, VisualTokens, keep_count, share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool(Compressor):
+class Pool(PreLLM):
     """Replace each cell of a coarser grid by the mean of its tokens, plane by plane.
 
     keep: fraction or count of the tokens that enter the language model, per picture, which each plane (a frame, a
         thumbnail) gets its share of. Each is at most that, as near as a grid of about the plane's aspect comes; at a
-        fraction every plane keeps at least one.
+        fraction every plane that has tokens keeps at least one.
     The mean, taken in fp32, stands at the place of the token in the middle of its cell.
     Differs from the paper: there is none; a baseline.
     """
 
     name = "pool"
-    stage = "pre_llm"
     paper = "baseline"
     merges = True
+
+    def counts(self, layout: Layout) -> list[int]:
+        """How many tokens each plane may keep."""
+        counts = share(keep_count(layout.n, self.keep), [plane.size for plane in layout.planes])
+        if isinstance(self.keep, int):
+            return counts
+        # but for a mosaic of which all was padding
+        return [max(1, count) if plane.size else 0 for plane, count in zip(layout.planes, counts)]
+
+    def count(self, layout: Layout) -> int:
+        grids = (coarser(*each) for each in zip(layout.planes, self.counts(layout)) if each[1])
+        return sum(rows * cols for rows, cols in grids)
 
     def select(self, tokens: VisualTokens) -> Selection:
         b, n, d = tokens.features.shape
         layout = tokens.layout
-        counts = share(keep_count(n, self.keep), [plane.size for plane in layout.planes])
-        if isinstance(self.keep, float):
-            counts = [max(1, count) for count in counts]
+        counts = self.counts(layout)
         index, into, means = [], [], []
         for plane, start, count in zip(layout.planes, layout.starts, counts):
             if count == 0:

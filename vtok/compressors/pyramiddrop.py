@@ -4,45 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Annotated
 
 from torch import Tensor
 
-from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
+from vtok.options import Fraction, In
+from vtok.stages.llm import InLLM
 from vtok.types import Attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(Compressor):
+class PyramidDrop(InLLM):
     """The decoder is cut into equal stages; after each but the last, the share `keep` of what the stage had stays,
     by the head-mean attention of the last instruction token (Section 3.2).
 
     keep: lambda of the paper, as a fraction: after stage s, keep ** s of the tokens that entered remain.
     stages: S of the paper. The first ones are a layer shorter where the depth is no multiple.
-    anchor: whose attention counts, see `Compressor`; "prompt_end" is the paper's.
+    anchor: whose attention counts, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: scores are the attention of each stage's last layer; the official code computes them
     with the queries and keys of the layer that follows, on all that stage had.
     """
 
     name = "pyramiddrop"
-    stage = "llm"
     needs = frozenset({"attention"})
     paper = "PyramidDrop, arXiv 2410.17247"
-    text_guided = True
 
-    keep: float = 0.5
-    stages: int = 4
-    anchor: str = "prompt_end"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.keep, float):
-            raise InvalidValue(f"keep is the share that a stage leaves to the next, in (0, 1], got {self.keep!r}")
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 2:
-            raise InvalidValue(f"stages must be an int >= 2, got {self.stages!r}")
-        if self.anchor not in ANCHORS:
-            raise InvalidValue(f"anchor must be one of {ANCHORS}, got {self.anchor!r}")
+    keep: Fraction = 0.5
+    stages: Annotated[int, In(">= 2")] = 4
 
     def starts(self, n_layers: int) -> list[int]:
         """The first layer of each stage but the first."""

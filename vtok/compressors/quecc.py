@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.quecc import QueCCProjector, question_end
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Layout, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueCC(Compressor):
+class QueCC(PreLLM):
     """Visual tokens by a `QueCCProjector`, from several layers of the encoder and the question (Section 4).
 
     weights: the trained module, or a file or folder that `QueCCProjector.load` reads: one's own, or of the released
@@ -36,31 +36,36 @@ class QueCC(Compressor):
     """
 
     name = "quecc"
-    stage = "pre_llm"
     needs = frozenset({"encoder_states", "question"})
     paper = "Inference Optimal VLMs Need Only One Visual Token but Larger Models, arXiv 2411.03312"
     text_guided = True
     merges = True
     trained = True
+    several_turns = False
 
     keep: float = field(default=1.0, init=False, repr=False)  # the weights say it
     weights: QueCCProjector | str | Path | None = field(default=None, repr=False)
-    stop: Sequence[int] = ()
+    stop: Annotated[tuple[int, ...], "token ids"] = ()
 
     is_identity: ClassVar[bool] = False
-    anchor: ClassVar[str] = "prompt_end"
 
     def __post_init__(self) -> None:
         if self.weights is None:
             raise InvalidValue(
                 "quecc needs trained weights: vtok.patch(model, 'quecc', weights=PATH), or a QueCCProjector. "
-                "`vtok.modules.quecc_training` trains one for a model at hand."
+                "`vtok.modules.training` trains one for a model at hand."
             )
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", QueCCProjector.load(self.weights))
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in self.stop):
-            raise InvalidValue(f"stop must be a sequence of token ids, got {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        if not isinstance(self.stop, str):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        super().__post_init__()
+
+    @classmethod
+    def small_weights(cls, model: nn.Module) -> dict[str, Any]:
+        from vtok.modules.training import quecc_for
+
+        return {"weights": quecc_for(model, 2, layers=(0, 1, -1, 1.0), heads=4, partial=True).eval()}
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:
@@ -68,6 +73,9 @@ class QueCC(Compressor):
 
     def with_budget(self, budget: float, n_layers: int) -> Compressor:
         raise InvalidValue("quecc keeps what its weights were trained for; choose weights of another kernel.")
+
+    def count(self, layout: Layout) -> int:
+        return len(places(layout, self.weights.quecc.kernel)[1])
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout, features, asked = tokens.layout, tokens.features, tokens.question

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vtok.compressor import Compressor
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Selection, VisualTokens, keep_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Compressor):
+class Random(PreLLM):
     """Keep tokens drawn without replacement.
 
     keep: fraction or count of the tokens that enter the language model, per picture.
@@ -19,7 +19,6 @@ class Random(Compressor):
     """
 
     name = "random"
-    stage = "pre_llm"
     paper = "baseline"
 
     seed: int = 0

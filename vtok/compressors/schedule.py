@@ -7,22 +7,22 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Annotated, Literal
 
 from torch import Tensor
 
-from vtok.compressor import ANCHORS, Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_column_sums import attention_column_sums
+from vtok.options import AtLeast1, Fraction, In
 from vtok.search import schedules
-from vtok.types import Attention, check_keep
+from vtok.stages.llm import InLLM
+from vtok.types import Attention
 
-QUERIES = ("instruction", "last")
-ROUNDINGS = ("up", "down")
 MEAN = 0.34  # of the schedule that G-Search found for LLaVA-1.5-7B (Table 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(Compressor):
+class Schedule(InLLM):
     """Before layer i only rate[i] of the visual tokens that entered stay, those with most attention in layer i - 1.
 
     The attention is that of the instruction, the prompt's text behind its first visual token, summed over its tokens
@@ -35,52 +35,40 @@ class Schedule(Compressor):
 
     keep: the mean of the rates over all layers, a fraction; P-Sigmoid's is 0.34 if left out. Rates that are given are
         used as they are if it is left out, else those below 1 are scaled to this mean.
-    a, k: amplitude and steepness per layer of P-Sigmoid. r_min: its lowest rate.
+    a, k: amplitude and steepness per layer of P-Sigmoid.
+    r_min: its lowest rate.
     first_full: how many layers see all tokens. None: two, as in the paper; one in decoders of fewer than 16 layers.
     queries: "instruction", or "last" for the attention of the anchor alone, which is cheaper.
     rounding: of counts, "up" as in the paper, which leaves at least one token a sample, or "down". A `budget` rounds
         down, so that it is never exceeded.
-    anchor: where the instruction ends, see `Compressor`; "prompt_end" is the paper's.
+    anchor: where the instruction ends, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: no code is published, and what the paper leaves open is ours: the range of P-Sigmoid's
     parameters and their defaults, `r_min`, one full layer in shallow decoders, and what other depths get.
     """
 
     name = "schedule"
-    stage = "llm"
     needs = frozenset({"attention"})
     paper = "Searching Optimal Vision Token Reduction (G-Search, P-Sigmoid), arXiv 2412.00556"
-    text_guided = True
+    examples = ({"rates": (1, 0.92, 0.89, 0.3)}, {"keep": 0.5})  # of 16 tokens the second of the steps drops none
 
-    keep: float | None = None
+    keep: Fraction | None = None
     file: str | os.PathLike[str] | None = None
     rates: tuple[float, ...] | None = None
-    a: float = 1.0
-    k: float = 0.5
-    r_min: float = 0.0
-    first_full: int | None = None
-    queries: str = "instruction"
-    rounding: str = "up"
-    anchor: str = "prompt_end"
+    a: Annotated[float, In("(0, 10]")] = 1.0
+    k: Annotated[float, In("(0, 100]")] = 0.5
+    r_min: Annotated[float, In("[0, 1]")] = 0.0
+    first_full: AtLeast1 | None = None
+    queries: Literal["instruction", "last"] = "instruction"
+    rounding: Literal["up", "down"] = "up"
 
     def __post_init__(self) -> None:
-        if self.keep is not None and not isinstance(check_keep(self.keep), float):
-            raise InvalidValue(f"keep of a schedule is a mean over layers, a fraction in (0, 1], got {self.keep!r}")
         if self.file is not None and self.rates is not None:
             raise InvalidValue("Give a schedule's file or its rates, not both.")
         if self.rates is not None:
             object.__setattr__(self, "rates", schedules.check(self.rates))
-        for name, low, high in (("a", 0, 10), ("k", 0, 100), ("r_min", -1, 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-                raise InvalidValue(f"{name} must be a number above {low} and up to {high}, got {value!r}")
-        if not 0 <= self.r_min <= min(self.a, 1.0):
-            raise InvalidValue(f"r_min must be a number from 0 to a and to 1, got {self.r_min!r}")
-        full = self.first_full
-        if full is not None and (isinstance(full, bool) or not isinstance(full, int) or full < 1):
-            raise InvalidValue(f"first_full must be an int >= 1 or None, got {full!r}")
-        for name, words in (("queries", QUERIES), ("rounding", ROUNDINGS), ("anchor", ANCHORS)):
-            if getattr(self, name) not in words:
-                raise InvalidValue(f"{name} must be one of {words}, got {getattr(self, name)!r}")
+        super().__post_init__()
+        if self.r_min > self.a:
+            raise InvalidValue(f"r_min must be at most a, {self.a}, got {self.r_min}")
         _ = self.given  # a file that is no schedule is refused here
 
     @cached_property

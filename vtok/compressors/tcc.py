@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.redundancy_counts import redundancy_counts
-from vtok.tower import Layer, check_layer
-from vtok.types import Layout, Plane, Selection, VisualTokens, check_keep, keep_count
-from vtok.views import Views, ranks, unit
+from vtok.options import AtLeast0, AtLeast1, EncoderLayer, In, Keep, check
+from vtok.stages.pre_llm import PreLLM
+from vtok.tower import Layer
+from vtok.types import Layout, Plane, Selection, VisualTokens, keep_count, ranks
+from vtok.views import Views, unit
 
 IMPORTANCE = {"cls": "cls_probs", "received": "encoder_attention"}  # name -> need
-SAMPLES = ("multinomial", "topk")
-MERGES = ("weighted", "none")
 BLOCK = 1 << 24  # similarities held at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class TCC(Compressor):
+class TCC(PreLLM):
     """A thumbnail stays whole. Of every other view (crop, frame, only picture): the less its patches repeat each other,
     the more tokens are drawn by the attention of a low layer; those that stand out in a deep layer's attention join
     them; the rest is folded into its neighbours among the kept ones. The paper's text is not at hand, only its figure
@@ -37,7 +36,7 @@ class TCC(Compressor):
         `calibrate`).
     count_threshold: beta; a patch that more than this many others repeat is redundant. A float is a fraction of the
         view's patches (ours).
-    low_layer, deep_layer: of the encoder, see `vtok.tower.check_layer`; the third of 24 layers, and the one whose
+    low_layer, deep_layer: of the encoder; the third of 24 layers, and the one whose
         output the projector reads (ours).
     importance: "cls", the head-mean of the CLS token's attention over the patches; "received", for encoders without
         CLS, a pseudo-CLS: the column means of the attention matrix (ours).
@@ -56,48 +55,31 @@ class TCC(Compressor):
     """
 
     name = "tcc"
-    stage = "pre_llm"
     needs = frozenset({"encoder_keys", "cls_probs"})
     paper = "Token-level Correlation-guided Compression (TCC), arXiv 2407.14439"
     optional = {"cls_probs": {"importance": "received"}}
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     adaptive = True
     merges = True
+    examples = (
+        {"keep": 0.5, "sim_threshold": 0.5, "low_layer": 0},
+        {"keep": 0.5, "sim_threshold": 0.5, "low_layer": 0, "importance": "received"},
+        {"keep": 0.5, "sim_threshold": 0.5, "low_layer": 0, "importance": "received", "merge": "none"},
+    )
 
-    keep: float | int | None = None
-    sim_threshold: float = 0.9
-    count_threshold: float | int = 0.05
-    low_layer: Layer = 2 / 23
-    deep_layer: Layer = None
-    importance: str = "cls"
-    sample: str = "multinomial"
-    seed: int = 0
-    iqr_factor: float = 1.5
-    iqr_eps: float = 1e-3
-    merge: str = "weighted"
-    k: int = 32
-    min_tokens: int = 1
-
-    def __post_init__(self) -> None:
-        if self.keep is not None:
-            check_keep(self.keep)
-        if not _is_number(self.sim_threshold) or not -1 <= self.sim_threshold <= 1:
-            raise InvalidValue(f"sim_threshold must be a number in [-1, 1], got {self.sim_threshold!r}")
-        count = self.count_threshold
-        if not _is_number(count) or count < 0 or (isinstance(count, float) and count > 1):
-            raise InvalidValue(f"count_threshold must be an int >= 0 or a fraction in [0, 1], got {count!r}")
-        for name in ("iqr_factor", "iqr_eps"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
-                raise InvalidValue(f"{name} must be a number >= 0, got {getattr(self, name)!r}")
-        for name, least in (("k", 1), ("min_tokens", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidValue(f"{name} must be an int >= {least}, got {value!r}")
-        for name, words in (("importance", tuple(IMPORTANCE)), ("sample", SAMPLES), ("merge", MERGES)):
-            if getattr(self, name) not in words:
-                raise InvalidValue(f"{name} must be one of {words}, got {getattr(self, name)!r}")
-        for name in ("low_layer", "deep_layer"):
-            check_layer(getattr(self, name), name)
+    keep: Keep | None = None
+    sim_threshold: Annotated[float, In("[-1, 1]")] = 0.9
+    count_threshold: Annotated[float, In("[0, 1]", ints=False), "a fraction of the patches"] | AtLeast0 = 0.05
+    low_layer: EncoderLayer = 2 / 23
+    deep_layer: EncoderLayer = None
+    importance: Literal["cls", "received"] = "cls"
+    sample: Literal["multinomial", "topk"] = "multinomial"
+    seed: AtLeast0 = 0
+    iqr_factor: Annotated[float, In(">= 0")] = 1.5
+    iqr_eps: Annotated[float, In(">= 0")] = 1e-3
+    merge: Literal["weighted", "none"] = "weighted"
+    k: AtLeast1 = 32
+    min_tokens: AtLeast0 = 1
 
     @property
     def needs_now(self) -> frozenset[str]:
@@ -183,10 +165,6 @@ class TCC(Compressor):
         crops = cut(counts.masked_fill(whole, 0), torch.full_like(counts[:, :1], of_crops))
         left = limit - crops.sum(1, keepdim=True)
         return crops + cut(counts.masked_fill(~whole, 0), left)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _stays_whole(plane: Plane, layout: Layout) -> bool:
@@ -296,8 +274,7 @@ def calibrate(
     """
     import vtok
 
-    if isinstance(keep, bool) or not isinstance(keep, float) or not 0 < keep < 1:
-        raise InvalidValue(f"keep must be a fraction in (0, 1), got {keep!r}")
+    check(Annotated[float, In("(0, 1)", ints=False), "a fraction"], keep, "keep")
     compressor = TCC() if compressor is None else compressor
     options = {f.name: getattr(compressor, f.name) for f in fields(compressor)}
     listener = _Listener(**{**options, "keep": None})

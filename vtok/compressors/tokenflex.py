@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.tokenflex import TokenFlexProjector, square_side
-from vtok.types import Plane, Selection, VisualTokens
+from vtok.stages.pre_llm import PreLLM
+from vtok.types import Layout, Plane, Selection, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFLEX(Compressor):
+class TokenFLEX(PreLLM):
     """Visual tokens by a `TokenFlexProjector`, from the patches that the model's own projector reads.
 
     keep: tokens of each view (a picture, a thumbnail, a crop, a frame): a perfect square, or a fraction of the view's
@@ -29,13 +29,12 @@ class TokenFLEX(Compressor):
     """
 
     name = "tokenflex"
-    stage = "pre_llm"
     needs = frozenset({"encoder_states"})
     paper = "TokenFLEX: Unified VLM Training for Flexible Visual Tokens Inference, arXiv 2504.03154"
     merges = True
     trained = True
 
-    weights: TokenFlexProjector | str | Path | None = field(default=None, repr=False)
+    weights: nn.Module | str | Path | None = field(default=None, repr=False)
 
     is_identity: ClassVar[bool] = False
 
@@ -46,10 +45,16 @@ class TokenFLEX(Compressor):
         if self.weights is None:
             raise InvalidValue(
                 "tokenflex needs its trained projector: pass weights=FILE (safetensors) or a TokenFlexProjector. "
-                "`vtok.modules.tokenflex_training` and examples/train_tokenflex.py train one."
+                "`vtok.modules.training` and examples/train_tokenflex.py train one."
             )
         if isinstance(self.weights, str | Path):
             object.__setattr__(self, "weights", TokenFlexProjector.load(self.weights))
+
+    @classmethod
+    def small_weights(cls, model: nn.Module) -> dict[str, Any]:
+        from vtok.modules.training import tokenflex_for
+
+        return {"weights": tokenflex_for(model)}
 
     @property
     def encoder_layers(self) -> dict[str, tuple[int | float | None, ...]]:
@@ -64,6 +69,10 @@ class TokenFLEX(Compressor):
             return side, side
         scale = math.sqrt(self.keep)
         return max(1, int(rows * scale + 1e-6)), max(1, int(cols * scale + 1e-6))
+
+    def count(self, layout: Layout) -> int:
+        grids = ((plane, self.grid(*plane.view_shape)) for plane in layout.planes)
+        return sum(int((places(plane, grid) >= 0).sum()) for plane, grid in grids)
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout, features = tokens.layout, tokens.features

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
-from vtok.types import check_keep, keep_count, share
-from vtok.vit import Block
+from vtok.options import AtLeast0, Keep
+from vtok.stages.blocks import Block, Blocks
+from vtok.types import keep_count, ranks, share
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMe(Compressor):
+class ToMe(Blocks):
     """In each block, the `r` tokens whose keys are most like another's are merged into those (Section 3).
 
     r: tokens merged in each block, of each view; one number, or one a block. Never more than half of a view's patches
@@ -32,7 +32,6 @@ class ToMe(Compressor):
     """
 
     name = "tome"
-    stage = "encoder"
     needs = frozenset({"token_blocks"})
     paper = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
     merges = True
@@ -41,9 +40,10 @@ class ToMe(Compressor):
         "token_blocks": "It acts in the blocks of CLIP, SigLIP, timm and open_clip towers.",
         "token_per_patch": "With carry=False each patch gets its group's feature, which works here too.",
     }
+    examples = ({"r": 3}, {"keep": 0.6, "carry": True})
 
-    keep: float | int | None = None
-    r: int | tuple[int, ...] | None = None
+    keep: Keep | None = None
+    r: AtLeast0 | tuple[AtLeast0, ...] | None = None
     decreasing: bool = False
     proportional: bool = True
     carry: bool = False
@@ -51,16 +51,13 @@ class ToMe(Compressor):
     def __post_init__(self) -> None:
         if self.keep is not None and self.r is not None:
             raise InvalidValue("Give r or keep, not both.")
-        if self.keep is not None:
-            check_keep(self.keep)
-            return
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
-        if self.r is None:
+        if self.keep is None and self.r is None:
             object.__setattr__(self, "r", 8)
-        each = self.r if isinstance(self.r, tuple) else (self.r,)
-        if not each or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in each):
-            raise InvalidValue(f"r must be an int >= 0, or a tuple of them, one a block, got {self.r!r}")
+        super().__post_init__()
+        if self.r == ():
+            raise InvalidValue("r must have a number for each block, got ()")
         if self.decreasing and isinstance(self.r, tuple):
             raise InvalidValue("decreasing goes with one number for r; a tuple says for itself what each block merges.")
 
@@ -133,8 +130,7 @@ def match(key: Tensor, r: int, protected: int = 0) -> Tensor:
     source, target = bipartite_match(key, r, protected)  # [B, r]
     place = torch.arange(n, device=key.device)
     part = torch.where(place < protected, 0, 1 + place % 2).expand(batch, n).scatter(1, source, 3)
-    order = part.argsort(dim=1, stable=True)  # [B, N] tokens as they come out, the merged ones last
-    row = torch.empty_like(order).scatter_(1, order, place.expand(batch, n))
+    row = ranks(-part)  # as tokens come out, the merged ones last
     return row.scatter(1, source, row.gather(1, target))
 
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vtok.compressor import Compressor
+from vtok.stages.pre_llm import PreLLM
 from vtok.types import Selection, VisualTokens, keep_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Compressor):
+class Uniform(PreLLM):
     """Keep every (1/keep)-th token in raster order.
 
     keep: fraction or count of the tokens that enter the language model, per picture.
@@ -17,7 +17,6 @@ class Uniform(Compressor):
     """
 
     name = "uniform"
-    stage = "pre_llm"
     paper = "baseline"
 
     def select(self, tokens: VisualTokens) -> Selection:

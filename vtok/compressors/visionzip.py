@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from vtok.compressor import Compressor
-from vtok.errors import InvalidValue
-from vtok.tower import Layer, check_layer
-from vtok.types import Selection, VisualTokens, keep_count, share
-from vtok.views import Views, ranks, unit
+from vtok.options import EncoderLayer, In
+from vtok.stages.pre_llm import PreLLM
+from vtok.tower import Layer
+from vtok.types import Selection, VisualTokens, keep_count, ranks, share
+from vtok.views import Views, unit
 
 IMPORTANCE = {"cls": "cls_probs", "received": "encoder_attention"}  # name -> need
-MERGING = ("mean", "add")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(Compressor):
+class VisionZip(PreLLM):
     """Dominant tokens by attention, contextual tokens by key similarity (Section 3.2), view by view: a thumbnail, each
     crop and each frame gets its share of the count, in proportion to its tokens.
 
     keep: fraction or count, per picture, of dominant and contextual tokens together.
     contextual: the part of them that is contextual, in [0, 1); the paper's 10 of 64, 20 of 128 and 30 of 192.
-    layer: of the encoder, whose attention and keys count, see `vtok.tower.check_layer`; None, the one whose output the
+    layer: of the encoder, whose attention and keys count; None, the one whose output the
         projector reads, is the paper's (the last but one of LLaVA's CLIP).
     importance: "cls", the head-mean of the CLS token's attention; "received", for encoders without CLS as in the paper,
         the head-mean of the attention that a token gets from all others. Of several patches a token (pixel shuffle) the
@@ -40,27 +40,17 @@ class VisionZip(Compressor):
     """
 
     name = "visionzip"
-    stage = "pre_llm"
     needs = frozenset({"cls_probs", "encoder_keys"})
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467"
     optional = {"cls_probs": {"importance": "received"}}
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     merges = True
+    examples = ({"keep": 0.4}, {"keep": 0.4, "importance": "received"})
 
-    contextual: float = 10 / 64
-    layer: Layer = None
-    importance: str = "cls"
-    merging: str = "mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number = isinstance(self.contextual, (int, float)) and not isinstance(self.contextual, bool)
-        if not number or not 0 <= self.contextual < 1:
-            raise InvalidValue(f"contextual must be a number in [0, 1), got {self.contextual!r}")
-        check_layer(self.layer, "layer")
-        for field, words in (("importance", tuple(IMPORTANCE)), ("merging", MERGING)):
-            if getattr(self, field) not in words:
-                raise InvalidValue(f"{field} must be one of {words}, got {getattr(self, field)!r}")
+    contextual: Annotated[float, In("[0, 1)")] = 10 / 64
+    layer: EncoderLayer = None
+    importance: Literal["cls", "received"] = "cls"
+    merging: Literal["mean", "add"] = "mean"
 
     @property
     def needs_now(self) -> frozenset[str]:

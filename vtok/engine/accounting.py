@@ -17,57 +17,87 @@ from vtok.errors import InvalidValue, Unsupported
 
 SOFTMAX = 5  # operations an attention score
 SMALL = 17  # operations a token and channel in a layer: norms, residuals, rotation, activation, gate
-CLS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # of the plain towers, by model_type
-QWEN_TOWERS = {"qwen2_vl_vision": 2, "qwen2_5_vl_vision": 3, "qwen3_vl_vision": 2}  # -> matrices of their MLPs
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")  # whose experts `Experts.of` counts
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configs call how many there are
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The layers of a decoder in which a router chooses among several FFNs.
+
+    width: neurons that one token goes through, those of its routed experts and of shared ones together.
+    router: columns of the matrices that choose. layers: the layers that are so.
+    """
+
+    width: int
+    router: int
+    layers: frozenset[int]
+
+    @staticmethod
+    def of(text: Any) -> Experts | None:
+        """From a decoder's config; None where its kind of mixture is not known."""
+        if text.model_type not in MIXTURES:
+            return None
+        total = next(n for name in EXPERTS if (n := getattr(text, name, None)))
+        shared = getattr(text, "shared_expert_intermediate_size", None) or 0  # beside them, behind a gate of its own
+        each = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        dense, step = getattr(text, "mlp_only_layers", None) or (), getattr(text, "decoder_sparse_step", 1)
+        layers = frozenset(i for i in range(text.num_hidden_layers) if i not in dense and (i + 1) % step == 0)
+        return Experts(text.num_experts_per_tok * each + shared, total + bool(shared), layers)
 
 
 @dataclass(frozen=True)
 class TextShape:
     """The sizes of a decoder that its cost depends on.
 
-    layers: decoder layers. hidden: d, width of the residual stream. ffn: f, width of the gated MLP.
+    layers: decoder layers. hidden: d, width of the residual stream.
+    ffn: f, width of the gated MLP; None where it is of an unknown kind, so that only the cache can be counted.
     query_width: heads * head_dim (d, in most families). kv_width: g, key-value heads * head_dim.
-    heads: query heads. vocab: V, rows of the output head.
+    heads: query heads. vocab: V, rows of the output head. experts: of a mixture, in whose other layers f holds.
     """
 
     layers: int
     hidden: int
-    ffn: int
+    ffn: int | None
     query_width: int
     kv_width: int
     heads: int
     vocab: int
+    experts: Experts | None = None
 
     @staticmethod
     def of(config: Any) -> TextShape:
-        """The shape of a Llama-like decoder (Llama, Mistral, Qwen2), from its or the model's config.
+        """The shape of a Llama-like decoder (Llama, Mistral, Qwen2, and mixtures in `MIXTURES`), from its or the
+        model's config.
 
-        Raises `Unsupported` for a decoder that this formula does not describe.
+        Raises `Unsupported` for a decoder whose attention this formula does not describe.
         """
         text = config.get_text_config()
+        if getattr(text, "kv_lora_rank", None):
+            raise Unsupported(f"FLOPs and cache of {text.model_type!r} cannot be counted: its attention is latent.")
+        mixed = any(getattr(text, name, None) for name in EXPERTS)
+        experts = Experts.of(text) if mixed else None
         try:
             heads = text.num_attention_heads
             head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
             kv_heads = getattr(text, "num_key_value_heads", None) or heads
-            shape = TextShape(
+            return TextShape(
                 layers=text.num_hidden_layers,
                 hidden=text.hidden_size,
-                ffn=text.intermediate_size,
+                ffn=getattr(text, "intermediate_size", None) if experts or not mixed else None,
                 query_width=heads * head_dim,
                 kv_width=kv_heads * head_dim,
                 heads=heads,
                 vocab=text.vocab_size,
+                experts=experts,
             )
         except AttributeError as error:
             raise Unsupported(f"FLOPs of {text.model_type!r} cannot be counted: {error}.") from error
-        if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
-            raise Unsupported(f"FLOPs of {text.model_type!r} cannot be counted: it is a mixture of experts.")
-        return shape
 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The sizes of a vision tower and its projector that their cost depends on.
+    """The sizes of a vision tower and its projector that their cost depends on. `vtok.tower.Tower.shape` gives it.
 
     layers, hidden, ffn, heads: of the tower. ffn_matrices: 2, or 3 where the MLP is gated.
     patch_values: pixel values of one patch. cls_tokens: tokens that each view has beside its patches.
@@ -92,83 +122,46 @@ class VisionShape:
     projectors: int = 1
 
     @staticmethod
-    def of(config: Any) -> VisionShape:
-        """The shape of a CLIP or SigLIP tower with LLaVA's projector, of InternVL, or of a Qwen-VL with its merger.
+    def plain(config: Any, cls_tokens: int = 0, merge: int = 1, levels: int = 1) -> VisionShape:
+        """Of a ViT whose config has transformers' usual names, before an MLP of two matrices as in LLaVA.
 
-        config: the whole model's. Raises `Unsupported` for any other tower.
-        """
-        vision, text_hidden = getattr(config, "vision_config", None), config.get_text_config().hidden_size
-        kind = getattr(vision, "model_type", None)
-        if kind in CLS_TOKENS:
-            taken = getattr(config, "vision_feature_layer", -1)
-            levels = 1 if isinstance(taken, int) else len(taken)  # several layers' features lie side by side
-            return VisionShape(
-                layers=vision.num_hidden_layers,
-                hidden=vision.hidden_size,
-                ffn=vision.intermediate_size,
-                heads=vision.num_attention_heads,
-                ffn_matrices=2,
-                patch_values=vision.num_channels * vision.patch_size**2,
-                cls_tokens=CLS_TOKENS[kind],
-                merge=1,
-                projector=(levels * vision.hidden_size, text_hidden, text_hidden),
-                full_layers=vision.num_hidden_layers,
-                window=0,
-            )
-        if kind == "internvl_vision":
-            merge = round(1 / config.downsample_ratio)
-            return VisionShape(
-                layers=vision.num_hidden_layers,
-                hidden=vision.hidden_size,
-                ffn=vision.intermediate_size,
-                heads=vision.num_attention_heads,
-                ffn_matrices=2,
-                patch_values=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
-                cls_tokens=1,
-                merge=merge,
-                projector=(vision.hidden_size * merge**2, text_hidden, text_hidden),
-                full_layers=vision.num_hidden_layers,
-                window=0,
-            )
-        if kind in QWEN_TOWERS:
-            hidden = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the decoder's
-            wide = hidden * vision.spatial_merge_size**2
-            windowed = hasattr(vision, "fullatt_block_indexes")
-            return VisionShape(
-                layers=vision.depth,
-                hidden=hidden,
-                ffn=vision.intermediate_size if hasattr(vision, "intermediate_size") else hidden * vision.mlp_ratio,
-                heads=vision.num_heads,
-                ffn_matrices=QWEN_TOWERS[kind],
-                patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-                cls_tokens=0,
-                merge=vision.spatial_merge_size,
-                projector=(wide, wide, text_hidden),
-                projectors=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
-                full_layers=len(set(vision.fullatt_block_indexes)) if windowed else vision.depth,
-                window=vision.window_size // vision.patch_size if windowed else 0,
-            )
-        raise Unsupported(f"FLOPs of the vision tower {kind!r} cannot be counted.")
+        config: the whole model's. levels: how many layers' features lie side by side before the projector."""
+        vision, text_hidden = config.vision_config, config.get_text_config().hidden_size
+        patch = vision.patch_size
+        return VisionShape(
+            layers=vision.num_hidden_layers,
+            hidden=vision.hidden_size,
+            ffn=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            ffn_matrices=2,
+            patch_values=vision.num_channels * (patch**2 if isinstance(patch, int) else patch[0] * patch[1]),
+            cls_tokens=cls_tokens,
+            merge=merge,
+            projector=(levels * vision.hidden_size * merge**2, text_hidden, text_hidden),
+            full_layers=vision.num_hidden_layers,
+            window=0,
+        )
 
 
-def layer_flops(shape: TextShape, n: int, causal: bool = False) -> int:
-    """Operations of one decoder layer in a prefill of `n` tokens: all n^2 scores counted, as published tables do, or
-    where `causal` those alone that a token sees, which is what causal kernels compute."""
-    return _layer(shape, n, n * (n + 1) // 2 if causal else n * n)
+def layer_flops(shape: TextShape, n: int, causal: bool = False, layer: int = 0) -> int:
+    """Operations of a decoder layer in a prefill of `n` tokens: all n^2 scores counted, as published tables do, or
+    where `causal` those alone that a token sees, which is what causal kernels compute. `layer` tells mixtures of
+    experts from others. Raises `Unsupported`, as all that count FLOPs, where the FFN's kind is not known."""
+    return _layer(shape, n, n * (n + 1) // 2 if causal else n * n, layer)
 
 
 def prefill_flops(shape: TextShape, counts: Sequence[int], causal: bool = False) -> int:
     """Operations of one sample's prefill. `counts`: tokens that enter each of the decoder's layers. `causal`: see
     `layer_flops`."""
-    return sum(layer_flops(shape, n, causal) for n in _checked(shape, counts)) + shape.hidden * shape.vocab
+    layers = enumerate(_checked(shape, counts))
+    return sum(layer_flops(shape, n, causal, i) for i, n in layers) + shape.hidden * shape.vocab
 
 
 def decode_flops(shape: TextShape, cached_counts: Sequence[int], neurons: Mapping[int, int] | None = None) -> int:
     """Operations of one decoding step. `cached_counts`: tokens in each layer's cache before the step. `neurons`: layer
     -> how many neurons of the MLP are computed, all where it does not say."""
-    widths = [(neurons or {}).get(layer) for layer in range(shape.layers)]
-    counts = _checked(shape, cached_counts)
-    return sum(_layer(shape, 1, n + 1, f) for n, f in zip(counts, widths)) + shape.hidden * shape.vocab
+    layers, computed = enumerate(_checked(shape, cached_counts)), neurons or {}
+    return sum(_layer(shape, 1, n + 1, i, computed.get(i)) for i, n in layers) + shape.hidden * shape.vocab
 
 
 def kv_bytes(shape: TextShape, counts: Sequence[int], bytes_per_value: int) -> int:
@@ -197,10 +190,14 @@ def copied_bytes(shape: TextShape, neurons: Mapping[int, int], bytes_per_value: 
     return sum(3 * shape.hidden * n * bytes_per_value for n in neurons.values())
 
 
-def _layer(shape: TextShape, n: int, pairs: int, neurons: int | None = None) -> int:
+def _layer(shape: TextShape, n: int, pairs: int, layer: int, neurons: int | None = None) -> int:
     """One decoder layer: `n` tokens pass, and `pairs` scores are computed a head; `neurons` of the MLP are computed."""
-    d, q, g, f = shape.hidden, shape.query_width, shape.kv_width, shape.ffn if neurons is None else neurons
-    matrices = 2 * n * (2 * d * q + 2 * d * g + 3 * d * f)
+    if shape.ffn is None:
+        raise Unsupported("FLOPs of this decoder cannot be counted: its FFN is of a kind that vtok does not know.")
+    d, q, g, f, router = shape.hidden, shape.query_width, shape.kv_width, shape.ffn, 0
+    if shape.experts is not None and layer in shape.experts.layers:
+        f, router = shape.experts.width, shape.experts.router
+    matrices = 2 * n * (2 * d * q + 2 * d * g + 3 * d * (f if neurons is None else neurons) + d * router)
     return matrices + 4 * pairs * q + SOFTMAX * shape.heads * pairs + SMALL * n * d
 
 

@@ -1,4 +1,4 @@
-"""Compact sequences and the caches that hold them: gather, restore, masks.
+"""Compact sequences and the caches that hold them: gather, restore, masks. transformers' name for a cache stands here.
 
 A *position* is an index into the padded input of one forward. A *column* is an index into what a decoder layer really
 sees or caches. Compacting keeps the order, and puts the padding that ragged batches need on the left.
@@ -6,17 +6,21 @@ sees or caches. Compacting keeps the order, and puts the padding that ragged bat
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from vtok.engine.ffn import Copies, Core
-from vtok.errors import Unsupported
+from vtok.errors import PatchStateError, Unsupported
 from vtok.kernels.compact_sequence import kept_last
 
+# What transformers calls the cache in keywords and outputs: `past_key_values` up to 5.23, then `cache`.
+NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 OTHER_PATCH = "This cache was made under another patch, whose layers hold different tokens. Start a new conversation."
 
 
@@ -40,6 +44,10 @@ class Rows:
         """From keep [B, S] bool and its row sums, which the caller knows on the host."""
         index = kept_last(keep, max(lengths))  # [B, L]
         return Rows(index, keep.gather(1, index), padded=min(lengths) < max(lengths))
+
+    def column(self, position: Tensor) -> Tensor:
+        """[B] the column in which a position [B] of each row is."""
+        return ((self.index == position.to(self.index.device)[:, None]) & self.valid).to(torch.uint8).argmax(1)
 
     def narrow(self, keep: Tensor, lengths: list[int]) -> tuple[Rows, Tensor]:
         """Keep some of these columns: keep [B, L] bool -> the new rows and the [B, L'] columns to gather."""
@@ -67,6 +75,26 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
+def cache_in(holder: Any) -> Any:
+    """The cache in a call's keywords or in a model's output, under either of its names, or None."""
+    for name in ("cache", "past_key_values"):
+        if (cache := holder.get(name)) is not None:
+            return cache
+    return None
+
+
+def with_cache(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
+    """The keywords with this cache, under the name that this transformers reads."""
+    return {**{k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}, NAME: cache}
+
+
+class State(Protocol):
+    """What a stage keeps for a sequence. It lives in the sequence's cache, and follows it."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> State:
+        """The same where the batch has other rows: `change` picks them of a tensor [B, ...]."""
+
+
 class CompressedCache(DynamicCache):
     """A `DynamicCache` whose layers hold fewer columns than the sequence has tokens.
 
@@ -74,16 +102,17 @@ class CompressedCache(DynamicCache):
     and chat loops mean by it; the masks are sized by what each layer holds.
 
     seen: the logical length.
-    valid: first layer -> [B, columns] bool for that layer and those up to the next key, or None without padding.
-    shift: [B] or None: how far later positions move down, for methods that renumber.
-    core: the FFN neurons that text on this cache goes through, or None for all; copies: of their weights, once used.
+    valid: first layer -> which of the columns of that layer and those up to the next key are not padding: [B, columns]
+        bool, or [B, G, columns] where each of G head groups holds columns of its own; None where none is padding.
+    states: stage -> what it keeps for the sequence.
+    open: whether a patched model's forward is under way. Nothing else may add to the cache, since only that forward
+        sizes masks by it.
     """
 
     seen: int
     valid: dict[int, Tensor | None]
-    shift: Tensor | None
-    core: Core | None
-    copies: Copies | None
+    states: dict[str, State]
+    open: bool
 
     @classmethod
     def adopt(cls, cache: DynamicCache, past_mask: Tensor | None) -> CompressedCache:
@@ -98,8 +127,16 @@ class CompressedCache(DynamicCache):
         cache.__class__ = cls
         cache.seen = DynamicCache.get_seq_length(cache)
         cache.valid = {0: None if past_mask is None else past_mask.bool()}
-        cache.shift = cache.core = cache.copies = None
+        cache.states, cache.open = {}, False
         return cache
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.open:
+            raise PatchStateError(
+                "This cache holds a compressed prompt, and the model that is given it is not patched (any more). Patch "
+                "it again, or start a new conversation."
+            )
+        return super().update(*args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -112,7 +149,7 @@ class CompressedCache(DynamicCache):
         return DynamicCache.get_seq_length(self, layer_idx)
 
     def valid_at(self, layer_idx: int) -> Tensor | None:
-        """[B, columns] bool of a layer's columns, or None where none is padding."""
+        """`valid` of the group in which a layer is."""
         return self.valid[max(first for first in self.valid if first <= layer_idx)]
 
     def split(self, layer_idx: int) -> None:
@@ -122,32 +159,50 @@ class CompressedCache(DynamicCache):
     def extend(self, layer_idx: int, new: Tensor | None, batch: int, q_len: int, device: torch.device) -> Tensor | None:
         """Record the `q_len` columns that the group starting at `layer_idx` is about to receive.
 
-        new: [B, q_len] bool, or None if none is padding. Returns the group's [B, columns + q_len] mask or None."""
+        new: [B, q_len] bool, or None if none is padding. Returns the group's `valid`, with them."""
         old = self.valid[layer_idx]
         if old is not None or new is not None:
             held = self.columns(layer_idx)
             ones = lambda n: torch.ones(batch, n, dtype=torch.bool, device=device)
-            parts = [ones(held) if old is None else old.to(device), ones(q_len) if new is None else new.to(device)]
-            self.valid[layer_idx] = torch.cat(parts, 1)
+            old = ones(held) if old is None else old.to(device)
+            new = ones(q_len) if new is None else new.to(device)
+            if old.ndim == 3:
+                new = new[:, None].expand(-1, old.shape[1], -1)
+            self.valid[layer_idx] = torch.cat([old, new], -1)
         return self.valid[layer_idx]
 
-    def _map(self, change) -> None:
+    def keep(self, layer_idx: int, index: Tensor) -> None:
+        """Hold these columns of a layer alone, and free the others.
+
+        layer_idx: a layer with a record of its own (`split`), as that of the next. index: [B, K] long, or [B, G, K]
+        where each of the layer's G key-value heads keeps columns of its own. Ascending, so that time order stays."""
+        if layer_idx not in self.valid or (layer_idx + 1 < len(self.layers) and layer_idx + 1 not in self.valid):
+            raise PatchStateError(f"Layer {layer_idx} shares its record of columns with others: split the cache first.")
+        layer, valid = self.layers[layer_idx], self.valid[layer_idx]
+        heads = layer.keys.shape[1]
+        places = index if index.ndim == 3 else index[:, None].expand(-1, heads, -1)  # [B, G, K]
+        for name in ("keys", "values"):
+            held = getattr(layer, name)  # [B, G, L, d]
+            at = places.to(held.device)[..., None].expand(-1, -1, -1, held.shape[3])
+            setattr(layer, name, held.gather(2, at))
+        if valid is not None:
+            if valid.ndim < index.ndim:
+                valid = valid[:, None].expand(-1, heads, -1)
+            self.valid[layer_idx] = valid.gather(-1, (index if valid.ndim == index.ndim else places).to(valid.device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.valid = {first: None if v is None else change(v) for first, v in self.valid.items()}
-        self.shift = None if self.shift is None else change(self.shift)
-        if self.core is not None:
-            before, self.core = self.core, self.core.map(change)
-            if self.copies is not None and not self.core.same(before):  # beams move within a prompt, and it stays true
-                self.copies = None
+        self.states = {stage: state.map(change) for stage, state in self.states.items()}
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.seen += tokens_to_remove  # negative
-            self.valid = {first: None if v is None else v[:, :tokens_to_remove] for first, v in self.valid.items()}
+            self.valid = {first: None if v is None else v[..., :tokens_to_remove] for first, v in self.valid.items()}
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.valid, self.shift, self.core, self.copies = 0, {0: None}, None, None, None
+        self.seen, self.valid, self.states = 0, {0: None}, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -165,7 +220,20 @@ class CompressedCache(DynamicCache):
 def causal_mask(config, hidden: Tensor, valid: Tensor | None, cache: DynamicCache | None, layer_idx: int):
     """The mask that transformers itself would make for this layer, for the attention implementation in use.
 
-    hidden: [B, Q, D]; valid: [B, columns + Q] bool or None."""
-    return create_causal_mask(
-        config=config, inputs_embeds=hidden, attention_mask=valid, past_key_values=cache, layer_idx=layer_idx
+    hidden: [B, Q, D]; valid: [B, columns + Q] bool or None; [B, G, columns + Q] where each head group has columns of
+    its own, for which transformers knows no mask: [B, H, Q, columns + Q], for SDPA and eager attention."""
+    if valid is None or valid.ndim == 2:
+        how = {"config": config, "inputs_embeds": hidden, "attention_mask": valid, "layer_idx": layer_idx, NAME: cache}
+        return create_causal_mask(**how)
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise Unsupported(
+            f"Head groups that hold different columns need a mask for each head, which "
+            f"{config._attn_implementation} does not take: use attn_implementation='sdpa'."
+        )
+    queries, columns = hidden.shape[1], valid.shape[2]
+    causal = torch.ones(queries, columns, dtype=torch.bool, device=hidden.device).tril(columns - queries)
+    allowed = causal & valid.to(hidden.device)[:, :, None]  # [B, G, Q, L]
+    allowed = allowed.repeat_interleave(config.num_attention_heads // valid.shape[1], 1)
+    return torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
+        ~allowed, torch.finfo(hidden.dtype).min
     )

@@ -101,6 +101,13 @@ class Copies:
         return sum(weight.nbytes for weights in self.weights.values() for weight in weights)
 
 
+def check_all(layers: nn.ModuleList, method: str, copies: bool) -> None:
+    """Raise `Unsupported` if the FFNs of these decoder layers are not ones that `method` can work with."""
+    for layer in layers:
+        check(layer, method, copies)
+    check_formula(layers[0].mlp, method)
+
+
 def check(layer: nn.Module, method: str, copies: bool) -> None:
     """Raise `Unsupported`, with the reason, if the FFN of a decoder layer is not one that `method` can work with.
 
@@ -143,3 +150,32 @@ def check_formula(mlp: nn.Module, method: str) -> None:
             results.append(forward(x))
     if not torch.equal(*results):
         raise Unsupported(f"{method} cannot work on {type(mlp).__name__}, which is not down(act(gate(x)) * up(x)).")
+
+
+class Visit:
+    """What goes through one layer's FFN in one forward. Stages look at `values`, and may change what comes out.
+
+    x: [B, L, D], what enters. output: [B, L, D] where a stage has computed it by itself.
+    """
+
+    def __init__(self, layer: int, mlp: nn.Module, x: Tensor, dense: Callable[[Tensor], Tensor]) -> None:
+        self.layer, self.mlp, self.x, self.dense = layer, mlp, x, dense
+        self.output: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """[B, L, F] the activations."""
+        if self._values is None:
+            self._values = activations(self.mlp, self.x)
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._values = values
+
+    def result(self) -> Tensor:
+        """[B, L, D] what comes out."""
+        if self.output is not None:
+            return self.output
+        return self.dense(self.x) if self._values is None else self.mlp.down_proj(self._values)

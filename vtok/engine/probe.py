@@ -1,4 +1,4 @@
-"""Seeing a layer's queries and keys after RoPE, under any attention implementation.
+"""Seeing a layer's queries, keys and values after RoPE, under any attention implementation.
 
 While at least one patched model needs it, the entry of `ALL_ATTENTION_FUNCTIONS` for that model's implementation is
 overridden by a wrapper under the same name (a new name would lose its mask function). The wrapper acts only on calls
@@ -24,10 +24,14 @@ def _wrapper(implementation: str, original):
         forward = original
         if forward is None:  # "eager" is not in the registry: each modelling file has its own
             forward = sys.modules[type(module).__module__].eager_attention_forward
-        if (prefill := kwargs.pop(KEYWORD, None)) is not None:
-            scaling = kwargs.get("scaling")
-            prefill.observe(module.layer_idx, query, key, module.head_dim**-0.5 if scaling is None else scaling)
-        return forward(module, query, key, value, attention_mask, *args, **kwargs)
+        if (p := kwargs.pop(KEYWORD, None)) is None:
+            return forward(module, query, key, value, attention_mask, *args, **kwargs)
+        scaling = kwargs.get("scaling")
+        scaling = module.head_dim**-0.5 if scaling is None else scaling
+        key, value, attention_mask = p.observe(module.layer_idx, query, key, value, attention_mask, scaling)
+        output = forward(module, query, key, value, attention_mask, *args, **kwargs)
+        p.attended(module.layer_idx)
+        return output
 
     attention.vtok_implementation = implementation
     return attention

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vtok.adapter import Adapter
 from vtok.engine.accounting import (
     TextShape,
     VisionShape,
@@ -19,17 +21,34 @@ from vtok.engine.accounting import (
     prefill_flops,
 )
 from vtok.engine.cache import Rows
-from vtok.engine.ffn import Core
+from vtok.engine.stopwatch import Stopwatch
+from vtok.errors import Unsupported
 from vtok.types import Layout
+
+if TYPE_CHECKING:
+    from vtok.adapter import Adapter
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the accounting needs of a model."""
+    """What the accounting needs of a model, found out when it is asked for: a model that cannot be counted can still be
+    patched. Raises `Unsupported` then."""
 
-    text: TextShape
-    vision: VisionShape
-    bytes_per_value: int
+    adapter: Adapter
+    config: Any  # of the whole model
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.config.get_text_config().num_hidden_layers
+
+    @cached_property
+    def text(self) -> TextShape:
+        return TextShape.of(self.config)
+
+    @cached_property
+    def vision(self) -> VisionShape:
+        return self.adapter.tower(self.config).shape()
 
 
 @dataclass(frozen=True)
@@ -52,11 +71,43 @@ class Picture:
     merged_into: Tensor | None = None
 
 
+class Part:
+    """What a stage adds to a trace. Each method says that nothing changed, unless a stage overrides it."""
+
+    def seen_as(self, picture: Picture) -> Layout | None:
+        """The layout that the encoder computed, where it is another than the prompt's."""
+        return None
+
+    def merged_at(self, patches: int) -> Sequence[int]:
+        """Of a view of so many patches, the rows that each block of the encoder groups away."""
+        return ()
+
+    def merged_into(self, picture: int) -> Tensor | None:
+        """[n] the token that absorbed each token of the picture's `layout`, or None."""
+        return None
+
+    def neurons(self) -> Mapping[int, int]:
+        """Decoder layer -> how many neurons of its FFN decoding computes, where it does not compute all."""
+        return {}
+
+    def prompts(self) -> int:
+        """For how many prompts weights of these neurons are copied."""
+        return 0
+
+    def cached(self, layer: int, tokens: int) -> int:
+        """How many columns a decoder layer's cache holds of a prompt of which so many tokens entered the layer."""
+        return tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return {}
+
+
 @dataclass(frozen=True)
 class Trace:
     """A record of the last prefill. Reading it waits for the device; making it does not.
 
-    A *layer* argument is a decoder layer, 0 for what enters the language model.
+    A *layer* argument is a decoder layer, 0 for what enters the language model. `parts` is what stages add, by name.
     """
 
     shapes: Shapes
@@ -64,12 +115,10 @@ class Trace:
     samples: tuple[int, ...]  # of each picture, the sample (row of the batch) it belongs to
     batch: int
     length: int  # S, of the padded input
-    _merged: dict[int, Tensor]
-    _stopwatch: Any
-    _encoder_stage: Any
     rows: dict[int, Rows]  # first layer -> positions present
-    core: Core | None = None  # the FFN neurons that text behind the prompt goes through, where not all
-    _merged_at: Callable[[int], Sequence[int]] | None = None  # patches of a view -> rows that each block groups away
+    bytes_per_value: int  # of the embeddings, and so of keys and values
+    _stopwatch: Stopwatch | None
+    parts: dict[str, Part]
 
     def __repr__(self) -> str:
         return (
@@ -79,8 +128,8 @@ class Trace:
 
     def rows_at(self, layer: int) -> Rows:
         """The positions present at a decoder layer, as tensors on the model's device."""
-        if not 0 <= layer < self.shapes.text.layers:
-            raise IndexError(f"There are decoder layers 0 to {self.shapes.text.layers - 1}, not {layer}.")
+        if not 0 <= layer < self.shapes.layers:
+            raise IndexError(f"There are decoder layers 0 to {self.shapes.layers - 1}, not {layer}.")
         return self.rows[max(first for first in self.rows if first <= layer)]
 
     def positions_at(self, layer: int) -> list[Tensor]:
@@ -121,7 +170,8 @@ class Trace:
         if dropped), or None where nothing was merged."""
         result: list[Tensor | None] = []
         for i, picture in enumerate(self.pictures):
-            merged = self._merged[i].cpu() if i in self._merged else None
+            found = [into for part in self.parts.values() if (into := part.merged_into(i)) is not None]
+            merged = found[-1].cpu() if found else None
             if merged is not None and picture.source is not None:
                 source = picture.source.cpu()
                 full = torch.full((picture.dense.n,), -1)
@@ -169,19 +219,19 @@ class Trace:
         if not self.pictures:
             return 1.0
         kept = sum(sum(self.n_kept_at(first)) * layers for first, layers in self._groups())
-        return kept / (sum(self.n_visual) * self.shapes.text.layers)
+        return kept / (sum(self.n_visual) * self.shapes.layers)
 
     @property
     def selection_seconds(self) -> float:
         """Time that the compressors took, measured on the device's clock. Encoder-stage compressors take none."""
-        return self._stopwatch.seconds()
+        return 0.0 if self._stopwatch is None else self._stopwatch.seconds()
 
     def counts(self) -> dict[str, list[list[int]]]:
         """{"dense", "compressed"}: for each sample the tokens that enter each decoder layer."""
         valid = self.present_at(0)
         for picture in self.pictures:
             valid.view(-1)[picture.rows.cpu()] = True
-        dense = [[n] * self.shapes.text.layers for n in valid.sum(1).tolist()]
+        dense = [[n] * self.shapes.layers for n in valid.sum(1).tolist()]
         per_layer: list[list[int]] = [[] for _ in range(self.batch)]
         for first, layers in self._groups():
             for sample, n in enumerate(self.present_at(first).sum(1).tolist()):
@@ -190,49 +240,66 @@ class Trace:
 
     def flops(self, causal: bool = False) -> dict[str, dict[str, int]]:
         """{"dense", "compressed"} -> {"encoder", "prefill", "decode"}: operations of the whole batch by formula
-        (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill."""
+        (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill. Raises
+        `Unsupported` for a tower or a decoder that cannot be counted."""
         text, vision = self.shapes.text, self.shapes.vision
-        small = [p.layout if self._encoder_stage is not None else p.dense for p in self.pictures]
-        layouts = {"dense": self.layouts, "compressed": small}
+        views = {"dense": self.layouts, "compressed": [self._seen_as(picture) for picture in self.pictures]}
+        merged_at = {"dense": None, "compressed": self._merged_at}
         neurons = {"dense": {}, "compressed": self.neurons}
+        cached = self.cached()
         return {
             kind: {
                 "encoder": encoder_flops(
-                    vision,
-                    (view for x in layouts[kind] for view in _views(x, vision.merge)),
-                    self._merged_at if kind == "compressed" else None,
+                    vision, (view for x in views[kind] for view in _views(x, vision.merge)), merged_at[kind]
                 ),
                 "prefill": sum(prefill_flops(text, counts, causal) for counts in samples),
-                "decode": sum(decode_flops(text, counts, neurons[kind]) for counts in samples),
+                "decode": sum(decode_flops(text, counts, neurons[kind]) for counts in cached[kind]),
             }
             for kind, samples in self.counts().items()
         }
 
+    def cached(self) -> dict[str, list[list[int]]]:
+        """{"dense", "compressed"}: for each sample the columns of its prompt that each decoder layer's cache holds."""
+        counts = self.counts()
+        held = [[self._cached(layer, n) for layer, n in enumerate(sample)] for sample in counts["compressed"]]
+        return {"dense": counts["dense"], "compressed": held}
+
+    def _cached(self, layer: int, tokens: int) -> int:
+        for part in self.parts.values():
+            tokens = part.cached(layer, tokens)
+        return tokens
+
+    def _seen_as(self, picture: Picture) -> Layout:
+        found = [layout for part in self.parts.values() if (layout := part.seen_as(picture)) is not None]
+        return found[-1] if found else picture.dense
+
+    def _merged_at(self, patches: int) -> Sequence[int]:
+        return next((merged for part in self.parts.values() if (merged := part.merged_at(patches))), ())
+
     def kv_bytes(self) -> dict[str, int]:
         """{"dense", "compressed"}: bytes of the prompt's keys and values, padding of ragged batches left out."""
-        text, size = self.shapes.text, self.shapes.bytes_per_value
+        text, size = self.shapes.text, self.bytes_per_value
         return {
-            kind: sum(kv_bytes(text, counts, size) for counts in samples) for kind, samples in self.counts().items()
+            kind: sum(kv_bytes(text, counts, size) for counts in samples) for kind, samples in self.cached().items()
         }
 
     @property
     def neurons(self) -> dict[int, int]:
         """Decoder layer -> how many neurons of its FFN decoding computes, for layers in which it does not compute all.
         A batch in which some samples need all is computed whole."""
-        if self.core is None or not self.core.whole:
-            return {}
-        return {layer: index.shape[1] for layer, index in sorted(self.core.index.items())}
+        return {layer: n for part in self.parts.values() for layer, n in sorted(part.neurons().items())}
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of the weights that decoding copies, those of these neurons for each prompt (not for each beam)."""
-        if not self.neurons:
-            return 0
-        prompts = self.batch // self.core.repeats()
-        return prompts * copied_bytes(self.shapes.text, self.neurons, self.shapes.bytes_per_value)
+        return sum(
+            part.prompts() * copied_bytes(self.shapes.text, part.neurons(), self.bytes_per_value)
+            for part in self.parts.values()
+            if part.neurons()
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers and lists, for JSON."""
+        """All of it as plain numbers and lists, for JSON; None for what cannot be counted."""
         return {
             "n_visual": self.n_visual,
             "n_kept": self.n_kept,
@@ -241,17 +308,25 @@ class Trace:
             "selection_seconds": self.selection_seconds,
             "positions": {str(first): [p.tolist() for p in self.positions_at(first)] for first, _ in self._groups()},
             "merged_into": [None if m is None else m.tolist() for m in self.merged_into],
-            "flops": self.flops(),
-            "kv_bytes": self.kv_bytes(),
+            "flops": _counted(self.flops),
+            "kv_bytes": _counted(self.kv_bytes),
             "neurons": {str(layer): n for layer, n in self.neurons.items()},
             "copied_bytes": self.copied_bytes,
+            **{key: value for part in self.parts.values() for key, value in part.to_dict().items()},
         }
 
     def _groups(self) -> Iterator[tuple[int, int]]:
         """(first layer, number of layers) of each run of layers that see the same positions."""
         starts = sorted(self.rows)
-        for start, end in zip(starts, [*starts[1:], self.shapes.text.layers]):
+        for start, end in zip(starts, [*starts[1:], self.shapes.layers]):
             yield start, end - start
+
+
+def _counted(count: Callable[[], Any]) -> Any:
+    try:
+        return count()
+    except Unsupported:
+        return None
 
 
 def _views(layout: Layout, merge: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -122,12 +122,6 @@ class TokenSampler:
         draw = torch.rand(32, generator=generator, dtype=torch.float64)[-1].item()  # the first of near seeds are alike
         edges = torch.tensor(self.probabilities, dtype=torch.float64).cumsum(0)
         return self.counts[min(int((draw >= edges).sum()), len(self.counts) - 1)]
-
-    def __iter__(self) -> Iterator[int]:
-        step = 0
-        while True:
-            yield self.at(step)
-            step += 1
 
     @property
     def mean(self) -> float:

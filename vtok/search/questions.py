@@ -1,10 +1,10 @@
-"""What the searches ask a model: validation questions of the bundled task; and the judgement on its test set."""
+"""How good a schedule is by the questions at hand: exact match, or the log-probability of the right answers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -14,28 +14,20 @@ from vtok.compressor import Compressor
 from vtok.compressors.schedule import Schedule
 from vtok.errors import InvalidValue, VtokError
 from vtok.patching import patch
+from vtok.prompts import ask, encode
 from vtok.search.schedules import Rates
-from vtok.zoo import evaluate, scenes
-from vtok.zoo.scenes import CATEGORIES, Question
 
 METRICS = ("accuracy", "logprob")
-SEED = evaluate.TEST_SEED  # of the validation scenes: another split than the test set's
-
-Asked = list[tuple[Image.Image, list[Question]]]
 
 
-def validation(count: int) -> Asked:
-    """The first `count` validation questions, scene by scene, one of every category that applies."""
-    asked: Asked = []
-    index = left = 0
-    left = count
-    while left > 0:
-        scene = scenes.generate("val", SEED, index)
-        first = {q.category: q for q in reversed(scene.questions)}
-        chosen = [first[c] for c in CATEGORIES if c in first][:left]
-        asked.append((scene.image, chosen))
-        index, left = index + 1, left - len(chosen)
-    return asked
+class Question(Protocol):
+    """What is asked of a picture, and the right answer."""
+
+    text: str
+    answer: str
+
+
+Asked = Sequence[tuple[Image.Image, Sequence[Question]]]
 
 
 def metric_of(name: str, model: Any, processor: Any, asked: Asked) -> Callable[[Rates], float]:
@@ -55,25 +47,27 @@ def metric_of(name: str, model: Any, processor: Any, asked: Asked) -> Callable[[
     return metric
 
 
-def accuracy(model: Any, processor: Any, asked: Asked) -> float:
-    """Share of questions answered exactly, by greedy `generate`."""
-    hits = [
-        said == question.answer
-        for image, questions in asked
-        for question, said in zip(questions, evaluate.answer(model, processor, image, [q.text for q in questions]))
-    ]
+def prompts(processor: Any, image: Image.Image, questions: Sequence[Question]) -> Any:
+    """Inputs that ask each of the questions about one picture, padded on the left."""
+    return encode(processor, [ask(q.text, image) for q in questions])
+
+
+@torch.inference_mode()
+def accuracy(model: Any, processor: Any, asked: Asked, tokens: int = 16) -> float:
+    """Share of questions answered exactly, by greedy `generate` of at most `tokens`."""
+    hits = []
+    for image, questions in asked:
+        inputs = prompts(processor, image, questions).to(model.device, model.dtype)
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        said = processor.batch_decode(out, skip_special_tokens=True)
+        hits += [text.strip() == q.answer for text, q in zip(said, questions)]
     return sum(hits) / len(hits)
 
 
-def teacher_forced(processor: Any, image: Image.Image, questions: list[Question], model: Any) -> dict[str, Tensor]:
+def teacher_forced(processor: Any, image: Image.Image, questions: Sequence[Question], model: Any) -> dict[str, Tensor]:
     """Inputs and labels of the right answers to questions about one picture: prompts padded on the left, answers and
     the end token on the right, labels on these alone."""
-    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}] for q in questions]
-    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    tokenizer = processor.tokenizer
-    inputs = processor(
-        text=prompts, images=[image] * len(prompts), padding=True, padding_side="left", return_tensors="pt"
-    )
+    inputs, tokenizer = prompts(processor, image, questions), processor.tokenizer
     answers = [tokenizer(f" {q.answer}", add_special_tokens=False)["input_ids"] for q in questions]
     answers = [[*ids, tokenizer.eos_token_id] for ids in answers]
     longest = max(map(len, answers))
@@ -84,8 +78,7 @@ def teacher_forced(processor: Any, image: Image.Image, questions: list[Question]
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], real], 1)
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1)
-    inputs = inputs.to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs = inputs.to(model.device, model.dtype)
     return {**inputs, "labels": labels.to(model.device)}
 
 
@@ -106,10 +99,10 @@ def log_probability(model: Any, batches: list[dict[str, Tensor]]) -> float:
 def rivals(rates: Rates) -> dict[str, Compressor | str]:
     """Name -> in-LLM compressors of the same mean keep as the schedule `rates`, or why there is none. All of them
     round counts down, the schedule "found" too."""
-    n_layers, keep = len(rates), math.fsum(rates) / len(rates)
     from vtok.compressors.fastv import FastV
     from vtok.compressors.pyramiddrop import PyramidDrop
 
+    n_layers, keep = len(rates), math.fsum(rates) / len(rates)
     named: dict[str, Compressor | str] = {"found": Schedule(rates=rates, rounding="down")}
     for name, plain in {"p-sigmoid": Schedule(), "fastv": FastV(), "pyramiddrop": PyramidDrop()}.items():
         try:
@@ -117,51 +110,3 @@ def rivals(rates: Rates) -> dict[str, Compressor | str]:
         except VtokError as error:
             named[name] = str(error)
     return named
-
-
-def judged(
-    model: Any,
-    processor: Any,
-    methods: dict[str, Compressor | str],
-    count: int,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> list[dict[str, Any]]:
-    """Exact match on the first `count` scenes of the test set: of the dense model and of each method a row with its
-    accuracy, mean keep, and the paired difference to the first method, 95 % intervals from a bootstrap over scenes.
-    """
-    import numpy as np
-
-    from vtok.eval.results.statistics import interval
-
-    hits: dict[str, Any] = {}
-    keeps: dict[str, float] = {"dense": 1.0}
-    runs = {"dense": None, **{name: method for name, method in methods.items() if not isinstance(method, str)}}
-    for name in progress(list(runs)):
-        handle = patch(model, runs[name]) if runs[name] is not None else None
-        try:
-            rows, kept = [], []
-            for scene, questions in evaluate.held_out(count):
-                said = evaluate.answer(model, processor, scene.image, [q.text for q in questions])
-                rows.append((sum(q.answer == text for q, text in zip(questions, said)), len(questions)))
-                kept += [handle.trace.mean_keep] if handle else []
-        finally:
-            if handle:
-                handle.remove()
-        hits[name] = np.array(rows)  # [scenes, 2]
-        if kept:
-            keeps[name] = sum(kept) / len(kept)
-    reference = hits[next(iter(methods))]
-    rows = []
-    for name, mine in hits.items():
-        n, gain = mine[:, 1], mine[:, 0] - reference[:, 0]
-        rows.append(
-            {
-                "method": name,
-                "n": int(n.sum()),
-                "accuracy": float(mine[:, 0].sum() / n.sum()),
-                "interval": interval(mine[:, 0], n),
-                "mean_keep": keeps[name],
-                "to_found": {"difference": float(gain.sum() / n.sum()), "interval": interval(gain, n)},
-            }
-        )
-    return rows + [{"method": name, "refused": why} for name, why in methods.items() if isinstance(why, str)]

@@ -1,0 +1,5 @@
+"""`python -m vtok.cli`, which `torchrun -m` needs."""
+
+from vtok.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""`vtok bench`: is the compute saved on paper also saved on the clock?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vtok.cli import options
+
+Visual = Annotated[str, typer.Option(metavar="N,...", help="Pictures of so many visual tokens.  [default: all]")]
+
+
+def bench(
+    workload: Annotated[
+        str, typer.Option(help="small, smollm2, llava-next-7b, qwen2.5-vl-3b, or a bundled model.")
+    ] = "small",
+    visual: Visual = "",
+    methods: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help=f"{options.METHODS_HELP}  [default: all training-free ones]")
+    ] = None,
+    keep: Annotated[str, typer.Option(metavar="SHARE,...", help="Fractions to keep.")] = "0.5,0.25,0.1",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, with a plot of each picture beside it.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples at once.")] = 1,
+    tokens: Annotated[
+        int, typer.Option("--tokens", "--decode", metavar="N", min=0, help="Tokens to decode after a prefill.")
+    ] = 8,
+    repetitions: Annotated[int, typer.Option(metavar="N", min=1, help="Timed runs of each variant, at most.")] = 9,
+    seconds: Annotated[float, typer.Option(help="Stop after so long a picture, but not before 3 runs.")] = 300.0,
+    device: options.Device = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and inputs.")
+    ] = "float32",
+    threads: options.Threads = None,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
+    ] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Each kernel alone over sizes instead.")] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Measure nothing: make a page of this folder's JSON files, FOLDER.md beside it.")
+    ] = None,
+) -> None:
+    """Measure every phase against the FLOP ratio, the cost of the patch itself, memory and decoding.
+
+    \b
+    Examples:
+      vtok bench --workload smollm2 --methods divprune,fastv --keep 0.25
+      vtok bench --workload llava-next-7b --device cuda --dtype bfloat16
+      vtok bench --kernels --out kernels.json
+    """
+    if page is not None:
+        from vtok.eval.bench import page as bench_page
+
+        typer.echo(f"wrote {bench_page.write(page)}")
+        return
+    chosen, keeps = options.chosen(methods or None), options.numbers(keep, float, "--keep")
+    pictures = options.numbers(visual, int, "--visual") or None
+    device = options.device_of(device)
+    if kernels:
+        from vtok.eval.bench import kernels as alone
+
+        met = alone.run(out, repetitions, threads, device, dtype)
+    else:
+        from vtok.eval.bench import bench as work
+        from vtok.eval.bench.measure import How
+
+        if out is not None:
+            options.drawing(required=True)
+        how = How(batch, device, dtype, tokens, repetitions, seconds, cpu_time)
+        met = work.run(workload, pictures, out, keeps, chosen, how, threads)
+    if check and not met:
+        raise typer.Exit(1)

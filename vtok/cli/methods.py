@@ -1,0 +1,120 @@
+"""`vtok methods`: the compressors, the model families, which goes with which; and one compressor explained."""
+
+from __future__ import annotations
+
+import textwrap
+from itertools import groupby
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vtok.cli import options
+from vtok.cli.options import say
+
+WIDTH = 80
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Explain this one, with its options.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As tables for a README.")] = False,
+) -> None:
+    """List the compressors, the model families, and which goes with which; or explain one.
+
+    \b
+    Examples:
+      vtok methods
+      vtok methods visionzip
+    """
+    with options.working("starting PyTorch", plain=False):
+        from vtok.methods import explain, fit
+        from vtok.patching import available
+
+        known = available()
+    if name is not None:
+        _explain(name, explain(name))
+        return
+    found, families = known["compressors"], known["adapters"]
+    facts = [_facts(method, about) for method, about in found.items()]
+    hints = [f"{method}: {about['hints'][need]}" for method, about in found.items() for need in about["optional"]]
+    if markdown:
+        fits = [
+            {"method": f"`{method}`"} | {family: fit(about, family) for family in families}
+            for method, about in found.items()
+        ]
+        listed = "\n".join(f"- {hint}" for hint in hints)
+        typer.echo(f"{_markdown([_linked(row) for row in facts])}\n\n{_markdown(fits)}\n\n{listed}")
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for column in facts[0]:
+        heading = "arXiv" if column == "paper" else column
+        table.add_column(heading, overflow="fold", no_wrap=column in ("method", "paper"))
+    for row in facts:
+        table.add_row(*(row | {"paper": row["paper"].rpartition("arXiv ")[2]}).values())  # of the paper its number
+    Console().print(table)
+    for family, about in families.items():
+        default = ", ".join(f"{key}={value}" for key, value in about["default"].items())
+        say(f"\n{family}: {', '.join(about['modalities'])}; by default {default}")
+        for wanted, words in (("option", "with an option"), ("no", "not")):
+            if listed := [each for each in found if fit(found[each], family).partition(" ")[0] == wanted]:
+                say(f"  {words}: {', '.join(listed)}")
+    say("")
+    for line in (*hints, "One of them with its options: vtok methods NAME"):
+        say(line)
+
+
+def _facts(name: str, about: dict[str, Any]) -> dict[str, str]:
+    return {
+        "method": name,
+        "stage": about["stage"],
+        "needs": ", ".join(about["needs"]) or "-",
+        "count": "by content" if about["adaptive"] else "fixed",
+        "text": "read" if about["text_guided"] else "-",
+        "weights": "own" if about["trained"] else "-",
+        "cost": "slow" if about["slow"] else "-",
+        "paper": about["paper"],
+    }
+
+
+def _linked(row: dict[str, str]) -> dict[str, str]:
+    title, _, number = row["paper"].rpartition(", arXiv ")
+    paper = f"[{title}](https://arxiv.org/abs/{number})" if title else row["paper"]
+    return row | {"method": f"`{row['method']}`", "paper": paper}
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _explain(name: str, about: dict[str, Any]) -> None:
+    """One method, in 80 columns."""
+    fill = lambda text, indent: textwrap.fill(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    say(fill(f"{name}: {about['summary']}", ""))
+    facts = _facts(name, about)
+    say("")
+    for key, value in facts.items():
+        if key != "method" and value != "-":
+            say(fill(value, " " * 10).replace(" " * 10, f"{key:10}", 1))
+    say("\noptions, with their defaults:")
+    for meaning, some in groupby(about["options"].items(), lambda item: item[1][1]):  # what is told of several, once
+        say(fill(", ".join(f"{option}={_shown(default)}" for option, (default, _) in some), "  "))
+        if meaning:
+            say(fill(meaning, " " * 6))
+    say("\nfamilies:")
+    for wanted, words in (("yes", "runs on"), ("option", "with an option on"), ("no", "not on")):
+        if listed := [family for family, fits in about["fits"].items() if fits.partition(" ")[0] == wanted]:
+            say(fill(f"{words}: {', '.join(listed)}", "  "))
+    for need in about["optional"]:
+        say(fill(about["hints"][need], "  "))
+    if about["remarks"]:
+        say(f"\n{fill(about['remarks'], '')}")
+    trained = ", weights=..." if about["trained"] else ", keep=0.25" if "keep" in about["options"] else ""
+    say(f'\nvtok.patch(model, "{name}"{trained})')
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

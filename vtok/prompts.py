@@ -1,0 +1,51 @@
+"""The prompt builder: what a model is shown and asked, as its inputs, through its processor's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from vtok.errors import Unsupported
+from vtok.media import Clip
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the model is told. In `turns` a part {"type": "image"} or {"type": "video"} stands for the next of its
+    `pictures` or `clips`."""
+
+    turns: list[dict[str, Any]]
+    pictures: tuple[Image.Image, ...] = ()
+    clips: tuple[Clip, ...] = ()
+
+
+def ask(question: str, *seen: Image.Image | Clip) -> Conversation:
+    """One turn of the user: the pictures and clips, then the question."""
+    parts: list[dict[str, Any]] = [{"type": "video" if isinstance(one, Clip) else "image"} for one in seen]
+    turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+    pictures = tuple(one for one in seen if not isinstance(one, Clip))
+    return Conversation([turn], pictures, tuple(one for one in seen if isinstance(one, Clip)))
+
+
+def encode(processor: Any, asked: Sequence[Conversation]) -> Any:
+    """The model's inputs, a row a conversation, padded on the left, up to where its answer begins.
+
+    Raises `Unsupported` without a chat template."""
+    if getattr(processor, "chat_template", None) is None:
+        raise Unsupported("This checkpoint's processor has no chat template, so the question cannot be put.")
+    template = lambda turns: processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prompts = [template(conversation.turns) for conversation in asked]
+    media: dict[str, Any] = {}
+    if pictures := [list(conversation.pictures) for conversation in asked if conversation.pictures]:
+        media["images"] = pictures
+    if clips := [clip for conversation in asked for clip in conversation.clips]:
+        media["videos"] = [list(clip.frames) for clip in clips]
+        media["video_metadata"] = [clip.metadata for clip in clips]
+        media["do_sample_frames"] = False
+    bos = processor.tokenizer.bos_token
+    if bos is not None and prompts[0].startswith(bos):  # the template writes it, and leaves the tokenizer none to add
+        media["add_special_tokens"] = False
+    return processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **media)

@@ -1,0 +1,189 @@
+"""Between the encoder and the language model: some of a picture's tokens enter it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok.compressor import Compressor
+from vtok.engine.decoder import Pass
+from vtok.engine.encode import Read
+from vtok.engine.prefill import Prefill
+from vtok.engine.trace import Part
+from vtok.errors import InvalidValue, Unsupported
+from vtok.stages.stage import Site, Stage
+from vtok.types import Layout, Question, Selection, VisualTokens, keep_count, mean_of_members
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreLLM(Compressor):
+    """A method that chooses among the tokens of pictures before the language model.
+
+    renumber: kept tokens get consecutive positions instead of their own, and the text behind them moves up. Only for
+        one-dimensional RoPE.
+    """
+
+    stage = "pre_llm"
+    merges: ClassVar[bool] = False  # True if kept tokens get new features, through which gradient must flow
+
+    renumber: bool = False
+
+    @property
+    def reads_prompt_end(self) -> bool:
+        return "question" in self.needs_now  # it is the text up to there
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Choose among the tokens of B pictures of one layout."""
+
+    def count(self, layout: Layout) -> int | None:
+        """How many of the layout's tokens `select` keeps, known without seeing any; None where their content decides,
+        see `adaptive_now`. `keep` of all tokens of a picture, rounded down, unless overridden."""
+        return None if self.adaptive_now else keep_count(layout.n, self.keep)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a compressor leaves of G pictures of one layout, with the separators of their family.
+
+    keep: [G, n_rows] bool, which of a picture's placeholders stay. rows: [G, n_rows, D], what enters at them.
+    """
+
+    keep: Tensor
+    rows: Tensor
+    selection: Selection
+
+
+def select(
+    compressor: PreLLM,
+    features: Tensor,
+    layout: Layout,
+    encoder: Mapping[Read, Tensor] | None = None,
+    question: Question | None = None,
+) -> Selection:
+    """Ask a compressor about G pictures of one layout. features: [G, n, D]; encoder, question: see `VisualTokens`."""
+    encoder = encoder or {}
+    tokens = VisualTokens(features, layout, encoder.get(("cls_attention", -1)), encoder, question)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and compressor.merges):
+        return compressor.select(tokens)
+
+
+def place(compressor: PreLLM, rows: Tensor, layout: Layout, encoder: Mapping[Read, Tensor] | None = None) -> Placed:
+    """What is left of G pictures as the family's encoder method gives them, for an engine that has no prompt at hand.
+
+    rows: [G, n_rows, D], tokens and separators in the order of the prompt's placeholders."""
+    at, separators = layout.place.to(rows.device), layout.separator_place.to(rows.device)
+    selection = select(compressor, rows[:, at], layout, encoder)
+    keep = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
+    keep[:, at], keep[:, separators] = selection.keep, True
+    if selection.features is not None:
+        rows = rows.index_copy(1, at, selection.features.to(rows.dtype))
+    return Placed(keep, rows, selection)
+
+
+class PreLLMStage(Stage[PreLLM]):
+    name = "pre_llm"
+
+    def __init__(self, compressor: PreLLM, site: Site) -> None:
+        super().__init__(compressor, site)
+        self._each: list[PreLLM] = []
+        rope = getattr(site.config.get_text_config(), "rope_parameters", None) or {}
+        if compressor.renumber and "mrope_section" in rope:
+            family = site.adapter.family
+            raise Unsupported(f"{compressor.name}(renumber=True) has no meaning for the M-RoPE of {family}.")
+
+    def each(self, compressors: list[PreLLM]) -> None:
+        """Let each picture of a forward have a compressor of its own."""
+        self._each = compressors
+
+    def _groups(self, prefill: Prefill) -> Iterator[tuple[PreLLM, list[int]]]:
+        """Pictures of one layout for which one compressor acts."""
+        each = self._each
+        if each and len(each) != len(prefill.pictures):
+            n = len(prefill.pictures)
+            raise InvalidValue(f"using() was given {len(each)} values, and this call has {n} pictures.")
+        for members in prefill.groups():
+            by: dict[PreLLM, list[int]] = {}
+            for i in members:
+                by.setdefault(each[i] if each else self.compressor, []).append(i)
+            yield from by.items()
+
+    def select(self, prefill: Prefill) -> None:
+        prefill.chosen = True
+        merged: dict[int, Tensor] = {}
+        for compressor, members in self._groups(prefill):
+            first = prefill.pictures[members[0]]
+            tokens = torch.stack([prefill.pictures[i].tokens for i in members])  # [G, n] flat positions
+            separators = torch.stack([prefill.pictures[i].separators for i in members])
+            probed = [prefill.probed[i] for i in members]
+            encoder = {key: torch.stack([x[key] for x in probed]) for key in probed[0]}
+            with prefill.stopwatch:
+                question = None
+                if "question" in self.compressor.needs_now:
+                    question = prefill.question.rows(tokens[:, 0] // prefill.length)
+                selection = select(compressor, prefill.flat[tokens], first.layout, encoder, question)
+            prefill.kept[separators.flatten()] = True
+            prefill.kept[tokens.flatten()] |= selection.keep.flatten()
+            prefill.countable[tokens.flatten()] = selection.keep.flatten()
+            if selection.features is not None:
+                _replace(prefill, tokens, selection)
+            if selection.merged_into is not None:
+                merged |= {i: selection.merged_into[g] for g, i in enumerate(members)}
+        prefill.state[self.name] = merged
+
+    def count(self, prefill: Prefill, keep: Tensor, droppable: Tensor) -> None:
+        prefill.positions = self._shifted(prefill.cache, prefill.positions)
+        if not self.compressor.renumber:
+            return
+        dropped = (prefill.valid & ~keep).long()
+        prefill.positions = prefill.positions - dropped.cumsum(1)
+        if prefill.cache is not None:
+            before = prefill.cache.states.get(self.name)
+            amount = dropped.sum(1) if before is None else before.amount + dropped.sum(1)
+            prefill.cache.states[self.name] = Shift(amount)
+
+    def resume(self, p: Pass, positions: Tensor) -> Tensor:
+        return self._shifted(p.cache, positions)
+
+    def _shifted(self, cache, positions: Tensor) -> Tensor:
+        """Positions [B or 1, S], less what renumbering took from those before."""
+        shift = cache.states.get(self.name) if cache is not None else None
+        return positions if shift is None else positions - shift.amount[:, None]
+
+    def part(self, prefill: Prefill) -> Part:
+        return Merged(prefill.state[self.name])
+
+
+def _replace(prefill: Prefill, tokens: Tensor, selection: Selection) -> None:
+    """Kept tokens enter with new features, and late ones are those of all that they stand for."""
+    features = selection.features.flatten(0, 1).to(prefill.flat.dtype)
+    prefill.flat = prefill.flat.index_copy(0, tokens.flatten(), features)
+    if selection.merged_into is None:
+        return
+    for layer, late in prefill.late.items():
+        rows = prefill.late_row[tokens].to(late.device)
+        means = mean_of_members(late[rows], selection.merged_into.to(late.device))
+        prefill.late[layer] = late.index_copy(0, rows.flatten(), means.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far later positions of a sequence move down, `amount` [B]."""
+
+    amount: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Shift:
+        return Shift(change(self.amount))
+
+
+@dataclass(frozen=True)
+class Merged(Part):
+    into: dict[int, Tensor]  # picture -> `Selection.merged_into`
+
+    def merged_into(self, picture: int) -> Tensor | None:
+        return self.into.get(picture)

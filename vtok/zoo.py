@@ -1,0 +1,46 @@
+"""Small trained models that come with vtok: `model, processor = vtok.zoo.load("vtok-tiny-llava-next")`.
+
+What trained them is the folder `recipes/` of a checkout (`python -m recipes NAME --out DIR`).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+
+__all__ = ["DEMO_ANSWER", "DEMO_IMAGE", "DEMO_QUESTION", "load", "names", "path"]
+
+# A held-out scene, nothing of which was trained on. Drawn by `vtok zoo sample --first 345 --items 1`.
+DEMO_IMAGE = Path(__file__).with_name("demo.png")
+DEMO_QUESTION = "What does the label say?"
+DEMO_ANSWER = "AHK"
+
+
+def _folders() -> list[Path]:
+    """Where bundled models can lie: package data of an installed wheel, then `model_cards/` of a checkout."""
+    found = [Path(__file__).parents[1] / "model_cards"]
+    with suppress(ModuleNotFoundError, TypeError):  # TypeError: a namespace package without a place on disk
+        found.insert(0, Path(str(resources.files("vtok.model_cards"))))
+    return [folder for folder in found if folder.is_dir()]
+
+
+def names() -> list[str]:
+    """Names of the bundled models."""
+    return sorted({file.parent.name for folder in _folders() for file in folder.glob("*/model.safetensors")})
+
+
+def path(name: str) -> Path:
+    """Folder of a bundled model, laid out as on the Hugging Face hub."""
+    for folder in _folders():
+        if (folder / name / "model.safetensors").is_file():
+            return folder / name
+    raise KeyError(f"no bundled model {name!r}; there are: {', '.join(names()) or 'none'}")
+
+
+def load(name: str, dtype: str = "float32", device: str = "cpu"):
+    """The model, in eval mode, and its processor. The weights are stored as float16."""
+    from vtok import models
+
+    path(name)  # raises
+    return models.load(name, device, dtype)
