@@ -243,10 +243,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
 def test_methods_get_the_options_that_a_model_needs(tmp_path):
     """Those for encoders without CLS, and those without which there is no budget."""
     model, clip = tiny("qwen2_5_vl")[0], zoo.load(NAME)[0]
-    assert cells.options(model, "visionzip") == cells.options(model, "tcc") == {"importance": "received"}
-    assert cells.options(clip, "visionzip") == cells.options(clip, "divprune") == {}
-    assert cells.options(clip, "tome") == {"carry": True}
-    assert cells.refusal(model, Cell("visionzip", 0.25)) is None
-    assert "crops" in cells.refusal(model, Cell("globalcom2", 0.25))
-    told = ("tcc", {"importance": "received"})
+    of = lambda network, method: Cell(method, 0.25).options(network)
+    assert of(model, "visionzip") == of(model, "tcc") == {"importance": "received"}
+    assert of(clip, "visionzip") == of(clip, "divprune") == {}
+    assert of(clip, "tome") == {"carry": True} and of(clip, "fastv:layer=2") == {"layer": 2}
+    assert Cell("visionzip", 0.25).refusal(model) is None
+    assert "crops" in Cell("globalcom2", 0.25).refusal(model)
+    told = ("tcc:contextual=0.2", {"importance": "received"})
     assert cells.calls([told, told, ("fastv", {})]) == ["tcc(importance='received')"]

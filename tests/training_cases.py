@@ -43,7 +43,7 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     assert result["overall"]["n"] == sum(row["n"] for row in result["categories"].values())
     (halves / "eval.json").write_text(json.dumps(result))
     text = cards.write(halves).read_text()
-    assert text.startswith("---\nlicense: apache-2.0\n")
+    assert text.startswith("---\n") and "license: apache-2.0\n" in text.split("---\n")[1]
     assert all(f"`{key}`" in text for key in result["categories"])
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from vtok import draw, show, zoo
 from vtok.eval.results import sweep
 from vtok.eval.results.cells import DENSE, Cell, baselines, smaller_picture
@@ -22,7 +24,9 @@ WIDTH, SCALE = 1000, 0.55  # of a drawing in the page: pixels, and part of those
 Gallery = tuple[str, list[tuple[str, bytes]]]  # what to say, and (question and right answer, WebP) of each picture
 
 
-def draw_all(model: Several, leaders: Sequence[str], count: int) -> list[Gallery]:
+def draw_all(
+    model: Several, leaders: Sequence[str], count: int, device: str = "cpu", dtype: str | None = None
+) -> list[Gallery]:
     """A gallery for each of the model's tasks that have a tab, of `count` pictures at most.
 
     The model is run again on these questions; where that is not possible the words say why, and there are no pictures.
@@ -33,8 +37,9 @@ def draw_all(model: Several, leaders: Sequence[str], count: int) -> list[Gallery
         words = f"Not drawn: {model.model} is not bundled with this version of vtok, so it cannot be run again."
         return [(words, [])] * len(model.shown)
     about = model.tasks[0].about
-    network, processor = zoo.load(model.model, dtype=about["dtype"])
+    network, processor = zoo.load(model.model, about["dtype"], device)
     same = sweep.fingerprint(network) == about["weights"]
+    network = network.to(getattr(torch, dtype or about["dtype"]))
     return [
         _of_task(network, processor, results, leaders, count)
         if same and results.about["test_set"] == sweep.test_set(results.task)

@@ -15,10 +15,13 @@ from vtok.eval.results.results import Several, load
 from vtok.eval.results.verdicts import leaders
 
 
-def write(folder: str | Path, out: str | Path, pictures: int = 4) -> list[Path]:
+def write(
+    folder: str | Path, out: str | Path, pictures: int = 4, device: str = "cpu", dtype: str | None = None
+) -> list[Path]:
     """Write the page and its drawings as PNGs beside it; the files, the page first.
 
-    pictures: at most so many in the gallery of a task; 0 runs no model. Raises `InvalidValue` for a folder that is not
+    pictures: at most so many in the gallery of a task; 0 runs no model. device, dtype: of the models that are run, in
+    the data type of the results if left out. Raises `InvalidValue` for a folder that is not
     one of `vtok eval`, or an `out` that cannot be written, and `MissingExtra` without matplotlib.
     """
     draw.check()
@@ -32,7 +35,7 @@ def write(folder: str | Path, out: str | Path, pictures: int = 4) -> list[Path]:
     for model in models:
         if len(model.tasks) > 1:
             figures[key(model)] = drawings.of_several(model, colours)
-        for results, pictured in zip(model.shown, gallery.draw_all(model, first, pictures)):
+        for results, pictured in zip(model.shown, gallery.draw_all(model, first, pictures, device, dtype)):
             figures[key(model, results)] = drawings.of_task(results, colours)
             shown[key(model, results)] = pictured
     vectors = {

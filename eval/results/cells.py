@@ -29,8 +29,8 @@ class Cell:
         return f"{self.method}@{self.budget:g}.jsonl"
 
     def patch(self, model: Any) -> Patch:
-        name, told = methods.call(model, self.method, budget=self.budget)
-        return patch(model, name, **told)
+        what, told = methods.call(model, self.method, budget=self.budget)
+        return patch(model, what, **told)
 
     def options(self, model: Any) -> dict[str, Any]:
         """What the method has to be told, beside the budget, to run on this model."""
@@ -72,7 +72,7 @@ def bare(method: str) -> str:
 def cells(wanted: Sequence[str] | None, budgets: Sequence[float]) -> list[Cell]:
     """The dense model and every method at every budget. Raises `UnknownName` and `InvalidValue`."""
     for method in wanted or ():
-        methods.read(method)
+        methods.each(method)
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InvalidValue(f"A budget is a fraction in (0, 1], not {budget}.")

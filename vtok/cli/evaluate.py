@@ -25,6 +25,7 @@ def evaluate(
     methods: Annotated[
         str | None, typer.Option(metavar="NAME,...", help=f"{options.METHODS_HELP}  [default: all training-free ones]")
     ] = None,
+    config: options.Config = None,
     budgets: Annotated[
         str, typer.Option(metavar="SHARE,...", help="Mean shares of visual tokens that a decoder layer sees.")
     ] = "0.5,0.25,0.1,0.05",
@@ -52,7 +53,7 @@ def evaluate(
     folders = {name: out / Path(name).name if len(named) > 1 else out for name in named}
     if len({*folders.values()}) < len(named):
         raise InvalidValue(f"The models {model} would write to one folder: evaluate them apart.")
-    cells = (options.chosen(methods), options.numbers(budgets, float, "--budgets"))
+    cells = (options.chosen(methods, config), options.numbers(budgets, float, "--budgets"))
     from vtok.eval.results.sweep import Share
     from vtok.eval.tasks import task
 
