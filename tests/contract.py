@@ -14,6 +14,7 @@ from torch import nn
 import vtok
 from vtok import adapter as adapters
 from vtok import compressor as compressors
+from vtok.engine.cache import cache_in
 
 ADAPTERS = adapters.load_all()
 FAMILIES = list(ADAPTERS)
@@ -200,7 +201,7 @@ class Masked:
 
     def _mask(self, i, module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = cache.get_seq_length(i) if cache is not None else 0
         present = self.present[i]
         b, q, total = hidden.shape[0], hidden.shape[1], past + hidden.shape[1]

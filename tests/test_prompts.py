@@ -23,7 +23,7 @@ READERS = {
 def visual(model, family, ids, trace, row=0, layer=3):
     """The places of the pictures' tokens that are left behind a layer."""
     token = ADAPTERS[family].token_id(model.config, "image")
-    return [i for i in trace.positions_at(layer)[row].tolist() if ids[row, i] == token]
+    return [i for i in trace.positions_at(layer)[row].tolist() if i < ids.shape[1] and ids[row, i] == token]
 
 
 def joined(first, answer, second):
@@ -91,13 +91,13 @@ def test_rollout_labels_and_told_lengths_keep_the_same(family, side):
     prompts, pictures = ["a # What colour?", "two # yes no"], [picture(112, 112, 1), picture(84, 84, 2)]
     inputs = batch(processor, prompts, pictures, side)
     answer = torch.tensor([[40, 41], [42, 43]])
-    full = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer], 1)}
-    full["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1)
+    ends = inputs["input_ids"].shape[1] * torch.ones(2).long() if side == "left" else inputs["attention_mask"].sum(1)
+    follow = lambda x, more: torch.stack([torch.cat([r[:n], m, r[n:]]) for r, n, m in zip(x, ends.tolist(), more)])
+    full = {**inputs, "input_ids": follow(inputs["input_ids"], answer)}
+    full["attention_mask"] = follow(inputs["attention_mask"], torch.ones_like(answer))
     if "mm_token_type_ids" in full:
-        full["mm_token_type_ids"] = torch.cat([full["mm_token_type_ids"], 0 * answer], 1)
-    labels = full["input_ids"].clone()
-    labels[:, :-2] = -100
-    length = inputs["input_ids"].shape[1]
+        full["mm_token_type_ids"] = follow(full["mm_token_type_ids"], 0 * answer)
+    labels = follow(torch.full_like(inputs["input_ids"], -100), answer)
 
     def kept(call):
         call()
@@ -107,7 +107,7 @@ def test_rollout_labels_and_told_lengths_keep_the_same(family, side):
         want = kept(lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False))
         assert kept(lambda: model(**full, labels=labels)) == want
         assert kept(lambda: model(**inputs, use_cache=True)) == want
-        with patch.prompt(length):
+        with patch.prompt(ends):
             assert kept(lambda: model(**full)) == want
         with patch.prompt():
             other = kept(lambda: model(**full))
@@ -175,7 +175,7 @@ def test_placeholders_that_nothing_fills_are_refused():
         alone = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids")}
         with vtok.patch(model, "uniform"):
             for call in (model, model.generate):
-                with pytest.raises(Unsupported, match="no pictures came with it"):
+                with pytest.raises(Unsupported, match="nothing fills"):
                     call(**alone)
             with pytest.raises(Unsupported, match="generate_batch"):
                 model.generate_batch([inputs["input_ids"][0].tolist()])

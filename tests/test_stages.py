@@ -186,3 +186,41 @@ def test_stages_can_be_asked_without_a_prompt():
     merged = place(vtok.Pool(keep=0.25), rows, layout)
     assert not torch.equal(merged.rows, rows)
     assert torch.equal(merged.rows[:, layout.separator_place], rows[:, layout.separator_place])
+
+
+FAMILY = '''
+from vtok.adapters.llava import LlavaAdapter
+
+
+class TwinAdapter(LlavaAdapter):
+    family = "twin"
+    model_types = ("twin",)
+
+    def tiny(self, **options):
+        model, processor = super().tiny(**options)
+        model.config.model_type = "twin"
+        return model, processor
+'''
+
+
+def test_a_new_family_is_one_file(tmp_path, monkeypatch):
+    """It is patched, listed by `vtok.available()`, and has its column in the table of methods."""
+    from typer.testing import CliRunner
+
+    import vtok.adapters
+    from vtok import adapter, cli
+
+    (tmp_path / "twin.py").write_text(FAMILY)
+    monkeypatch.setattr(vtok.adapters, "__path__", [*vtok.adapters.__path__, str(tmp_path)])
+    try:
+        twin, processor = adapter.load_all()["twin"].tiny()
+        inputs = batch(processor, ["a # What colour is it?"], [picture(56, 56)])
+        with vtok.patch(twin) as patch:
+            twin.generate(**inputs, max_new_tokens=1)
+        assert patch.family == "twin"
+        assert patch.trace.n_kept == [4]
+        assert "twin" in vtok.available()["adapters"]
+        assert "twin" in CliRunner().invoke(cli.app, ["methods", "--markdown"]).output
+    finally:
+        adapter._REGISTRY.pop("twin", None)
+        sys.modules.pop("vtok.adapters.twin", None)

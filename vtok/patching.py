@@ -360,7 +360,7 @@ def _patch_vit(model: nn.Module, method: Any, budget: float | None, options: dic
 def _check_arguments(model: Any, method: Any) -> None:
     """Say what was meant where something else than a model and a method was given."""
     if isinstance(model, str | PathLike):
-        raise InvalidValue(f"patch takes a model, not its name: load it first, or vtok.load_model({str(model)!r}).")
+        raise InvalidValue(f"patch takes a model, not its name: load it, as vtok.models.load({str(model)!r}) does.")
     if not isinstance(model, nn.Module):
         if isinstance(getattr(model, "model", None), nn.Module):
             raise InvalidValue(f"patch takes a model, not a {type(model).__name__}: pass its .model.")

@@ -96,6 +96,7 @@ class Engine:
         self.installed = stages
         self.watches_layers = False  # whether `before_layer` is installed on the decoder layers
         self.ffn_layers = frozenset(layer for stage in stages for layer in stage.ffn_layers())
+        self.lock = threading.Lock() if any(stage.alone for stage in stages) else nullcontext()
         self.local = Local()
         self.last: Trace | None = None  # of any thread
 
@@ -212,11 +213,12 @@ class Engine:
         if local.encoding is not None:  # a family's video method may call its image method: the outer call does it all
             return method(*args, **kwargs)
         call = encode.begin(self.adapter, core, modality, method, args, kwargs)
-        local.encoding = encode.Encoding(self.reads)
-        try:
-            output, encoded = encode.run(call, args, kwargs, self.stages, local.encoding)
-        finally:
-            local.encoding = None
+        with self.lock:
+            local.encoding = encode.Encoding(self.reads)
+            try:
+                output, encoded = encode.run(call, args, kwargs, self.stages, local.encoding)
+            finally:
+                local.encoding = None
         if encoded is not None:
             if local.call is not None:
                 local.call.encoded[modality] = encoded
@@ -356,8 +358,7 @@ class Engine:
         return CompressedCache.adopt(cache, past)
 
     def check_prompts(self, told: dict[str, Any]) -> None:
-        """Raise `Unsupported` where nothing fills a placeholder, or a compressor reads the prompt's end and nobody knows
-        it."""
+        """Raise `Unsupported` where nothing fills a placeholder, or a prompt's end is read that nobody knows."""
         if any(told["unfilled"]):
             raise Unsupported(UNFILLED)
         for part in (stage.compressor for stage in self.stages):

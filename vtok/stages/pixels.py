@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,18 +35,17 @@ class Pixels(Compressor):
 
 class PixelsStage(Stage[Pixels]):
     name = "pixels"
+    alone = True  # families change their modules while they encode smaller pictures
 
     def __init__(self, compressor: Pixels, site: Site) -> None:
         super().__init__(compressor, site)
-        self._lock = threading.Lock()  # families change their modules while they encode smaller pictures
         if any(part.stage == "blocks" and not part.is_identity for part in site.parts):
             raise Unsupported("A smaller picture and merging inside the encoder do not go together. Choose one.")
 
     def encode(self, call: EncoderCall, run: Callable[[], Any]) -> Any:
         """In the stead of the family's method: it is called on smaller pictures, and its output stretched again."""
         scale = self.compressor.scale()
-        with self._lock:
-            output, views = call.adapter.encode_small(call.core, call.modality, call.method, call.arguments, scale)
+        output, views = call.adapter.encode_small(call.core, call.modality, call.method, call.arguments, scale)
         call.small, call.sources = zip(*(shrink(layout, view) for layout, view in zip(call.layouts, views)))
         return output
 
