@@ -192,7 +192,7 @@ def _told(cls: type[Compressor]) -> tuple[str, dict[str, tuple[Any, str]], str]:
             meanings = {name: text for name, (_, text) in _told(part)[1].items() if text} | meanings
     meanings.setdefault("keep", "how much stays, as the paper means it: a fraction in (0, 1], or a count a picture.")
     default = lambda field: field.default if field.default is not MISSING else "required"
-    meaning = lambda name: meanings.get(name) or options.of(cls)[name].text  # that of a base class, where it is told there
+    meaning = lambda name: meanings.get(name) or options.of(cls)[name].text  # of a base class, where it is told there
     listed = {name: (default(field), meaning(name)) for name, field in own.items()}
     summary, _, rest = "\n".join(prose).strip().partition("\n\n")
     return summary.replace("\n", " "), listed, " ".join(rest.split())

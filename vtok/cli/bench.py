@@ -17,9 +17,7 @@ def bench(
         str, typer.Option(help="small, smollm2, llava-next-7b, qwen2.5-vl-3b, or a bundled model.")
     ] = "small",
     visual: Visual = "",
-    methods: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help=f"{options.METHODS_HELP}  [default: all training-free ones]")
-    ] = None,
+    methods: options.EveryMethod = None,
     config: options.Config = None,
     keep: Annotated[str, typer.Option(metavar="SHARE,...", help="Fractions to keep.")] = "0.5,0.25,0.1",
     out: Annotated[Path | None, typer.Option(help="JSON file to write, with a plot of each picture beside it.")] = None,

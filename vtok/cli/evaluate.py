@@ -22,9 +22,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Offline tasks.  [default: all that the model takes]")
     ] = None,
-    methods: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help=f"{options.METHODS_HELP}  [default: all training-free ones]")
-    ] = None,
+    methods: options.EveryMethod = None,
     config: options.Config = None,
     budgets: Annotated[
         str, typer.Option(metavar="SHARE,...", help="Mean shares of visual tokens that a decoder layer sees.")

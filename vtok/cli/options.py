@@ -17,6 +17,9 @@ METHODS_HELP = "Separated by commas, options behind a colon: visionzip:importanc
 
 Model = Annotated[str, typer.Option(help="A bundled name, a local folder or a repository of the hub.")]
 Methods = Annotated[str | None, typer.Option(metavar="NAME,...", help=f"{METHODS_HELP}  [default: a choice]")]
+EveryMethod = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help=f"{METHODS_HELP}  [default: all training-free ones]")
+]
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="One more: the choice in a file that patch.save wrote.")
 ]
