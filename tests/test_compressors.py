@@ -436,7 +436,7 @@ def test_fastv_keeps_what_eager_attention_says():
     with torch.no_grad():
         probabilities = model(**inputs, output_attentions=True).attentions[1].mean(1)[0, -1]
         with vtok.patch(model, vtok.FastV(keep=5, layer=2)) as patch:
-            model(**inputs)
+            model(**inputs, use_cache=True)
     image = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().squeeze(1)
     best = image[probabilities[image].topk(5).indices].sort().values
     kept = patch.trace.positions_at(2)[0]

@@ -539,3 +539,13 @@ def test_only_commands_import_pages():
     for file in root.rglob("*.py"):
         if "cli" not in file.relative_to(root).parts[:1]:
             assert "eval.pages" not in file.read_text(), file
+
+
+def test_the_command_says_where_models_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("vtok.eval.pages.report.write", lambda *given: seen.append(given[2:]) or [])
+    for words in (["--device", "cpu", "--dtype", "bfloat16", "--gallery", "1"], ["--gallery", "0"]):
+        assert CliRunner().invoke(cli.app, ["report", str(tmp_path), *words]).exit_code == 0
+    assert seen == [(1, "cpu", "bfloat16"), (0, "cpu", None)]
+    refused = CliRunner().invoke(cli.app, ["report", str(tmp_path), "--device", "abacus"])
+    assert refused.exit_code == 2 and "no device 'abacus'" in refused.output
