@@ -21,7 +21,7 @@ from vtok.adapters.llava_onevision import limited
 from vtok.compressors.globalcom2 import crop_index, crop_sizes, mosaic_index
 from vtok.engine import accounting
 from vtok.engine.accounting import encoder_flops
-from vtok.engine.forward import _unbroken
+from vtok.engine.prefill import unbroken
 from vtok.errors import Unsupported
 from vtok.types import Layout, VisualTokens
 
@@ -215,9 +215,9 @@ def test_arrangement_of_tiles():
 def test_views_of_one_picture():
     """Those whose placeholders follow each other, but not from the end of a row to the start of the next."""
     where = torch.tensor([2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 16, 17])  # rows of 10: 9 ends the first, 10 starts the next
-    assert _unbroken(where, [2] * 6, 10) == [[0, 1], [2], [3, 4], [5]]
-    assert _unbroken(where, [4, 2, 4, 2], 10) == [[0], [1], [2], [3]]
-    assert _unbroken(torch.tensor([4, 5]), [2], 10) == [[0]]
+    assert unbroken(where, [2] * 6, 10) == [[0, 1], [2], [3, 4], [5]]
+    assert unbroken(where, [4, 2, 4, 2], 10) == [[0], [1], [2], [3]]
+    assert unbroken(torch.tensor([4, 5]), [2], 10) == [[0]]
 
 
 def test_globalcom2_does_not_care_where_the_thumbnail_is():

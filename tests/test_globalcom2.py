@@ -24,8 +24,7 @@ from vtok.compressors.globalcom2 import (
     token_scores,
 )
 from vtok.errors import InvalidValue, Unsupported
-from vtok.types import Layout, Plane, VisualTokens
-from vtok.views import ranks
+from vtok.types import Layout, Plane, VisualTokens, ranks
 
 # (side, grid, picture size): exact fit, padding above, padding at the sides, one crop, odd remainders, outer
 # crops that are half padding, outer crops of padding alone, the first

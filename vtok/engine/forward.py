@@ -148,7 +148,8 @@ class Engine:
 
     def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
-        asked = kwargs.get("use_cache") is True or kwargs.get("logits_to_keep") == 1
+        wanted = kwargs.get("logits_to_keep")  # the next token alone: what comes before it is the prompt
+        asked = kwargs.get("use_cache") is True or (isinstance(wanted, int) and wanted == 1)
         self.local.told = Told(whole=asked)
         if labels is None or not self.active:
             return None

@@ -108,10 +108,8 @@ class PreLLMStage(Stage[PreLLM]):
             n = len(prefill.pictures)
             raise InvalidValue(f"using() was given {len(each)} values, and this call has {n} pictures.")
         for members in prefill.groups():
-            by: dict[PreLLM, list[int]] = {}
-            for i in members:
-                by.setdefault(each[i] if each else self.compressor, []).append(i)
-            yield from by.items()
+            for compressor in dict.fromkeys(each[i] for i in members) if each else (self.compressor,):
+                yield compressor, [i for i in members if not each or each[i] == compressor]
 
     def select(self, prefill: Prefill) -> None:
         prefill.chosen = True
