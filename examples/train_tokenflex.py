@@ -19,7 +19,7 @@ from transformers import set_seed
 
 import vtok
 from vtok import zoo
-from vtok.eval.results.sweep import interval
+from vtok.eval.results.statistics import interval
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.scenes import TASK
 from vtok.modules.tokenflex import TokenSampler

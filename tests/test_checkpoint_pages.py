@@ -21,7 +21,8 @@ from vtok import compressor as compressors
 from vtok import zoo
 from vtok.adapters._tiny import INTERNVL_TOKENS, LLAVA_TOKENS, QWEN_TOKENS, tokenizer
 from vtok.cli import app
-from vtok.eval.pages import checkpoints, pages
+from vtok.eval.pages import checkpoint_pages as pages
+from vtok.eval.pages import checkpoints
 from vtok.eval.pages.checkpoints import CHECKPOINTS, MEDIA, TASKS, costs, layouts, media
 
 CARDS = Path(__file__).parents[1] / "model_cards"

@@ -59,13 +59,13 @@ def rows(output):
     return {m[1]: m.groups()[1:] for m in map(row.match, output.split("\n")) if m}
 
 
-def test_demo_answers_dense_and_compressed(run, tmp_path):
+def test_demo_answers_dense_and_compressed(run, folder, tmp_path):
     pytest.importorskip("matplotlib")
     png = tmp_path / "new folder" / "kept.png"
     code, output = run("--methods", "uniform, random,fastv", "--question", "What is [bold]it[/]?", "--out", png)
     assert code == 0, output
     assert "What is [bold]it[/]?" in output  # not read as markup
-    table = [line for line in output.split("\n") if str(png) not in line and not line.startswith("loading ")]
+    table = [line for line in output.split("\n") if str(png) not in line and str(folder) not in line]
     assert max(map(len, table)) <= WIDTH
     found = rows(output)
     assert list(found) == ["dense", "uniform", "random", "fastv"]
@@ -141,8 +141,8 @@ def test_panels_of_every_stage(folder):
         (["--device", "abacus"], "no device 'abacus'"),
         (["--device", "gpu"], "a GPU is called cuda"),
         (["--methods", "fastvv"], "Did you mean 'fastv'?"),
-        (["--methods", "fastv:layr=2"], "no option 'layr'. It has: keep, layer, anchor. Did you mean 'layer'?"),
-        (["--methods", "fastv:layer=two"], "fastv: layer is a whole number, not 'two'"),
+        (["--methods", "fastv:layr=2"], "no option layr. Did you mean 'layer'? It has: anchor, keep, layer."),
+        (["--methods", "fastv:layer=two"], "fastv: layer must be an int >= 1, got 'two'"),
         (["--methods", "visionzip:importance=mine"], "received"),
         (["--methods", "layer=2,fastv"], "'layer=2' is an option without a method"),
         (["--keep", "0.5", "--budget", "0.5"], "not both"),
@@ -228,17 +228,19 @@ def test_methods_are_read_with_their_options():
 
 
 def test_values_are_read_by_the_type_of_the_option(monkeypatch):
+    monkeypatch.setattr("vtok.compressor._REGISTRY", dict(vtok.compressor._REGISTRY))
+
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Typed(vtok.Compressor):
         """For this test."""
 
+        name = "typed"
         stage = "pre_llm"
+        paper = "baseline"
         how: typing.Literal["near", "far"] = "near"
         at: typing.Annotated[int | None, "positive"] = None
         where: float | typing.Literal["last"] | tuple[float, ...] = "last"
 
-    monkeypatch.setattr(methods, "load_all", lambda: {"typed": Typed})
-    monkeypatch.setitem(globals(), "Typed", Typed)
     for option, text, value in (
         ("how", "far", "far"),
         ("at", "3", 3),
@@ -247,14 +249,79 @@ def test_values_are_read_by_the_type_of_the_option(monkeypatch):
         ("where", "last", "last"),
         ("where", "[1, 2]", (1, 2)),
     ):
-        assert methods.typed("typed", option, text) == value
+        assert methods.read(f"typed:{option}={text}") == ("typed", {option: value})
     for option, text, says in (
-        ("how", "fare", "typed: how is near or far, not 'fare'. Did you mean 'far'"),
-        ("at", "0.5", "at is none or a whole number, not '0.5'"),
-        ("where", "first", "where is a number or a list such as .* or last, not 'first'"),
+        ("how", "fare", "typed: how must be one of 'near', 'far', got 'fare'. Did you mean 'far'"),
+        ("at", "0.5", "at must be an int .* or None .*, got '0.5'"),
+        ("where", "first", "where must be a number, one of 'last' or a tuple .*, got 'first'"),
     ):
         with pytest.raises(InvalidValue, match=says):
-            methods.typed("typed", option, text)
+            methods.read(f"typed:{option}={text}")
+
+
+def test_a_choice_can_be_spelt():
+    """What a method is written as is read back as it was."""
+    composed = [vtok.AIMMerge(keep=0.5), vtok.AIMPrune(start=1, end=3)]
+    for parts in (
+        [vtok.FastV()],
+        [vtok.FastV(keep=3, layer=1)],
+        [vtok.VisionZip(importance="received", layer=None)],
+        [vtok.ToMe(r=(2, 1), carry=True)],
+        [vtok.Schedule(rates=(1, 0.5, 0.25, 1e-05))],
+        composed,
+    ):
+        text = methods.spelt(parts)
+        assert methods.split(text) == [text]
+        assert [vtok.compressor.build(name, **given) for name, given in methods.each(text)] == parts
+    assert methods.spelt([vtok.FastV(keep=3, layer=1)], keep=False) == "fastv:layer=1"
+    both = methods.spelt(composed)
+    assert both == "aim_merge:keep=0.5+aim_prune:start=1,end=3"
+    assert methods.split(f"uniform, {both.replace(':', ',', 1)}") == ["uniform", both]
+    tiny, _ = load_all()["llava_next"].tiny()
+    what, told = methods.call(tiny, both, keep=0.3)
+    assert (what, told) == (composed, {}) and methods.supported(tiny, [both]) == [both]
+    assert "one compressor" in methods.refusal(tiny, both, budget=0.5)
+    assert methods.facts(both, vtok.available()["compressors"])["stage"] == "pre_llm+llm"
+
+
+def test_a_file_holds_the_choice(run, folder, tmp_path, monkeypatch):
+    """The one that `Patch.save` wrote, with every command that takes methods."""
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_all()["llava_next"].tiny()
+    with vtok.patch(model, "fastv", keep=0.5, layer=3) as patch:
+        patch.save("one.json")
+    code, output = run("--config", "one.json")
+    assert code == 0, output
+    assert int(rows(output)["fastv:layer=3,"][1]) == (3 * 64 + 32) / 4  # three of four layers see all
+    code, output = run("--config", "one.json", "--methods", "uniform", "--keep", "0.25")
+    assert code == 0, output
+    shown = rows(output)
+    assert {"uniform", "fastv:layer=3"} <= shown.keys() and int(shown["fastv:layer=3"][1]) == (3 * 64 + 16) / 4
+    one_line_error(*run("--config", "none.json"), "none.json cannot be read")
+    (tmp_path / "bad.json").write_text("{}")
+    one_line_error(*run("--config", "bad.json"), "this one names none")
+    with vtok.patch(model, "aim", keep=0.5) as patch:
+        patch.save("two.json")
+    code, output = run("--config", "two.json")
+    assert code == 0 and "aim_merge:" in output and "+aim_prune" in output.replace("\n", ""), output
+    seen = []
+    monkeypatch.setattr("vtok.eval.results.sweep.run", lambda *given: seen.append(given[4]) or given[0].stop)
+    monkeypatch.setattr("vtok.eval.bench.bench.run", lambda *given: seen.append(given[4]) or True)
+    for words in (["eval", "--out", "out", "--tasks", "scenes", "--model", str(folder / "model")], ["bench"]):
+        CliRunner().invoke(cli.app, [*words, "--config", "one.json", "--device", "cpu"])
+    assert seen == [["fastv:layer=3"]] * 2
+    words = [
+        "--image",
+        str(folder / "picture.png"),
+        "--model",
+        str(folder / "model"),
+        "--device",
+        "cpu",
+        "--tokens",
+        "2",
+    ]
+    result = CliRunner().invoke(cli.app, ["show", "--config", "one.json", *words])
+    assert result.exit_code == 0 and "fastv:layer=3,keep=0.5: " in result.output, result.output
 
 
 def test_a_call_has_what_the_line_and_the_model_say():

@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok
 from vtok import adapter, compressor, options
-from vtok.compressor import Compressor, build, load_all, parse
+from vtok.compressor import Compressor, build, load_all
 from vtok.compressors.pool import cells, coarser
 from vtok.errors import InvalidValue, UnknownName
+from vtok.methods import read
 from vtok.stages import ORDER
 from vtok.types import Attention, Layout, Plane, VisualTokens, share
 
@@ -99,10 +100,19 @@ RIGHT = {
     "n": {"3": 3, "none": None},
     "word": {"two": "two"},
     "flag": {"true": True, "False": False},
-    "each": {"1/2/0": (1, 2, 0), "7": (7,)},
+    "each": {"[1, 2,0]": (1, 2, 0), "[7]": (7,), "[]": ()},
     "file": {"a/b.json": "a/b.json", "1": "1"},
 }
-NEVER = {"keep": "0", "share": "2", "part": "1.0", "layer": "x", "n": "none!", "word": "t", "flag": "1", "each": "1/x"}
+NEVER = {
+    "keep": "0",
+    "share": "2",
+    "part": "1.0",
+    "layer": "x",
+    "n": "none!",
+    "word": "t",
+    "flag": "1",
+    "each": "1/2",
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -141,16 +151,16 @@ def test_options_say_what_they_accept():
 
 
 def test_methods_on_a_command_line():
-    assert parse("fastv") == ("fastv", {})
-    name, values = parse("visionzip:importance=received:keep=64:layer=none")
+    assert read("fastv") == ("fastv", {})
+    name, values = read("visionzip:importance=received,keep=64,layer=none")
     assert build(name, **values) == vtok.VisionZip(importance="received", keep=64, layer=None)
-    assert parse("schedule:rates=1/0.5/0.5")[1] == {"rates": (1.0, 0.5, 0.5)}
+    assert read("schedule:rates=[1, 0.5, 0.5]")[1] == {"rates": (1.0, 0.5, 0.5)}
     with pytest.raises(UnknownName, match="named 'fastvv'. Did you mean 'fastv'. There are: aim, "):
-        parse("fastvv:keep=1")
+        read("fastvv:keep=1")
     with pytest.raises(InvalidValue, match="fastv has no option layr. Did you mean 'layer'. It has: anchor, keep"):
-        parse("fastv:layr=2")
-    with pytest.raises(InvalidValue, match="^layer must be an int >= 1, got 'two'"):
-        parse("fastv:layer=two")
+        read("fastv:layr=2")
+    with pytest.raises(InvalidValue, match="^fastv: layer must be an int >= 1, got 'two'"):
+        read("fastv:layer=two")
     with pytest.raises(UnknownName, match="named 'zzz'. There are"):
         build("zzz")
     with pytest.raises(InvalidValue, match="Did you mean 'layer'"):
@@ -220,12 +230,12 @@ vtok.compressors.__path__.append(sys.argv[1])
 from contract import cells
 from typer.testing import CliRunner
 import vtok
-from vtok import cli, compressor
+from vtok import cli, methods
 table = CliRunner().invoke(cli.app, ["methods", "--markdown"]).output
 assert "| `longest` | pre_llm |" in table, table
 assert "longest" in CliRunner().invoke(cli.app, ["methods"]).output
 assert vtok.available()["compressors"]["longest"]["families"]
-assert compressor.parse("longest:p=1:keep=3") == ("longest", {"p": 1, "keep": 3})
+assert methods.read("longest:p=1,keep=3") == ("longest", {"p": 1, "keep": 3})
 assert vtok.Longest(keep=3).keep == 3
 print(*(sum(cell.values[1] == "longest" for cell in cells(scope)) for scope in ("all", "kinds", "some")))
 """

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 import vtok
 from vtok import media
+from vtok.adapter import load_all
 from vtok.cli import app
 from vtok.errors import InvalidValue, UnknownName, Unsupported
 from vtok.eval.lmms import models as lmms_models
@@ -132,7 +133,7 @@ def test_options_go_to_the_compressor_that_has_them():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"compressor": "fastv", "keepp": 0.5}, "no argument keepp.*fastv has keep, layer"),
+        ({"compressor": "fastv", "keepp": 0.5}, "no argument keepp.*fastv has keep, anchor, layer"),
         ({"compressor": "downsample+fastv", "keep": 0.5}, "downsample.keep or fastv.keep"),
         ({"compressor": "fastv", "aim.keep": 0.5}, "'aim' is none of the compressors"),
         ({"compressor": "fastv", "fastv.nope": 0.5}, "no argument fastv.nope"),
@@ -162,6 +163,10 @@ def test_files(tmp_path):
     assert lmms_plan.plan(config=str(file)).options == {"budget": 0.3}
     file.write_text(json.dumps({"rates": [1.0, 0.5, 0.25, 0.1]}))
     assert lmms_plan.plan(config=file).methods[0].rates_at(4) == (1.0, 0.5, 0.25, 0.1)
+    model, _ = load_all()["llava"].tiny()
+    with vtok.patch(model, "aim", keep=0.5) as patch:
+        patch.save(file)
+    assert lmms_plan.plan(config=file).methods == patch.compressors and len(patch.compressors) == 2
     for wrong in ("keep: 0.5", "[1, 2]", "[]", "{"):
         file.write_text(wrong)
         with pytest.raises(InvalidValue, match="config="):

@@ -20,6 +20,7 @@ EXTRAS = {
     "vtok.kernels": {"triton"},
     # its pictures take the extra zoo, which brings numpy and scipy
     "vtok.eval": {"lmms_eval", "loguru", "numpy", "scipy", "tqdm", "yaml"},
+    "vtok.eval.pages": {"jinja2", "markupsafe", "huggingface_hub"},  # of jinja2 and transformers
 }
 
 
@@ -92,9 +93,10 @@ def test_every_folder_with_code_is_a_listed_package():
         assert (folder / "__init__.py").is_file()
 
 
-def test_the_wheel_takes_the_bundled_models_along():
+def test_the_wheel_takes_data_along():
+    """The bundled models, and what pages are made of."""
     data = PROJECT["tool"]["setuptools"]["package-data"]
-    for package, suffixes in {"vtok": {".png"}, "vtok.model_cards": None}.items():
+    for package, suffixes in {"vtok": {".png"}, "vtok.model_cards": None, "vtok.eval.pages": None}.items():
         folder = FOLDERS[package]
         taken = {file for pattern in data[package] for file in folder.glob(pattern)}
         kept = {f for f in folder.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts}

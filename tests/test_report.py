@@ -1,5 +1,7 @@
 """`vtok report`: its numbers against counting by hand, one folder against several, a page that needs nothing else."""
 
+import ast
+import io
 import json
 import re
 import shutil
@@ -9,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract import picture, tiny
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vtok import cli, zoo
+from vtok.compressor import load_all
 from vtok.errors import InvalidValue
-from vtok.eval.pages import choosing
-from vtok.eval.results import evidence, results
-from vtok.eval.results.sweep import Cell
+from vtok.eval.pages import card_tables, choosing, drawings, page
+from vtok.eval.results import results, statistics, verdicts
+from vtok.eval.results.cells import Cell, baselines, smaller_picture
 from vtok.eval.tasks.task import Item, Question
 
 pytest.importorskip("matplotlib")
@@ -34,26 +38,36 @@ CELLS = {
 REFUSED = [{"method": "fastv", "budget": 0.1, "reason": "A budget of 0.1 cannot be met."}]
 
 
-def put(path, task="scenes", model="some-model", seed=1, cells=CELLS, shift=0.0):
-    """A finished run with made-up answers: right ones are "yes"."""
+def put(path, task="scenes", model="some-model", seed=1, cells=CELLS, shift=0.0, items=ITEMS, kinds=None, commit="abc"):
+    """A finished run with made-up answers: right ones are "yes". kinds: share of right ones, times a cell's."""
     path.mkdir(parents=True, exist_ok=True)
-    rng, rows = np.random.default_rng(seed), []
+    rng, kinds = np.random.default_rng(seed), kinds or dict.fromkeys(CATEGORIES[task], 1.0)
     for cell, share in cells.items():
         lines = []
-        for item in range(ITEMS):
-            draws = [rng.random() < share + shift for _ in CATEGORIES[task]]
-            answers = [[c, "yes", "yes" if ok else "<b>no</b>"] for c, ok in zip(CATEGORIES[task], draws)]
+        for item in range(items):
+            draws = [rng.random() < share * part + shift for part in kinds.values()]
+            answers = [[c, "yes", "yes" if ok else "<b>no</b>"] for c, ok in zip(kinds, draws)]
             line = {"item": item, "seconds": 0.1, "answers": answers, "right": [said == "yes" for *_, said in answers]}
             if cell.method != "dense":
                 line |= {"mean_keep": cell.budget, "flops": cell.budget + 0.1, "selection_seconds": 0.001}
             lines.append(json.dumps(line))
         (path / cell.file).write_text("\n".join(lines) + "\n")
-        rows.append({"method": cell.method, "budget": cell.budget})
-    machine = {"machine": "a CPU x 2", "load": "0.1", "commit": "abc", "command": "vtok eval", "threads": "1"}
-    about = {"model": model, "weights": "0123", "dtype": "float32", "items": ITEMS, "task": task, "instruction": ""}
+    machine = {"machine": "a CPU x 2", "load": "0.1", "commit": commit, "command": "vtok eval", "threads": "1"}
+    about = {"model": model, "weights": "0123", "dtype": "float32", "items": items, "task": task, "instruction": ""}
     about |= {"machine": machine, "test_set": {"version": 1, "seed": 2}}
-    (path / "sweep.json").write_text(json.dumps({"about": about, "cells": rows, "refused": REFUSED}))
-    return path
+    (path / "sweep.json").write_text(json.dumps({"about": about}))
+    return sum_up(path)
+
+
+def sum_up(place):
+    """Write sweep.json anew from the answers that lie beside it, as `vtok eval` does."""
+    about = json.loads((place / "sweep.json").read_text())["about"]
+    files = sorted(place.glob("*.jsonl"), key=lambda file: not file.name.startswith("dense"))
+    cells = [Cell(file.stem.partition("@")[0], float(file.stem.partition("@")[2])) for file in files]
+    lines = {c: dict(enumerate(map(json.loads, f.read_text().splitlines()))) for c, f in zip(cells, files)}
+    refused = {Cell(row["method"], row["budget"]): row["reason"] for row in REFUSED}
+    (place / "sweep.json").write_text(json.dumps(results.summarise(about, lines, {}, refused)))
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -109,35 +123,35 @@ def test_the_page_needs_nothing_else(folder, tmp_path):
 
 def test_the_filter_by_hand(folder):
     (one,) = results.load(folder)[0].tasks
-    found = results.filtered(one, 0.5)
+    found = verdicts.filtered(one, 0.5)
     dense, small = right(folder, Cell("dense", 1.0)), right(folder, Cell("downsample", 0.5))
     hard, easy = dense & ~small, dense & small
-    assert (found["hard"], found["easy"]) == (hard.sum(), easy.sum())
+    assert (found.hard, found.easy) == (hard.sum(), easy.sum())
     for method in ("divprune", "fastv", "random"):
         hits = right(folder, Cell(method, 0.5))
-        for name, chosen in (("hard", hard), ("easy", easy)):
-            assert found["methods"][method][name][0] == pytest.approx(hits[chosen].mean())
-    assert results.filtered(one, 0.1) is None  # no smaller picture was tried there
+        for number, chosen in zip(found.methods[method], (hard, easy)):
+            assert number.at == pytest.approx(hits[chosen].mean())
+            assert number.span[0] <= number.at <= number.span[1]
+    assert verdicts.filtered(one, 0.1) is None  # no smaller picture was tried there
 
 
 def test_front():
     points = {"a": (0.1, 0.5), "b": (0.2, 0.4), "c": (0.3, 0.8), "d": (0.305, 0.9), "e": (0.9, 0.85)}
-    assert results.front(points) == ["a", "d"]  # d costs hardly more than c, and is better
-    assert results.front(points, same=0.0) == ["a", "c", "d"]
+    assert verdicts.front(points) == ["a", "d"]  # d costs hardly more than c, and is better
+    assert verdicts.front(points, same=0.0) == ["a", "c", "d"]
 
 
 def test_the_headline_is_the_smallest_budget_worth_having(folder):
     (one,) = results.load(folder)[0].tasks
-    row = results.headline(one)
-    assert (row["method"], row["budget"]) == ("divprune", 0.5)  # a tenth keeps too little
+    row = verdicts.headline(one)
+    assert (row.method, row.budget) == ("divprune", 0.5)  # a tenth keeps too little
 
 
 def test_how_rough_times_are(folder, tmp_path):
     """Told by what dropped nothing; not by a method that acts in decoding, is unknown here, or changed an answer."""
     (one,) = results.load(folder)[0].tasks
-    assert results.drift(one) is None
+    assert verdicts.drift(one) is None
     place = shutil.copytree(folder, tmp_path / "run")
-    summary = json.loads((place / "sweep.json").read_text())
     dense = [json.loads(line) for line in (place / "dense@1.jsonl").read_text().splitlines()]
     times = {"random": 0.09, "divprune": 0.12, "core_neurons": 0.3, "fastv": 0.4, "elsewhere": 0.5}
     for name, seconds in times.items():
@@ -145,10 +159,9 @@ def test_how_rough_times_are(folder, tmp_path):
         if name == "fastv":
             lines[0] |= {"answers": [[*answer[:2], "maybe"] for answer in lines[0]["answers"]]}
         (place / f"{name}@1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        summary["cells"].append({"method": name, "budget": 1.0})
-    (place / "sweep.json").write_text(json.dumps(summary))
+    sum_up(place)
     (two,) = results.load(place)[0].tasks
-    assert results.drift(two) == pytest.approx((0.9, 1.2))
+    assert verdicts.drift(two) == pytest.approx((0.9, 1.2))
     out = tmp_path / "page.html"
     assert CliRunner().invoke(cli.app, ["report", str(place), "--out", str(out), "--gallery", "0"]).exit_code == 0
     assert "What dropped nothing took 0.90 to 1.20 of the dense model’s time" in plain(out.read_text())
@@ -166,14 +179,19 @@ def test_folders_that_are_none(folder, tmp_path):
     (tmp_path / "about.json").write_text("{}")
     assert "not finished" in one_line(tmp_path)
     (tmp_path / "sweep.json").write_text("[]")
-    assert "not one that" in one_line(tmp_path)
+    assert "no summary that" in one_line(tmp_path)
     summary = json.loads((folder / "sweep.json").read_text())
+    for row in summary["cells"]:
+        row["items"] = row.pop("right")  # as an earlier version wrote it
     (tmp_path / "sweep.json").write_text(json.dumps(summary))
-    assert "lacks dense@1.jsonl" in one_line(tmp_path)
-    for cell in CELLS:
-        text = (folder / cell.file).read_text()
-        (tmp_path / cell.file).write_text(text if cell.method != "fastv" else text[: len(text) // 2])
-    assert "not complete (fastv@0.5.jsonl lacks items)" in one_line(tmp_path)
+    assert "no summary that" in one_line(tmp_path)
+    summary = json.loads((folder / "sweep.json").read_text())
+    summary["cells"][1]["right"] = summary["cells"][1]["right"][:20]
+    (tmp_path / "sweep.json").write_text(json.dumps(summary))
+    assert "not complete" in one_line(tmp_path)
+    summary["cells"] = summary["cells"][:1]
+    (tmp_path / "sweep.json").write_text(json.dumps(summary))
+    assert "not complete" in one_line(tmp_path)
 
 
 def test_command(folder, tmp_path):
@@ -192,12 +210,13 @@ def test_the_overview_against_counting_by_hand(several):
     for task in ("needle", "scenes"):
         best, dense = (right(several / task, Cell(*cell)) for cell in (("divprune", 0.5), ("dense", 1.0)))
         kept[task] = best.sum() / dense.sum()
-        assert row["tasks"][task] == pytest.approx(kept[task])
-    assert row["retention"] == pytest.approx(sum(kept.values()) / 2)
-    assert row["mean_keep"] == pytest.approx(0.5) and row["flops"] == pytest.approx(0.6)
-    assert row["interval"][0] < row["retention"] < row["interval"][1]
-    assert "retention" not in model.rows[Cell("fastv", 0.5)]  # it did not run on needle
-    assert results.overall(model)["method"] == "divprune" and results.overall(model)["budget"] == 0.5
+        (run,) = (run for run in model.tasks if run.about["task"] == task)
+        assert row.tasks[run].at == pytest.approx(kept[task])
+    assert row.kept.at == pytest.approx(sum(kept.values()) / 2)
+    assert row.mean_keep == pytest.approx(0.5) and row.flops == pytest.approx(0.6)
+    assert row.kept.span[0] < row.kept.at < row.kept.span[1]
+    assert model.rows[Cell("fastv", 0.5)].kept is None  # it did not run on needle
+    assert verdicts.overall(model).method == "divprune" and verdicts.overall(model).budget == 0.5
 
 
 def test_the_interval_of_a_mean_against_redrawing_by_hand(several):
@@ -212,7 +231,7 @@ def test_the_interval_of_a_mean_against_redrawing_by_hand(several):
             picks = rng.integers(ITEMS, size=ITEMS)
             shares.append(sum(ours[i] for i in picks) / sum(dense[i] for i in picks))
         means.append(sum(shares) / 2)
-    assert row["interval"] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.02)
+    assert row.kept.span == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.02)
 
 
 def test_ties(tmp_path):
@@ -221,13 +240,11 @@ def test_ties(tmp_path):
     for task, seed in (("scenes", 1), ("needle", 2)):
         place = put(tmp_path / task, task, seed=seed, cells=cells)
         shutil.copy(place / "divprune@0.5.jsonl", place / "fastv@0.5.jsonl")
-        summary = json.loads((place / "sweep.json").read_text())
-        summary["cells"].append({"method": "fastv", "budget": 0.5})
-        (place / "sweep.json").write_text(json.dumps(summary))
+        sum_up(place)
     (model,) = results.load(tmp_path)
     best = model.best(0.5)
-    assert (best["method"], results.tied_overall(model, best)) == ("divprune", ["fastv"])
-    assert results.paired(best, model.rows[Cell("fastv", 0.5)])["difference"] == 0
+    assert (best.method, verdicts.tied(model.at(0.5), best)) == ("divprune", ["fastv"])
+    assert (best.kept - model.rows[Cell("fastv", 0.5)].kept).at == 0
 
 
 def test_one_folder_is_a_list_of_one(folder, several, tmp_path):
@@ -236,14 +253,14 @@ def test_one_folder_is_a_list_of_one(folder, several, tmp_path):
     one = report.write(folder, tmp_path / "one.html", 0)
     many = report.write(several, tmp_path / "many.html", 0)
     words = [re.sub(r"<figure>.*?</figure>", "", tab(files[0].read_text()), flags=re.DOTALL) for files in (one, many)]
-    assert words[0] == words[1]
+    assert words[0] == words[1].replace("scenes/sweep.json", "sweep.json")  # but for the file
     assert "some-model-overview" not in one[0].read_text()
     page = many[0].read_text()
     assert page.count("<article") == 3 and page.index("some-model-overview") < page.index("some-model-needle")
     assert "some-model-existence" not in page  # chance
     overview = plain(page).split("Where the numbers come from")[0]
     row = results.load(several)[0].rows[Cell("divprune", 0.5)]
-    assert f"{100 * row['retention']:.1f}" in overview and "On existence the dense model is not above" in overview
+    assert f"{100 * row.kept.at:.1f}" in overview and "On existence the dense model is not above" in overview
     assert [file.name for file in many] == ["many.html", "many-tokens.png", "many-flops.png"]
 
 
@@ -251,7 +268,7 @@ def test_several_models(several, tmp_path):
     shutil.copytree(several, tmp_path / "a")
     put(tmp_path / "b" / "scenes", model="other/model", seed=5)
     found = results.load(tmp_path)
-    assert [(model.name, len(model.tasks)) for model in found] == [("some-model", 3), ("other/model", 1)]
+    assert [(model.model, len(model.tasks)) for model in found] == [("other/model", 1), ("some-model", 3)]
     files = report.write(tmp_path, tmp_path / "r.html", 0)
     page = files[0].read_text()
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -304,27 +321,48 @@ def test_the_committed_answers_are_those_of_the_cards():
 
 def summed(folder, target):
     """The summary of a folder of answers, as it is committed."""
-    (run,) = results.load(folder)[0].tasks
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"about": run.about, "cells": list(run.rows.values()), "refused": run.refused}))
+    shutil.copy(folder / "sweep.json", target)
+
+
+def test_one_number_has_one_interval():
+    """On every page, and whether it is read from the answers or from the cards."""
+    docs = CARDS.parent / "docs"
+    if not docs.is_dir():
+        pytest.skip("not a checkout")
+    models = {model.model: model for model in results.load(CARDS)}
+    low, high = models["vtok-tiny-internvl"].rows[Cell("divprune", 0.25)].kept.span
+    said = f"{100 * low:.1f} to {100 * high:.1f}"
+    pages = (docs / "choosing.md", docs / "report.html", CARDS / "vtok-tiny-internvl" / "README.md")
+    assert [said in page.read_text() for page in pages] == [True] * 3
+    for model in models.values():
+        for found in model.tasks:
+            for row in found.rows.values():
+                assert row.facts["interval"] == pytest.approx(row.accuracy.span), "sum the answers up anew"
+                assert row.facts["accuracy"] == row.accuracy.at
 
 
 def test_choices_by_hand(several, tmp_path):
     for task in ("scenes", "needle", "existence"):
         summed(several / task, tmp_path / "some-model" / "sweep" / f"{task}.json")
-    found = evidence.read(tmp_path)
-    assert [(e.task, e.telling) for e in found] == [("existence", False), ("needle", True), ("scenes", True)]
+    (found,) = results.load(tmp_path)
+    assert [(r.about["task"], r.telling) for r in found.tasks] == [
+        ("existence", False),
+        ("needle", True),
+        ("scenes", True),
+    ]
     choice = choosing.choose(found, 0.5)
     shares = [
         right(several / t, Cell("divprune", 0.5)).mean() / right(several / t, Cell("dense", 1.0)).mean()
         for t in ("needle", "scenes")
     ]
-    assert choice.method == "divprune" and choice.kept.share == pytest.approx(np.mean(shares))
+    assert choice.best.method == "divprune" and choice.best.kept.at == pytest.approx(np.mean(shares))
     assert "fastv" not in choice.tied  # it did not run on all
-    assert choosing.choose(found, 0.5, lambda name: name == "random").method == "random"
+    assert choosing.choose(found, 0.5, lambda name: name == "random").best.method == "random"
     assert choosing.choose(found, 0.3) is None
     text = choosing.page(tmp_path)
     assert "| not measured |" in text and "vLLM" in text
+    assert "some-model, which is not bundled" in " ".join(text.split()) and "toy" not in text
 
 
 def test_those_tied_are_paired(tmp_path):
@@ -338,16 +376,14 @@ def test_those_tied_are_paired(tmp_path):
             for i, line in enumerate(lines)
         ]
         (place / f"{name}@0.5.jsonl").write_text("".join(json.dumps(line) + "\n" for line in worse))
-    summary = json.loads((place / "sweep.json").read_text())
-    summary["cells"] += [{"method": name, "budget": 0.5} for name in ("fastv", "tome")]
-    (place / "sweep.json").write_text(json.dumps(summary))
-    summed(place, tmp_path / "cards" / "some-model" / "sweep" / "scenes.json")
-    (e,) = evidence.read(tmp_path / "cards")
-    assert e.kept("fastv", 0.5).high > e.kept("divprune", 0.5).low
+    summed(sum_up(place), tmp_path / "cards" / "some-model" / "sweep" / "scenes.json")
+    (found,) = results.load(tmp_path / "cards")
+    good, bad = (found.tasks[0].rows[Cell(name, 0.5)].kept for name in ("divprune", "fastv"))
+    assert bad.span[1] > good.span[0]
     lost = right(place, Cell("divprune", 0.5))[:6].sum() / right(place, Cell("dense", 1.0)).sum()
-    assert e.lead("divprune", "fastv", 0.5).share == pytest.approx(lost)
-    choice = choosing.choose([e], 0.5)
-    assert choice.method == "divprune" and "tome" in choice.tied and "fastv" not in choice.tied
+    assert (good - bad).at == pytest.approx(lost)
+    choice = choosing.choose(found, 0.5)
+    assert choice.best.method == "divprune" and "tome" in choice.tied and "fastv" not in choice.tied
 
 
 def test_a_task_with_no_right_answer_decides_nothing(several, tmp_path):
@@ -355,15 +391,24 @@ def test_a_task_with_no_right_answer_decides_nothing(several, tmp_path):
     summed(several / "scenes", cards / "some-model" / "sweep" / "scenes.json")
     summed(put(tmp_path / "never", "needle", shift=-1.0), cards / "some-model" / "sweep" / "needle.json")
     text = choosing.page(cards)
-    assert "answers 0.0 % (0.0 to 0.0). It is not above chance" in " ".join(text.split())
-    assert text.partition("## The numbers")[2].count("| `divprune` |") == 1  # the table of the other
+    assert "| `some-model` | `needle` | 30 | 60 | 0.0 (0.0 to 0.0) | 0 of 2 | no: at chance |" in text
+    assert "(`needle`) | no recommendation" in text
+    (found,) = results.load(cards)
+    assert found.rows[Cell("divprune", 0.5)].kept.at == found.tasks[1].rows[Cell("divprune", 0.5)].kept.at
 
 
 def test_intervals_of_means():
-    a, b = evidence.Kept(0.8, 0.7, 0.9), evidence.Kept(0.6, 0.4, 0.8)
-    mean = evidence.mean([a, b])
-    assert mean.share == pytest.approx(0.7)
-    assert mean.high - mean.share == pytest.approx((0.1**2 + 0.2**2) ** 0.5 / 2)
+    """Of two test sets, whose items are redrawn apart: the squares of half-widths add up."""
+    rng = np.random.default_rng(0)
+    hits = rng.random((2, 200)) < 0.7
+    draws = [statistics.redrawn(row[None].astype(float), np.ones((1, 200)), seed)[0] for seed, row in enumerate(hits)]
+    one, other = (statistics.Number(row.mean(), drawn) for row, drawn in zip(hits, draws))
+    mean = statistics.mean([one, other])
+    half = lambda number: (number.span[1] - number.span[0]) / 2
+    assert mean.at == pytest.approx(hits.mean())
+    assert half(mean) == pytest.approx((half(one) ** 2 + half(other) ** 2) ** 0.5 / 2, rel=0.1)
+    assert half(one) == pytest.approx(1.96 * hits[0].std() / 200**0.5, rel=0.1)
+    assert (one - one).span == (0, 0)  # paired
 
 
 def test_one_layout_of_summaries(folder, tmp_path):
@@ -372,6 +417,135 @@ def test_one_layout_of_summaries(folder, tmp_path):
     summed(folder, tmp_path / "y" / "sweep" / "scenes.json")
     summed(folder, tmp_path / "z" / "scenes" / "sweep.json")
     for name in "xyz":
-        assert len(results.summaries(tmp_path / name)) == 1
-    assert len(results.summaries(tmp_path)) == 3
-    assert "no summaries" in one_line(tmp_path / "x" / "nowhere", "--choosing", tmp_path / "c.md")
+        assert len(results.read(tmp_path / name)) == 1
+    assert len(results.read(tmp_path)) == 3
+    assert "no sweep.json" in one_line(tmp_path / "x" / "nowhere", "--choosing", tmp_path / "c.md")
+
+
+# --- no verdicts from nothing
+
+FLAWLESS = {Cell("dense", 1.0): 1.0, Cell("random", 0.25): 1.0, Cell("divprune", 0.25): 0.3, Cell("fastv", 0.25): 0.1}
+VERDICTS = ("keeps 100.0", "best of", "behind it beyond", "cannot be told", "worth their cost", "No better than")
+
+
+@pytest.mark.parametrize(("items", "kinds", "enough"), [(4, 1, False), (9, 4, False), (10, 2, False), (10, 3, True)])
+def test_few_questions_give_no_verdict(tmp_path, items, kinds, enough):
+    """Not on the page, in docs/choosing.md, on a card, or in the terminal."""
+    place = put(tmp_path / "run", items=items, kinds=dict.fromkeys(("colour", "shape", "count", "digit")[:kinds], 1.0))
+    put(place, items=items, kinds=dict.fromkeys(("colour", "shape", "count", "digit")[:kinds], 1.0), cells=FLAWLESS)
+    for file in place.glob("*.jsonl"):
+        if Cell(file.stem.partition("@")[0], float(file.stem.partition("@")[2])) not in FLAWLESS:
+            file.unlink()
+    sum_up(place)
+    (found,) = results.load(place)
+    (one,) = found.tasks
+    assert one.enough == one.telling == one.advises == enough
+    assert (verdicts.headline(one) is not None) == (verdicts.overall(found) is not None) == enough
+    assert (one.dense.accuracy.span is not None) == (one.dense.facts["interval"] is not None) == enough
+    words = plain(report.write(place, tmp_path / "r.html", 0)[0].read_text())
+    text = choosing.page(place)
+    told = [any(verdict in page for verdict in VERDICTS) for page in (words, text)]
+    assert told == [enough, True]  # the second always explains its words
+    assert ("Too few questions for a verdict" in words) == ("**No recommendation**" in text) == (not enough)
+    assert ("Take `random`" in text) == enough
+    summed(place, tmp_path / "card" / "sweep" / "scenes.json")
+    line = next(line for line in card_tables.compressed(tmp_path / "card").splitlines() if line.startswith("| `random"))
+    assert (" to " in line) == enough
+    terminal = Console(width=100, record=True, file=io.StringIO())
+    terminal.print(results.table(json.loads((place / "sweep.json").read_text())))
+    assert ("too few" in terminal.export_text()) == (not enough)
+
+
+def test_where_most_kinds_are_at_chance_nothing_is_recommended(tmp_path):
+    """Reading pages: headings and fields are read, all else is not, so that the mean of all says little."""
+    kinds = {"field": 1.0, "heading": 1.0, "code": 0.0, "cell": 0.0, "total": 0.0}
+    place = put(tmp_path / "documents", "documents", kinds=kinds)
+    (found,) = results.load(tmp_path)
+    (one,) = found.tasks
+    assert one.telling and not one.advises and one.answered == ["field", "heading"]
+    assert verdicts.headline(one) is None
+    words = plain(report.write(place, tmp_path / "r.html", 0)[0].read_text())
+    assert "does 2 of 5 kinds of question, so that no method is recommended" in words
+    assert "all others are behind" not in words and "cannot be told from" not in words
+    text = choosing.page(tmp_path)
+    assert "(`documents`) | no recommendation: the dense models answer at most 2 of 5 kinds |" in text
+    put(tmp_path / "documents", "documents", kinds=kinds | {"code": 1.0})
+    (found,) = results.load(tmp_path)
+    assert found.tasks[0].advises and "| no recommendation" not in choosing.page(tmp_path)
+
+
+def test_pages_say_what_they_are_written_from(tmp_path):
+    put(tmp_path / "a" / "scenes", commit="abc")
+    put(tmp_path / "b" / "scenes", model="other", seed=4, commit="def+")
+    told = "From 2 files (*/*/sweep.json), whose 180 questions about 60 items were answered at commit def "
+    told += "with local changes and abc."
+    assert told in " ".join(choosing.page(tmp_path).replace("`", "").split())
+    words = plain(report.write(tmp_path, tmp_path / "r.html", 0)[0].read_text())
+    assert told in words
+    for text in (words, choosing.page(tmp_path)):
+        assert "committed" not in text and "model_cards" not in text
+    assert "`vtok report model_cards --choosing" in choosing.page(CARDS)
+
+
+# --- what the page shows
+
+
+def test_the_page_opens_across_models(several, tmp_path):
+    """With all side by side, and what each model, task and method is in a line."""
+    shutil.copytree(several, tmp_path / "a")
+    for task in ("scenes", "needle"):
+        put(tmp_path / "b" / task, task, model="vtok-tiny-internvl", seed=5)
+    found = results.load(tmp_path)
+    text = report.write(tmp_path, tmp_path / "r.html", 0)[0].read_text()
+    assert re.findall(r'<article class=tab id="([^"]+)">', text)[0] == page.ACROSS
+    across = text.split("<article")[1]
+    line = re.findall(r'<tr data-m="divprune".*?</tr>', across, re.DOTALL)[0]  # of the first table, at a half
+    for model in found:
+        assert f"<th scope=col><button>{model.model}</button></th>" in across
+        assert f">{100 * model.rows[Cell('divprune', 0.5)].kept.at:.0f}</td>" in line
+    words = plain(text)
+    assert "toy of 4.9 million parameters on drawn scenes" in words.split("Accuracy against cost")[0]
+    assert "A toy of 4.9 million parameters, bundled with vtok, of the family internvl." in words
+    assert "Not bundled with vtok" in words and "A detail of a few pixels in a large busy picture" in words
+    assert "Greedy max-min diversity" in words and "2503.02175" in words
+
+
+def test_points_that_would_lie_on_each_other_lie_side_by_side():
+    point = lambda method, share, cost=0.25: drawings.Point(method, 0.25, cost, share, share - 0.05, share + 0.05)
+    points = [point("a", 0.9), point("b", 0.9), point("c", 0.88), point("d", 0.5), point("e", 0.9, 0.5)]
+    for kind in drawings.COSTS:
+        places = drawings.moved(points, kind, {"a", "b", "c", "d", "e"})
+        assert len({round(x, 6) for x in places[:3]}) == 3 and places[3] == pytest.approx(0.25)
+        assert max(abs(x - p.cost) for x, p in zip(places, points)) < 0.02
+        plain = drawings.moved(points, kind)  # without bars only equal ones are in each other's way
+        assert plain[2] == pytest.approx(0.25) and plain[0] != plain[1]
+
+
+# --- who knows what
+
+
+def test_evaluation_knows_no_method_by_name():
+    """What it must know of one the class says."""
+    assert baselines() == ["downsample", "pool", "random", "uniform"] and smaller_picture() == "downsample"
+    known = set(load_all())
+    for module in (results, choosing):
+        for file in Path(module.__file__).parent.glob("*.py"):
+            strings = {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)}
+            assert not known & {text for text in strings if isinstance(text, str)}, file
+
+
+def test_only_commands_import_pages():
+    root = Path(cli.__file__).parents[1]
+    for file in root.rglob("*.py"):
+        if "cli" not in file.relative_to(root).parts[:1]:
+            assert "eval.pages" not in file.read_text(), file
+
+
+def test_the_command_says_where_models_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("vtok.eval.pages.report.write", lambda *given: seen.append(given[2:]) or [])
+    for words in (["--device", "cpu", "--dtype", "bfloat16", "--gallery", "1"], ["--gallery", "0"]):
+        assert CliRunner().invoke(cli.app, ["report", str(tmp_path), *words]).exit_code == 0
+    assert seen == [(1, "cpu", "bfloat16"), (0, "cpu", None)]
+    refused = CliRunner().invoke(cli.app, ["report", str(tmp_path), "--device", "abacus"])
+    assert refused.exit_code == 2 and "no device 'abacus'" in refused.output

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import vtok
 from vtok import cli, zoo
 from vtok.errors import InvalidValue, UnknownName
-from vtok.eval.results import sweep
-from vtok.eval.results.sweep import Cell
+from vtok.eval.results import cells, results, sweep
+from vtok.eval.results.cells import Cell
 from vtok.eval.tasks.task import tasks
 from vtok.prompts import ask, encode
 
@@ -66,8 +66,8 @@ def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
     file.write_text(file.read_text() + '{"item": 1, "answ')  # the kill fell into a write
     again = run(out)
     assert len(asked) == 5 + 2  # 3 items dense, 1 and a half compressed; then the missing two
-    for cells in (whole["cells"], again["cells"]):
-        for row in cells:
+    for summed in (whole["cells"], again["cells"]):
+        for row in summed:
             row.pop("seconds"), row.pop("selection_seconds", None)
     assert again["cells"] == whole["cells"]
     assert json.loads((out / "sweep.json").read_text())["cells"][1]["method"] == "uniform"
@@ -125,39 +125,44 @@ def test_a_cell_that_leaves_some_items_whole_is_above_its_budget(tmp_path, monke
 
 def test_names_and_budgets():
     with pytest.raises(UnknownName, match="no-such"):
-        sweep.cells(["no-such"], [0.5])
+        cells.cells(["no-such"], [0.5])
     with pytest.raises(InvalidValue, match="fraction"):
-        sweep.cells(None, [1.5])
-    chosen = sweep.cells(None, [0.5, 0.1])
-    assert chosen[0] == Cell("dense", 1.0) and len(chosen) == 1 + 2 * len(sweep.training_free())
-    assert sweep.training_free()[:3] == ["downsample", "pool", "random"]
+        cells.cells(None, [1.5])
+    chosen = cells.cells(None, [0.5, 0.1])
+    assert chosen[0] == Cell("dense", 1.0) and len(chosen) == 1 + 2 * len(cells.training_free())
+    assert cells.training_free()[:3] == ["downsample", "pool", "random"]
 
 
 def test_summary_against_counting_by_hand():
     rng = np.random.default_rng(3)
     dense, method, rival, weak = (rng.random((40, 5)) < p for p in (0.9, 0.7, 0.6, 0.2))
-    cells = {
+    answers = {
         Cell("dense", 1.0): lines(dense),
         Cell("uniform", 0.25): lines(method),
         Cell("pool", 0.25): lines(rival),
         Cell("random", 0.25): lines(weak),
         Cell("random", 0.5): lines(dense),  # another budget is no rival
     }
-    rows = {(r["method"], r["budget"]): r for r in sweep.summarise(cells, 40)}
-    row = rows["uniform", 0.25]
-    assert row["accuracy"] == pytest.approx(method.mean())
-    assert row["categories"] == {"colour": pytest.approx(method.mean())}
-    assert row["agreement"] == pytest.approx((method == dense).mean())
-    assert row["to_dense"]["difference"] == pytest.approx(method.mean() - dense.mean())
-    assert row["to_baseline"]["baseline"] == "pool"
-    assert row["to_baseline"]["difference"] == pytest.approx(method.mean() - rival.mean())
-    low, high = row["to_dense"]["interval"]
-    assert low < row["to_dense"]["difference"] < high < 0
+    summary = results.summarise({"items": 40, "task": "scenes"}, answers, {}, {})
+    found = results.of(summary)
+    assert list(found.rows) == list(answers)
+    row = found.rows[Cell("uniform", 0.25)]
+    assert row.accuracy.at == pytest.approx(method.mean())
+    assert found.by_kind(Cell("uniform", 0.25)) == {"colour": pytest.approx(method.mean())}
+    assert row.facts["agreement"] == pytest.approx((method == dense).mean())
+    assert row.to_dense.at == pytest.approx(method.mean() - dense.mean())
+    assert row.kept.at == pytest.approx(method.mean() / dense.mean())
+    other = found.rival(row)
+    assert other.method == "pool"
+    assert (row.accuracy - other.accuracy).at == pytest.approx(method.mean() - rival.mean())
+    low, high = row.to_dense.span
+    assert low < row.to_dense.at < high < 0
     # the interval of paired differences, from the normal approximation
     spread = 1.96 * (method.sum(1) / 5 - dense.sum(1) / 5.0).std() / 40**0.5
     assert high - low == pytest.approx(2 * spread, rel=0.2)
-    same = rows["random", 0.5]["to_dense"]
-    assert same["difference"] == 0 and same["interval"] == [0, 0]
+    same = found.rows[Cell("random", 0.5)].to_dense
+    assert same.at == 0 and same.span == (0, 0)
+    assert found.questions == [(i, "colour") for i in range(40) for _ in range(5)]
 
 
 def test_a_broken_compressor_shows(loaded, tmp_path, monkeypatch):
@@ -238,10 +243,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
 def test_methods_get_the_options_that_a_model_needs(tmp_path):
     """Those for encoders without CLS, and those without which there is no budget."""
     model, clip = tiny("qwen2_5_vl")[0], zoo.load(NAME)[0]
-    assert sweep.options(model, "visionzip") == sweep.options(model, "tcc") == {"importance": "received"}
-    assert sweep.options(clip, "visionzip") == sweep.options(clip, "divprune") == {}
-    assert sweep.options(clip, "tome") == {"carry": True}
-    assert sweep.refusal(model, Cell("visionzip", 0.25)) is None
-    assert "crops" in sweep.refusal(model, Cell("globalcom2", 0.25))
-    told = {"method": "tcc", "options": {"importance": "received"}}
-    assert sweep.calls([told, told, {"method": "fastv"}]) == ["tcc(importance='received')"]
+    of = lambda network, method: Cell(method, 0.25).options(network)
+    assert of(model, "visionzip") == of(model, "tcc") == {"importance": "received"}
+    assert of(clip, "visionzip") == of(clip, "divprune") == {}
+    assert of(clip, "tome") == {"carry": True} and of(clip, "fastv:layer=2") == {"layer": 2}
+    assert Cell("visionzip", 0.25).refusal(model) is None
+    assert "crops" in Cell("globalcom2", 0.25).refusal(model)
+    told = ("tcc:contextual=0.2", {"importance": "received"})
+    assert cells.calls([told, told, ("fastv", {})]) == ["tcc(importance='received')"]

@@ -9,7 +9,7 @@ from recipes import internvl, llava_next, loop, qwen2_5_vl
 from recipes.loop import Team
 from recipes.recipe import train
 from vtok import zoo
-from vtok.eval.pages import task_card
+from vtok.eval.pages import cards, task_card
 from vtok.eval.results import judge
 from vtok.eval.tasks import task as offline
 
@@ -42,8 +42,8 @@ def test_task_training_resumes_where_it_stopped(tmp_path, family):
     assert set(result["tasks"]) == set(some)
     assert result["overall"]["n"] == sum(row["n"] for row in result["categories"].values())
     (halves / "eval.json").write_text(json.dumps(result))
-    text = task_card.write(halves).read_text()
-    assert text.startswith("---\nlicense: apache-2.0\n")
+    text = cards.write(halves).read_text()
+    assert text.startswith("---\n") and "license: apache-2.0\n" in text.split("---\n")[1]
     assert all(f"`{key}`" in text for key in result["categories"])
 
 

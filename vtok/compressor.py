@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from vtok import options as declared
-from vtok.errors import UnknownName
+from vtok.errors import UnknownName, meant
 from vtok.options import Keep
 from vtok.registry import register
 from vtok.tower import NEEDS as ENCODER_NEEDS
@@ -40,6 +40,7 @@ class Compressor(ABC):
     adaptive: ClassVar[bool] = False
     text_guided: ClassVar[bool] = False
     optional: ClassVar[dict[str, dict[str, Any]]] = {}  # need -> the parameters that make it go away
+    budgeted: ClassVar[dict[str, Any]] = {}  # the parameters without which it has no budget
     hints: ClassVar[dict[str, str]] = {}  # need -> what to tell a user whose model does not provide it
     trained: ClassVar[bool] = False  # True if it has weights of its own, without which it is refused
     # options of a few instances that tests of the whole contract run on, in models with four decoder layers
@@ -110,7 +111,7 @@ def find(name: str) -> type[Compressor]:
     """The class of that name. Raises `UnknownName`, with the nearest one and all there are."""
     registry = load_all()
     if name not in registry:
-        near = declared.did_you_mean(name, registry)
+        near = meant(name, registry)
         raise UnknownName(f"No compressor is named {name!r}.{near} There are: {', '.join(registry)}.")
     return registry[name]
 
@@ -121,15 +122,3 @@ def build(name: str, **options: Any) -> Compressor:
     for option in options:
         declared.named(cls, option, name)
     return cls(**options)
-
-
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """A method and its options as they stand on a command line: "visionzip" or "visionzip:importance=received:keep=64".
-
-    Returns the name and the options' values, see `vtok.options.Option.parse`. Raises `UnknownName`, `InvalidValue`."""
-    name, *pairs = text.strip().split(":")
-    cls, values = find(name), {}
-    for pair in pairs:
-        option, _, value = pair.partition("=")
-        values[option.strip()] = declared.named(cls, option.strip(), name).parse(value)
-    return name, values

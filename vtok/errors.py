@@ -36,5 +36,5 @@ class MissingExtra(VtokError, ImportError):
 
 def meant(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'fastv'?", to be put behind a sentence on an unknown name; nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

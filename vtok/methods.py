@@ -1,120 +1,84 @@
 """Methods as a user writes them, `visionzip:importance=received`: read, told what a model needs, tried, explained.
 
-A list is separated by commas, and so are the options of one method: `fastv:layer=2,keep=0.5,divprune` are two. A value
-is read by the type of the option: numbers, true and false, none, `[1, 2]` for lists, and words.
+A list is separated by commas, and so are the options of one method: `fastv:layer=2,keep=0.5,divprune` are two. A plus
+sign composes methods of several stages: `aim_merge:keep=0.5+aim_prune`. A value is read by the type of the option
+(`vtok.options`): numbers, true and false, none, `[1, 2]` for tuples, and words.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
-import types
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import MISSING, fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from vtok import adapter as adapters
-from vtok.compressor import Compressor, build, load_all
-from vtok.errors import InvalidValue, UnknownName, VtokError, meant
+from vtok import config, options
+from vtok.compressor import Compressor, build, find, load_all
+from vtok.errors import InvalidValue, VtokError
 from vtok.patching import available, patch
+
+COMMA = re.compile(r",(?![^\[]*\])")  # none within a tuple
+PLUS = re.compile(r"\+(?=[a-z_]\w*(?:[:+]|$))")  # none within a number or a file's name
 
 
 def split(text: str) -> list[str]:
     """The methods of a list, each with its options behind it. Raises `InvalidValue` and `UnknownName` for those that
     cannot be: a name, an option or a value that there is not."""
-    pieces = [piece.strip() for piece in re.split(r",(?![^\[]*\])", text) if piece.strip()]
+    pieces = [piece.strip() for piece in COMMA.split(text) if piece.strip()]
     found: list[str] = []
     for piece in pieces:
         if "=" in piece and ":" not in piece.partition("=")[0]:
             if not found:
                 raise InvalidValue(f"{piece!r} is an option without a method: NAME:{piece}.")
-            found[-1] += f"{',' if ':' in found[-1] else ':'}{piece}"
+            found[-1] += f"{',' if ':' in PLUS.split(found[-1])[-1] else ':'}{piece}"
         else:
             found.append(piece)
     for method in found:
-        read(method)
+        each(method)
     return found
 
 
+def each(method: str) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of each part of a method, which has several where it is composed. Raises as `split` does."""
+    return [read(part) for part in PLUS.split(method)]
+
+
 def read(method: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of one method. Raises as `split` does."""
+    """Name and options of one method that is not composed. Raises as `split` does."""
     name, _, rest = method.partition(":")
-    known = load_all()
-    if name not in known:
-        raise UnknownName(f"No compressor is named {name!r}. There are: {', '.join(known)}.{meant(name, known)}")
-    options = {}
-    for piece in re.split(r",(?![^\[]*\])", rest) if rest else ():
+    cls, values = find(name), {}
+    for piece in COMMA.split(rest) if rest else ():
         option, equals, value = (part.strip() for part in piece.partition("="))
         if not equals:
             raise InvalidValue(f"{method!r}: an option is NAME=VALUE, not {piece!r}.")
-        options[option] = typed(name, option, value)
-    if options:
-        build(name, **options)  # says what is wrong with them, one by one or together
-    return name, options
+        declared = options.named(cls, option, name)
+        try:
+            values[option] = declared.parse(value)
+        except InvalidValue as error:
+            raise InvalidValue(f"{name}: {error}") from None
+    if values:
+        build(name, **values)  # says what is wrong with them together
+    return name, values
 
 
-def typed(name: str, option: str, value: str) -> Any:
-    """A value of a compressor's option, read by the option's type. Raises `InvalidValue`, which lists what there is."""
-    cls = load_all()[name]
-    own = [field.name for field in fields(cls) if field.init]
-    if option not in own:
-        raise InvalidValue(f"{name} has no option {option!r}. It has: {', '.join(own)}.{meant(option, own)}")
-    hint = get_type_hints(cls)[option]
-    words = [str(word) for part in _parts_of(hint) if get_origin(part) is Literal for word in get_args(part)]
-    for kind in _kinds(hint):
-        with suppress(ValueError):
-            read_as = _as(kind, value)
-            if not (words and kind is str and value not in words):
-                return read_as
-    accepted = [_WORDS[kind] for kind in _kinds(hint) if not (words and kind is str)] + words
-    raise InvalidValue(f"{name}: {option} is {' or '.join(accepted)}, not {value!r}.{meant(value, words)}")
+def spelt(compressors: Sequence[Compressor], keep: bool = True) -> str:
+    """These compressors, one a stage, as `each` reads them. keep: also how much they keep, whatever it is."""
+    parts = []
+    for part, told in zip(compressors, config.describe(compressors)["compressors"]):
+        values = {key: value for key, value in told.items() if key not in ("name", "keep")}
+        if keep and "keep" in options.of(type(part)):
+            values["keep"] = part.keep
+        parts.append(part.name + "".join(f"{',' if i else ':'}{k}={_text(values[k])}" for i, k in enumerate(values)))
+    return "+".join(parts)
 
 
-_WORDS = {  # the types that a text can be read as, the narrowest first
-    type(None): "none",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    tuple: "a list such as [1, 2]",
-    str: "a word",
-}
-
-
-def _parts_of(hint: Any) -> list[Any]:
-    """The members of a union, of unions in it too, or what is none."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return [part for member in get_args(hint) for part in _parts_of(member)]
-    return [hint]
-
-
-def _kinds(hint: Any) -> list[type]:
-    """Those of `_WORDS` that an annotation allows."""
-    flat = set()
-    for part in _parts_of(hint):
-        kind = get_origin(part) or part
-        flat |= {type(word) for word in get_args(part)} if kind is Literal else {kind}
-        if isinstance(kind, type) and issubclass(kind, Sequence) and kind is not str:
-            flat.add(tuple)
-    return [kind for kind in _WORDS if kind in flat]
-
-
-def _as(kind: type, value: str) -> Any:
-    if kind is type(None):
-        if value.lower() != "none":
-            raise ValueError
-        return None
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise ValueError
-        return value.lower() == "true"
-    if kind is tuple:
-        held = json.loads(value)
-        if not isinstance(held, list):
-            raise ValueError
-        return tuple(held)
-    return kind(value)
+def _text(value: Any) -> str:
+    """A value as `options.Option.parse` reads it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def number(text: str) -> float | int:
@@ -128,30 +92,42 @@ def number(text: str) -> float | int:
 # ---- on a model ------------------------------------------------------------------------------------------------------
 def call(
     model: Any, method: str, keep: float | int | None = None, budget: float | None = None
-) -> tuple[str, dict[str, Any]]:
-    """What to call `vtok.patch` with, a name and options: those that the method was given, those without which this
-    model cannot run it (as importance="received" where the encoder has no CLS), and `keep` where it has one."""
-    name, given = read(method)
-    cls = load_all()[name]
+) -> tuple[str | list[Compressor], dict[str, Any]]:
+    """What to call `vtok.patch` with, a name and options, or compressors where the method is composed: the options that
+    the method was given, those without which this model cannot run it (as importance="received" where the encoder has
+    no CLS), or without which it has no `budget`, and `keep` where it has one."""
     vlm, adapter = adapters.find(model)
-    lacking = sorted((cls.needs - adapter.available(vlm.config)) & cls.optional.keys())
-    options = {key: value for need in lacking for key, value in cls.optional[need].items()}
-    if keep is not None and has_keep(method):
-        options["keep"] = keep
-    if budget is not None:
-        options["budget"] = budget
-    return name, options | given
+    has = adapter.available(vlm.config)
+    told = []
+    for name, given in each(method):
+        cls = find(name)
+        values = {} if budget is None else dict(cls.budgeted)
+        for need in sorted((cls.needs - has) & cls.optional.keys()):
+            values |= cls.optional[need]
+        if keep is not None and has_keep(name):
+            values["keep"] = keep
+        told.append((name, values | given))
+    whole = {} if budget is None else {"budget": budget}
+    if len(told) == 1:
+        return told[0][0], whole | told[0][1]
+    return [build(name, **values) for name, values in told], whole
 
 
 def has_keep(method: str) -> bool:
-    return "keep" in {field.name for field in fields(load_all()[read(method)[0]]) if field.init}
+    return any("keep" in options.of(find(name)) for name, _ in each(method))
+
+
+def facts(method: str, known: dict[str, Any]) -> dict[str, Any]:
+    """ "stage" and "slow" of a method, of all its parts. known: compressors of `vtok.available()`."""
+    parts = [known[name] for name, _ in each(method)]
+    return {"stage": "+".join(part["stage"] for part in parts), "slow": any(part["slow"] for part in parts)}
 
 
 def refusal(model: Any, method: str, **how: Any) -> str | None:
     """Why the model cannot be patched with a method at this `keep` or `budget`, or None where it can."""
     try:
-        name, options = call(model, method, **how)
-        patch(model, name, **options).remove()
+        what, told = call(model, method, **how)
+        patch(model, what, **told).remove()
     except VtokError as error:
         return str(error)
     return None
@@ -178,13 +154,11 @@ def fit(about: dict[str, Any], family: str) -> str:
 def explain(name: str) -> dict[str, Any]:
     """What there is to know of one method: summary and remarks (paragraphs of its docstring), options as {name:
     (default, meaning)}, and what `vtok.available()` says. Raises `UnknownName`."""
-    read(name)
-    cls = load_all()[name]
-    facts = available()
-    about = facts["compressors"][name]
-    summary, options, remarks = _told(cls)
-    families = {family: fit(about, family) for family in facts["adapters"]}
-    return about | {"summary": summary, "options": options, "remarks": remarks, "fits": families}
+    cls, found = find(name), available()
+    about = found["compressors"][name]
+    summary, meanings, remarks = _told(cls)
+    families = {family: fit(about, family) for family in found["adapters"]}
+    return about | {"summary": summary, "options": meanings, "remarks": remarks, "fits": families}
 
 
 def _parts(cls: type[Compressor]) -> list[type[Compressor]]:
@@ -218,6 +192,7 @@ def _told(cls: type[Compressor]) -> tuple[str, dict[str, tuple[Any, str]], str]:
             meanings = {name: text for name, (_, text) in _told(part)[1].items() if text} | meanings
     meanings.setdefault("keep", "how much stays, as the paper means it: a fraction in (0, 1], or a count a picture.")
     default = lambda field: field.default if field.default is not MISSING else "required"
-    options = {name: (default(field), meanings.get(name, "")) for name, field in own.items()}
+    meaning = lambda name: meanings.get(name) or options.of(cls)[name].text  # of a base class, where it is told there
+    listed = {name: (default(field), meaning(name)) for name, field in own.items()}
     summary, _, rest = "\n".join(prose).strip().partition("\n\n")
-    return summary.replace("\n", " "), options, " ".join(rest.split())
+    return summary.replace("\n", " "), listed, " ".join(rest.split())

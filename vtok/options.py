@@ -11,18 +11,16 @@ the options of a class for people; `parse` reads a value from a command line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from vtok.errors import InvalidValue
+from vtok.errors import InvalidValue, meant
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,9 @@ class Kind:
         elif self.type is bool:
             value = {"true": True, "false": False}.get(text.lower())
         elif self.item is not None:
-            value = tuple(self.item.read(part) for part in text.split("/") if part)
+            if not (text.startswith("[") and text.endswith("]")):
+                raise ValueError(text)
+            value = tuple(self.item.read(part.strip()) for part in text[1:-1].split(",") if part.strip())
         else:
             value = self.type(text) if self.type in (int, float) else text
         if not self.accepts(value):
@@ -157,8 +157,8 @@ class Option:
         return accepted(self.type)
 
     def parse(self, text: str) -> Any:
-        """The value that a string stands for: a number, a word, "true", "none"; numbers of a tuple stand between
-        slashes, 1/0.5/0.5. An int is read as one where the option takes ints: keep=1 is one token, keep=1.0 all.
+        """The value that a string stands for: a number, a word, "true", "none", a tuple as "[1, 0.5, 0.5]". An int is
+        read as one where the option takes ints: keep=1 is one token, keep=1.0 all.
 
         Raises `InvalidValue` where the option does not accept it."""
         first = sorted(kinds(self.type), key=lambda kind: (kind.type is str and not kind.words, kind.type is float))
@@ -167,7 +167,8 @@ class Option:
                 return kind.read(text.strip())
             except ValueError:
                 continue
-        raise InvalidValue(f"{self.name} must be {self.accepted}, got {text!r}")
+        near = meant(text, [word for kind in first for word in kind.words])
+        raise InvalidValue(f"{self.name} must be {self.accepted}, got {text!r}{near and f'.{near}'}")
 
 
 @functools.cache
@@ -192,15 +193,9 @@ def named(cls: type, name: str, owner: str) -> Option:
     """An option by its name. Raises `InvalidValue`, with the nearest name, where there is none."""
     known = of(cls)
     if name not in known:
-        near = did_you_mean(name, known)
-        raise InvalidValue(f"{owner} has no option {name}.{near} It has: {', '.join(sorted(known))}.")
+        there = ", ".join(sorted(known))
+        raise InvalidValue(f"{owner} has no option {name}.{meant(name, known)} It has: {there}.")
     return known[name]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question to append to a complaint, "Did you mean 'fastv'?", or nothing where no known word is near."""
-    near = difflib.get_close_matches(str(word), list(known), 1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _sentences(cls: type) -> dict[str, str]:

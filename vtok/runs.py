@@ -72,8 +72,8 @@ class Asked:
             stack.callback(before.remove)
             handle = None
             if method != DENSE:
-                name, options = call(self.model, method, **self.how)
-                handle = stack.enter_context(patch(self.model, name, **options))
+                what, options = call(self.model, method, **self.how)
+                handle = stack.enter_context(patch(self.model, what, **options))
             after = Marks(language_model, now, first=True)
             stack.callback(after.remove)
             began = now()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vtok.eval.bench.measure import DENSE, JUDGED
-from vtok.methods import read
+from vtok.methods import facts
 from vtok.patching import available
 
 LARGE = 2048  # bars on times and memory hold from so many visual tokens on
@@ -48,7 +48,7 @@ def _of_time(result: dict[str, Any], judged: dict[str, dict[str, Any]]) -> list[
         found += _bar(result, good, f"{stage} methods reach {least:.0%} of the FLOP ratio", group)
     dense = result["variants"][DENSE]["prefill_seconds"]["median"]
     share = lambda row: row["selection_seconds"]["median"] / dense
-    group = {f"{n} {share(row):.1%}": row for n, row in judged.items() if not known[read(n)[0]]["slow"]}
+    group = {f"{n} {share(row):.1%}": row for n, row in judged.items() if not facts(n, known)["slow"]}
     sentence = f"selection takes below {SELECTION_BAR:.0%} of a dense prefill (slow ones apart)"
     found += _bar(result, lambda row: share(row) < SELECTION_BAR, sentence, group)
     told = (

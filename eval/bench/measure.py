@@ -23,7 +23,7 @@ from vtok.engine.cache import cache_in
 from vtok.errors import InvalidValue
 from vtok.eval.bench import machine
 from vtok.eval.bench.workloads import Built
-from vtok.methods import call, has_keep, read, refusal, supported
+from vtok.methods import call, facts, has_keep, refusal, supported
 from vtok.patching import available, patch
 from vtok.stages import ORDER as STAGES
 from vtok.timing import Marks, clock
@@ -95,8 +95,8 @@ def run_once(
 
         before, handle = watch(), None  # the patch's hooks lie between these and the next
         if method is not None:
-            name, options = call(model, method, keep=keep)
-            handle = stack.enter_context(patch(model, name, **options))
+            what, options = call(model, method, keep=keep)
+            handle = stack.enter_context(patch(model, what, **options))
         after = watch()
         began = now()
         output = vlm.generate(**inputs, max_new_tokens=steps + 1, min_new_tokens=steps + 1, **settings)
@@ -170,7 +170,7 @@ def _variants(
         raise InvalidValue(
             f"{', '.join(wrong)} cannot be measured on {family}; there are: {', '.join(supported(model))}."
         )
-    stage = lambda name: found["compressors"][read(name)[0]]["stage"]
+    stage = lambda name: facts(name, found["compressors"])["stage"]
     names.sort(key=lambda name: (ORDER.get(stage(name), len(ORDER)), name))
     identity = found["adapters"][family]["default"]["method"]
     variants: Variants = {DENSE: (None, 1.0), IDENTITY: (identity, 1.0)}
@@ -236,7 +236,7 @@ def _rows(
         rows[name] = {
             "method": method if compared else None,
             "keep": keep,
-            "stage": known[read(method)[0]]["stage"] if compared else None,
+            "stage": facts(method, known)["stage"] if compared else None,
             "mean_keep": 1.0 if trace is None else trace.mean_keep,
             "flops": flops,
             "encoder_seconds": spread([s.encoder for s in mine]),

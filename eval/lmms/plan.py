@@ -7,7 +7,8 @@ compressor=aim,budget=0.25                           the mean share over decoder
 compressor=none                                      the dense model
 keep=0.5                                             the family's default compressor, as `vtok.patch` takes it
 config=FILE                                          YAML or JSON: a list of mappings such as
-                                                     {compressor: fastv, keep: 0.5}, or a schedule of `vtok search`
+                                                     {compressor: fastv, keep: 0.5}, a schedule of `vtok search`, or
+                                                     what `Patch.save` wrote
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import yaml
 from torch import nn
 
 from vtok import compressor as compressors
+from vtok import config as configs
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue, UnknownName, meant
 from vtok.eval.results.sweep import fingerprint as weights_of
@@ -123,10 +125,12 @@ def read(file: str | Path) -> Plan:
         raise InvalidValue(f"config={file} cannot be read: {error}.") from error
     if isinstance(held, dict) and "rates" in held:
         return Plan((compressors.build("schedule", file=str(file)),), {})
+    if isinstance(held, dict) and "compressors" in held:
+        return Plan(tuple(configs.load(held)), {})
     if not isinstance(held, list) or not held or not all(isinstance(e, dict) and "compressor" in e for e in held):
         raise InvalidValue(
-            f"config={file} is neither a list of mappings, each with a compressor and its options, nor a schedule that "
-            f"`vtok search` wrote."
+            f"config={file} is neither a list of mappings, each with a compressor and its options, nor what "
+            "`Patch.save` or `vtok search` wrote."
         )
     built = []
     for entry in held:

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
-from vtok.eval.results.evidence import Evidence, Kept, mean, read
-from vtok.eval.results.results import WORTH
-from vtok.eval.results.sweep import BASELINES
-from vtok.eval.tasks import task
-from vtok.markdown import paragraph, percent, table
+from vtok.eval.pages.words import FEW, about_models, family, percent_of, sources
+from vtok.eval.results.cells import bare, baselines
+from vtok.eval.results.results import Mean, Results, Several, load
+from vtok.eval.results.verdicts import WORTH, hopeless, tied
+from vtok.markdown import paragraph, percent
 from vtok.patching import available
 
-AT = 0.25  # the budget at which families and kinds of question are compared; that of the default method
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The best of some methods, and those whose paired difference to it has an interval that holds 0."""
-
-    method: str
-    kept: Kept
-    tied: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return _code(self.method) + (f" or {_or(_code(name) for name in self.tied)}" if self.tied else "")
+AT = 0.25  # the budget at which engines and families are compared, if it was run; that of the default method
 
 
 def write(folder: str | Path, out: str | Path) -> Path:
-    """Write the page. Raises `InvalidValue` where the folder holds no summary, or `out` cannot be written."""
+    """Write the page. Raises `InvalidValue` where the folder holds no results, or `out` cannot be written."""
     text, out = page(folder), Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -44,92 +31,133 @@ def write(folder: str | Path, out: str | Path) -> Path:
 
 
 def page(folder: str | Path) -> str:
-    """The page, from all summaries in a folder (see `results.summaries`)."""
-    found = read(folder)
-    if not found:
-        raise InvalidValue(f"{folder} holds no summaries of `vtok eval`: sweep.json, or sweep/TASK.json of a model.")
-    return "\n".join([HEAD, _decision(found), _engines(found), _families(found), _proof(found)])
-
-
-HEAD = f"""# Which method to take
-
-Written by `vtok report model_cards --choosing docs/choosing.md` from the committed results; do not edit.
-
-A *budget* is the mean over decoder layers of kept over all visual tokens, at most. *Keeps* is accuracy as a part of the
-dense model's, in percent, with the 95 % interval of the paired difference. *A or B*: A keeps more by these numbers,
-but the interval of the paired difference between the two holds 0. *Not good* is less than {percent(WORTH)} %.
-"""
-
-
-def choose(found: Sequence[Evidence], budget: float, fits: Callable[[str], bool] = lambda _: True) -> Choice | None:
-    """The best method by mean over the telling evidence at a budget, of those that fit and ran on all of it."""
-    there = [e for e in found if e.telling and budget in e.budgets]
-    names = [name for name in load_all() if fits(name) and all((name, budget) in e.cells for e in there)]
-    if not there or not names:
-        return None
-    means = {name: mean([e.kept(name, budget) for e in there]) for name in names}
-    best = max(names, key=lambda name: means[name].share)
-    tied = [name for name in names if name != best and mean([e.lead(best, name, budget) for e in there]).low <= 0]
-    return Choice(best, means[best], tuple(sorted(tied, key=lambda name: -means[name].share)))
-
-
-# --- decisions
-
-
-def _decision(found: Sequence[Evidence]) -> str:
-    budgets = sorted({budget for e in found for budget in e.budgets}, reverse=True)
-    defaults = {tuple(facts["default"].items()) for facts in available()["adapters"].values()}
-    rows = [
-        [
-            "do not want to choose",
-            _or(f"`vtok.patch(model)`: {_spelt(d)}" for d in sorted(defaults)),
-            "see the families below",
-        ]
+    """The page, from all results in a folder (see `results.read`)."""
+    models = load(folder)
+    every = Several([results for model in models for results in model.tasks])
+    parts = [
+        _answer(every),
+        _limits(every, models),
+        _engines(every),
+        _families(every, models),
+        _made(every, Path(folder)),
     ]
-    for budget in budgets:
-        choice = choose(found, budget)
-        if choice:
-            rows.append([f"can spend {100 * budget:g} % of the visual tokens", str(choice), _verdict(choice)])
-    for name, kind in task.tasks().items():
-        own = [e for e in found if e.task == name]
-        rows.append([f"ask what `{name}` asks: {kind.title[0].lower()}{kind.title[1:].rstrip('.')}", *_cheapest(own)])
-    return f"## In short\n\n{_left(['if you', 'take', 'which keeps, %'], rows)}\n\n{_baselines(found, budgets)}\n"
+    return "# Which method to take\n\n" + "\n".join(parts)
 
 
-def _cheapest(own: Sequence[Evidence]) -> list[str]:
-    """What is good at the smallest budget, for one task."""
-    if not own:
-        return ["not measured", ""]
-    if not any(e.telling for e in own):
-        return ["not measured: no model that was run is above chance", ""]
-    choices = {b: c for b in sorted({b for e in own for b in e.budgets}) if (c := choose(own, b))}
-    for budget, choice in choices.items():
-        if choice.kept.share >= WORTH:
-            return [f"{choice} at {100 * budget:g} %", str(choice.kept)]
-    budget, choice = max(choices.items())
-    return [f"no method: the best, {choice}, is not good at {100 * budget:g} %", str(choice.kept)]
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The best of some methods, and those whose paired difference to it has an interval that holds 0."""
+
+    best: Mean
+    tied: tuple[str, ...]
+
+    @property
+    def names(self) -> str:
+        return " or ".join(_code(name) for name in (self.best.method, *self.tied))
+
+    def __str__(self) -> str:
+        return f"{self.names}: {_kept(self)}{'' if self.best.kept.at >= WORTH else ', *not good*'}"
 
 
-def _verdict(choice: Choice) -> str:
-    return f"{choice.kept}{'' if choice.kept.share >= WORTH else ': not good'}"
+def _at(found: Several) -> float:
+    return AT if AT in found.budgets else found.budgets[0]
 
 
-def _baselines(found: Sequence[Evidence], budgets: Sequence[float]) -> str:
-    """Which methods are no better than the best baseline, on none of the tasks."""
-    weak = []
-    for name in load_all():
-        rows = [e.cells[name, b] for e in found if e.telling for b in budgets if (name, b) in e.cells]
-        rivals = [row["to_baseline"] for row in rows if "to_baseline" in row]
-        if name not in BASELINES and rivals and all(rival["interval"][0] <= 0 for rival in rivals):
-            weak.append(name)
-    listed = f"{_names(weak)}. They are" if weak else "none. Such methods would be"
-    return paragraph(
-        f"No better than the best of the baselines ({_names(BASELINES)}) at any budget on any task, beyond the "
-        f"interval: {listed} not worth their cost on these models."
+def _kept(choice: Choice) -> str:
+    low, high = choice.best.kept.span
+    return f"{percent(choice.best.kept.at)} ({percent(low)} to {percent(high)})"
+
+
+def choose(found: Several, budget: float, fits: Callable[[str], bool] = lambda _: True) -> Choice | None:
+    """The best method by the mean over telling tasks at a budget, of those that fit and ran on all of them; None where
+    there is none, as where there are too few questions for a verdict."""
+    known = load_all()
+    rows = [row for row in found.at(budget) if row.kept and bare(row.method) in known and fits(bare(row.method))]
+    return Choice(rows[0], tuple(tied(rows, rows[0]))) if rows else None
+
+
+# --- the answer
+
+
+def _answer(every: Several) -> str:
+    names = list(dict.fromkeys(results.model for results in every.tasks))
+    defaults = {tuple(facts["default"].items()) for facts in available()["adapters"].values()}
+    default = " or ".join(f"{_spelt(d)}" for d in sorted(defaults))
+    choice = choose(every, _at(every))
+    if choice is not None:
+        first = (
+            f"Take {choice.names} (`vtok.patch(model)` without a name takes {default}): at {percent_of(_at(every))} of "
+            f"the visual tokens it keeps {_kept(choice)} % of the dense accuracy of {about_models(names)}. "
+        )
+    else:
+        why = "no model is above chance on any task, or no method ran on all that count."
+        why = why if any(r.enough for r in every.tasks) else f"there are too few questions. {FEW}"
+        first = (
+            f"**No recommendation** at {percent_of(_at(every))} of the visual tokens for {about_models(names)}: {why} "
+            f"Without a name `vtok.patch(model)` takes {default}. "
+        )
+    first += "Nothing here tells what a model of billions of parameters keeps on your photos: measure it (`vtok eval`)."
+    head = ["task", *(f"at {percent_of(budget)}" for budget in every.budgets)]
+    rows = [["all of them", *(_cell(choose(every, budget)) for budget in every.budgets)]] if every.telling else []
+    for name in dict.fromkeys(results.about["task"] for results in every.tasks):
+        rows.append([f"{_title(every, name)} (`{name}`)", *_of_task(every, name)])
+    words = (
+        "What to take and what it keeps of the dense model's accuracy, in percent, with the 95 % interval. *A or B*: A "
+        "keeps more here, but the two cannot be told apart. Every task of every model counts the same."
     )
+    return "\n\n".join([paragraph(first), paragraph(words), _table(head, rows)]) + "\n"
 
 
-def _engines(found: Sequence[Evidence]) -> str:
+def _title(every: Several, name: str) -> str:
+    return next(results.task.title for results in every.tasks if results.about["task"] == name).rstrip(".")
+
+
+def _of_task(every: Several, name: str) -> list[str]:
+    """A cell for each budget, from the models that carry a recommendation on the task."""
+    own = [results for results in every.tasks if results.about["task"] == name]
+    good = Several([results for results in own if results.advises])
+    if good.tasks:
+        return [_cell(choose(good, budget)) for budget in every.budgets]
+    return [f"no recommendation: {_why_not(own)}", *[""] * (len(every.budgets) - 1)]
+
+
+def _why_not(own: Sequence[Results]) -> str:
+    if not any(results.enough for results in own):
+        return "too few questions"
+    best = max(own, key=lambda results: len(results.answered))
+    return f"the dense models answer at most {len(best.answered)} of {len(best.by_kind(best.dense_cell))} kinds"
+
+
+def _cell(choice: Choice | None) -> str:
+    return str(choice) if choice else "-"
+
+
+# --- its limits
+
+
+def _limits(every: Several, models: Sequence[Several]) -> str:
+    left = [f"{r.model} on `{r.about['task']}`" for r in every.tasks if not r.advises]
+    weak, first = hopeless(every.tasks), _names(baselines())
+    lines = [
+        "A *budget* is an upper bound of the mean over decoder layers of kept over all visual tokens. "
+        f"*Not good* is less than {percent_of(WORTH)} of the dense accuracy.",
+        f"No better than the best of the baselines ({first}) at any budget on any task, beyond the interval: "
+        + (f"{_names(weak)}. They are not worth their cost on these models." if weak else "none."),
+    ]
+    if any(family(model.model) for model in models):
+        lines.append(
+            "The bundled models have few layers, which tells against methods that act within the decoder, and see "
+            "drawn pictures, whose redundancy is not that of photos."
+        )
+    if left:
+        lines.append(
+            "No recommendation for a task rests on models that are at chance on most of its kinds of question, or were "
+            f"asked too few: {', '.join(left)}."
+        )
+    return "## What it is worth\n\n" + "\n".join(_item(line) for line in lines) + "\n"
+
+
+def _engines(every: Several) -> str:
     known = available()["compressors"]
     parts = {name: facts["stage"].split("+") for name, facts in known.items()}
     anchored = {n for n, cls in load_all().items() if any(f.name == "anchor" for f in dataclasses.fields(cls))}
@@ -137,116 +165,76 @@ def _engines(found: Sequence[Evidence]) -> str:
         ("`transformers`", "all", lambda name: True),
         (
             "`patch.compile()`",
-            "those whose count in the decoder does not depend on the content, and none that acts in decoding",
+            "count in the decoder not by content, none in decoding",
             lambda n: "decode" not in parts[n] and not ("llm" in parts[n] and known[n]["adaptive"]),
         ),
         (
-            "vLLM",
-            "those with a fixed count that do not read the text: it expands the prompt before it sees a pixel. vtok "
-            "has no plug-in for it; this is what could be served",
+            "vLLM (no plug-in yet)",
+            "fixed count, text not read",
             lambda n: not known[n]["adaptive"] and not known[n]["text_guided"],
         ),
+        ("training, RL", "text not read: nothing to be given", lambda n: not known[n]["text_guided"]),
         (
-            "training, RL: nothing to be given",
-            "those that do not read the text, so that rollout and training select alike",
-            lambda n: not known[n]["text_guided"],
-        ),
-        (
-            'training, RL: `labels`, or `anchor="after_visual"`',
-            "those that read the text up to an anchor",
+            "training, RL",
+            'text read: `labels`, or `anchor="after_visual"`',
             lambda n: known[n]["text_guided"] and n in anchored,
         ),
         (
-            "training, RL: `labels`",
-            "those that read the text, and whose anchor is the prompt's end",
+            "training, RL",
+            "text read up to the prompt's end: `labels`",
             lambda n: known[n]["text_guided"] and n not in anchored,
         ),
     ]
     rows = []
     for engine, which, fits in kinds:
         names = [name for name in known if fits(name)]
-        choice = choose(found, AT, fits)
         others = [name for name in known if name not in names]
         listed = _names(names) if len(names) <= len(others) else f"all but {_names(others)}" if others else "all"
-        best = f"{choice}: {_verdict(choice)}" if choice else "not measured"
-        rows.append([engine, which, listed, best])
-    head = ["engine", "which methods go", "they are", f"best at {100 * AT:g} %"]
-    return f"## By engine\n\n{_left(head, rows)}\n"
+        choice = choose(every, _at(every), fits)
+        rows.append([engine, which, listed, str(choice) if choice else "not measured"])
+    head = ["engine", "methods that go", "they are", f"best at {percent_of(_at(every))}"]
+    return f"## By engine\n\n{_table(head, rows)}\n"
 
 
-def _families(found: Sequence[Evidence]) -> str:
+def _families(every: Several, models: Sequence[Several]) -> str:
     known = available()
-    rows = []
-    for family, facts in known["adapters"].items():
-        own = [e for e in found if e.family == family]
-        fits = lambda name, family=family: family in known["compressors"][name]["families"]
-        measured = _names(dict.fromkeys(e.model for e in own)) if own else "not measured"
-        choice = choose(own or found, AT, fits)
-        best = "nothing was run"
-        if choice:
-            best = f"{choice}: {_verdict(choice)}" if own else f"{choice}, by what the measured ones show"
-        rows.append([f"`{family}`", measured, best, _spelt(facts["default"].items())])
-    head = ["family", "measured on", f"best at {100 * AT:g} % of what goes without an option", "default"]
+    rows, unmeasured = [], []
+    for name, facts in known["adapters"].items():
+        own = [model for model in models if family(model.model) == name]
+        if not own:
+            unmeasured.append(_code(name))
+            continue
+        found = Several([results for model in own for results in model.tasks])
+        fits = lambda method, name=name: name in known["compressors"][method]["families"]
+        choice = choose(found, _at(every), fits)
+        default = _spelt(facts["default"].items())
+        rows.append([_code(name), _names(m.model for m in own), str(choice) if choice else "no verdict", default])
+    head = ["family", "measured on", f"best at {percent_of(_at(every))} without an option", "default"]
+    left = f"Not measured, and given the same default: {', '.join(unmeasured)}."
+    return f"## By family\n\n{_table(head, rows)}\n\n{paragraph(left)}\n" if rows else f"## By family\n\n{left}\n"
+
+
+# --- how it was made
+
+
+def _made(every: Several, folder: Path) -> str:
     words = (
-        "Bundled models are tiny and see drawn scenes: their redundancy is not that of photos, and their few layers "
-        "tell against methods that act within the decoder. No checkpoint of billions of parameters has been measured."
+        f"Written by `vtok report {folder.name} --choosing FILE`; do not edit. {sources(every.tasks)} Intervals: 95 %, "
+        "percentile bootstrap over items, the same items for all that is compared. "
+        f"{FEW} Tables of every method: [the report](report.html) and the models' cards."
     )
-    return f"## By family\n\n{paragraph(words)}\n\n{_left(head, rows)}\n"
-
-
-# --- evidence
-
-
-def _proof(found: Sequence[Evidence]) -> str:
-    return "## The numbers\n\n" + "\n".join(_of_task(e) for e in found)
-
-
-def _of_task(e: Evidence) -> str:
-    title = f"### {e.model}: {e.task}"
-    machine = e.about["machine"]
-    source = f"`{machine['command']}`, commit {machine['commit']}, {machine['machine']}, {e.about['dtype']}."
-    counted = (
-        f"{e.dense['n']:,} questions about {e.about['items']} items, of which the dense model answers "
-        f"{percent(e.dense['accuracy'])} % ({percent(e.dense['interval'][0])} to {percent(e.dense['interval'][1])})."
-    )
-    if not e.telling:
-        counted += " It is not above chance, so what a method keeps of it says nothing."
-        return "\n\n".join([title, paragraph(counted), paragraph(source)]) + "\n"
-    names = list(dict.fromkeys(name for name, budget in e.cells if budget in e.budgets))
-    middle = AT if AT in e.budgets else e.budgets[0]
-    order = lambda name: (-e.cells[name, middle]["accuracy"] if (name, middle) in e.cells else 0, name)
-    best = {budget: choose([e], budget) for budget in e.budgets}
+    head = ["model", "task", "items", "questions", "dense, % right", "kinds answered", "counts in means"]
     rows = []
-    for name in sorted(names, key=order):
-        line = []
-        for budget in e.budgets:
-            choice = best[budget]
-            text = str(e.kept(name, budget)) if (name, budget) in e.cells else "-"
-            line.append(f"**{text}**" if choice and name in (choice.method, *choice.tied) else text)
-        spent = [e.cells[name, b]["selection_seconds"] for b in e.budgets if (name, b) in e.cells]
-        rows.append([f"`{name}`", *line, f"{1e3 * max(spent):.1f}"])
-    head = ["method", *(f"at {100 * budget:g} %" for budget in e.budgets), "select, ms"]
-    counted += (
-        " Bold is the best at a budget, and what is no worse. *Select* is the method itself, on a batch of the "
-        "questions about an item, at most over budgets."
-    )
-    return "\n\n".join([title, paragraph(counted), table(head, rows), *_kinds(e, middle), paragraph(source)]) + "\n"
+    for r in every.tasks:
+        low, high = r.dense.accuracy.span or (None, None)
+        right = percent(r.dense.accuracy.at) + (f" ({percent(low)} to {percent(high)})" if low is not None else "")
+        kinds = f"{len(r.answered)} of {len(r.by_kind(r.dense_cell))}"
+        counts = "yes" if r.telling else "no: at chance" if r.enough else "no: too few"
+        rows.append([f"`{r.model}`", f"`{r.about['task']}`", r.about["items"], len(r.questions), right, kinds, counts])
+    return f"## How it was made\n\n{paragraph(words)}\n\n{_table(head, rows)}\n"
 
 
-def _kinds(e: Evidence, budget: float) -> list[str]:
-    """By kind of question the methods that keep most, at one budget."""
-    rows = []
-    for category, dense in e.dense["categories"].items():
-        if dense:
-            ranked = [(row["categories"][category] / dense, name) for (name, b), row in e.cells.items() if b == budget]
-            ranked.sort(key=lambda pair: (-pair[0], pair[1]))
-            first = ", ".join(f"`{name}` {percent(share)}" for share, name in ranked[:3])
-            rows.append([category, percent(dense), first])
-    head = ["kind of question", "dense, % right", f"the three that keep most at {100 * budget:g} %"]
-    return ["By kind of question, without intervals, so that small differences say nothing:", _left(head, rows)]
-
-
-def _names(names: Sequence[str] | Any) -> str:
+def _names(names: Iterable[str]) -> str:
     return ", ".join(map(_code, names))
 
 
@@ -254,16 +242,16 @@ def _code(name: str) -> str:
     return f"`{name}`"
 
 
-def _or(texts: Any) -> str:
-    return " or ".join(texts)
-
-
 def _spelt(items: Any) -> str:
     """A default method as one would write it."""
     values = dict(items)
-    return ", ".join([f"`{values.pop('method')}`", *(f"{key}={value:g}" for key, value in values.items())])
+    return " at ".join([f"`{values.pop('method')}`", *(f"`{key}={value:g}`" for key, value in values.items())])
 
 
-def _left(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _item(text: str) -> str:
+    return paragraph(f"- {text}").replace("\n", "\n  ")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table of words: columns to the left."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *rows])

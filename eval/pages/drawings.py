@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vtok import draw
-from vtok.eval.results.results import Model, Results, front
-from vtok.eval.results.sweep import BASELINES, DENSE
+from vtok.eval.results.cells import baselines
+from vtok.eval.results.results import Results, Several
+from vtok.eval.results.statistics import Number
+from vtok.eval.results.verdicts import front
 
 # Name -> (light, dark). The light ones stand in the drawings and are there replaced by CSS variables of these names.
 THEME = {
@@ -37,6 +40,11 @@ COSTS = {
 }
 
 
+LOGARITHMIC = "tokens"  # the cost whose axis is: budgets halve, and other costs lie close together near the top
+MARKERS = "osD^v"  # of the methods in colour, so that they differ without it too
+APART = 0.012  # part of the axis by which neighbours are moved apart that would lie on each other
+
+
 @dataclass(frozen=True)
 class Point:
     """A method at a budget: its cost as a part of the dense model's, its share and the interval of that."""
@@ -51,80 +59,135 @@ class Point:
 
 def of_task(results: Results, colours: Mapping[str, str]) -> dict[str, Any]:
     """Kind of cost -> figure: the accuracies of one task."""
-    rows = [row for cell, row in results.rows.items() if cell.method != DENSE]
+    rows, seconds = results.methods, results.dense.facts["seconds"]
     costs = {
-        "tokens": [row["mean_keep"] for row in rows],
-        "flops": [row["flops"] for row in rows],
-        "time": [row["seconds"] / results.dense["seconds"] for row in rows],
+        "tokens": [row.facts["mean_keep"] for row in rows],
+        "flops": [row.facts["flops"] for row in rows],
+        "time": [row.facts["seconds"] / seconds for row in rows],
     }
-    dense = (results.dense["accuracy"], *results.dense["interval"])
+    dense = _limits(results.dense.accuracy)
     return {
-        kind: chart([_point(row, x, "accuracy") for row, x in zip(rows, at)], dense, COSTS[kind], colours)
+        kind: chart([_point(row, x, row.accuracy) for row, x in zip(rows, at)], dense, kind, colours)
         for kind, at in costs.items()
     }
 
 
-def of_model(model: Model, colours: Mapping[str, str]) -> dict[str, Any]:
-    """Kind of cost -> figure: the mean retentions of one model; none where no method has one."""
-    rows = [row for row in model.rows.values() if "retention" in row]
-    costs = {"tokens": "mean_keep", "flops": "flops"}
+def of_several(found: Several, colours: Mapping[str, str]) -> dict[str, Any]:
+    """Kind of cost -> figure: the means over tasks; none where no method has one."""
+    rows = [row for row in found.rows.values() if row.kept]
+    costs = {"tokens": [row.mean_keep for row in rows], "flops": [row.flops for row in rows]}
     return {
-        kind: chart([_point(row, row[key], "retention") for row in rows], (1.0, 1.0, 1.0), COSTS[kind], colours)
-        for kind, key in (costs.items() if rows else ())
+        kind: chart([_point(row, x, row.kept) for row, x in zip(rows, at)], (1.0, 1.0, 1.0), kind, colours)
+        for kind, at in (costs.items() if rows else ())
     }
 
 
-def _point(row: dict[str, Any], cost: float, share: str) -> Point:
-    return Point(row["method"], row["budget"], cost, row[share], *row["interval"])
+def _limits(number: Number) -> tuple[float, float, float]:
+    """A number and its interval, itself where it has none."""
+    return (number.at, *(number.span or (number.at, number.at)))
 
 
-def chart(points: Sequence[Point], dense: tuple[float, float, float], words: str, colours: Mapping[str, str]) -> Any:
+def _point(row: Any, cost: float, number: Number) -> Point:
+    return Point(row.method, row.budget, cost, *_limits(number))
+
+
+def chart(points: Sequence[Point], dense: tuple[float, float, float], kind: str, colours: Mapping[str, str]) -> Any:
     """Share against cost, a line for each method through its budgets, as a figure of matplotlib.
 
-    dense: the dense model's share and interval. words: what the cost is. colours: method -> colour; others are grey.
+    dense: the dense model's share and interval. kind: of `COSTS`. colours: method -> colour; others are grey.
     """
     figure_class, _ = draw._matplotlib()
-    ink, soft, line, grey = (THEME[name][0] for name in ("ink", "soft", "line", "grey"))
     figure = figure_class(figsize=(5.6, 5.0), dpi=100, facecolor="none")
     axes = figure.add_axes((0.09, 0.115, 0.69, 0.85), facecolor="none")
-    methods: dict[str, list[Point]] = {}
-    for point in points:
-        methods.setdefault(point.method, []).append(point)
-    ends = {}
-    for i, name in enumerate(sorted(methods, key=lambda name: name in colours)):
-        path = sorted(methods[name], key=lambda point: point.cost)
-        x, y = [point.cost for point in path], [100 * point.share for point in path]
-        strong, colour = name in colours, colours.get(name, grey)
-        style = {"color": colour, "linewidth": 2.0 if strong else 1.1, "linestyle": "--" if name in BASELINES else "-"}
-        axes.plot(x, y, marker="o", markersize=5 if strong else 3.2, gid=f"m:{name}:{i}a", zorder=4 + strong, **style)
-        low, high = [100 * point.low for point in path], [100 * point.high for point in path]
-        axes.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.55, gid=f"m:{name}:{i}b", zorder=3)
-        ends[name] = (x[-1], y[-1])
+    places = moved(points, kind, {*colours, *baselines()})
+    _scales(axes, points, dense, kind, places)
+    ends = _lines(axes, points, colours, places)
+    ink = THEME["ink"][0]
     at = {(point.method, point.budget): (point.cost, 100 * point.share) for point in points}
-    best = list(zip(*(at[key] for key in front(at))))
+    x = {(point.method, point.budget): x for point, x in zip(points, places)}
+    best = list(zip(*((x[key], at[key][1]) for key in front(at))))
     axes.plot(*best, color=ink, linewidth=1, linestyle=":", zorder=6)
     axes.plot(*best, "o", markersize=11, mfc="none", mec=ink, mew=1.1, zorder=6)
     level, *span = (100 * share for share in dense)
     axes.axhline(level, color=ink, linewidth=1, zorder=2)
     axes.axhspan(*span, color=ink, alpha=0.07, linewidth=0, zorder=1)
+    words = {"color": ink, "fontsize": 10.5, "va": "bottom", "gid": "dense", "transform": axes.get_yaxis_transform()}
+    axes.text(0.015, level + 0.7, f"dense {level:.1f} %", **words)
+    _names(axes, ends, colours)
+    return figure
 
-    top, low = (100 * f for f in (max(p.high for p in points), min(p.low for p in points)))
-    top = max(level, span[1], top)
+
+def moved(points: Sequence[Point], kind: str, bars: Collection[str] = ()) -> list[float]:
+    """Where along the axis each point is drawn: near its cost, and beside those that it would lie on.
+
+    bars: methods that are drawn with their intervals, which then do not lie on each other either."""
+    costs = [math.log(point.cost) if kind == LOGARITHMIC else point.cost for point in points]
+    step = APART * ((max(costs) - min(costs)) or 1)
+    places = [0.0] * len(points)
+    placed: list[tuple[float, float, float]] = []  # place, and what is drawn from where to where above it
+    for i in sorted(range(len(points)), key=lambda i: -points[i].share):
+        p = points[i]
+        low, high = (p.low, p.high) if p.method in bars else (p.share - 0.005, p.share + 0.005)
+        taken = [x for x, bottom, top in placed if bottom < high and low < top]
+        steps = (side * n for n in range(len(points)) for side in (1, -1))
+        at = next(costs[i] + n * step for n in steps if all(abs(costs[i] + n * step - x) > 0.99 * step for x in taken))
+        placed.append((at, low, high))
+        places[i] = math.exp(at) if kind == LOGARITHMIC else at
+    return places
+
+
+def _scales(
+    axes: Any, points: Sequence[Point], dense: tuple[float, float, float], kind: str, costs: Sequence[float]
+) -> None:
+    """Limits, ticks and grid of both axes."""
+    soft, line = THEME["soft"][0], THEME["line"][0]
+    top, low = 100 * max(*(p.high for p in points), *dense), 100 * min(p.low for p in points)
     axes.set_ylim(max(0, low - 4), top + 6 if top > 101 else min(101, top + 6))
-    left, right = min(point.cost for point in points) * 0.86, max(point.cost for point in points) * 1.12
-    axes.set_xscale("log")
+    if kind == LOGARITHMIC:
+        left, right = min(costs) * 0.86, max(costs) * 1.12
+        axes.set_xscale("log")
+        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0) if left <= t <= right]
+        axes.set_xticks(ticks, [f"{100 * t:g} %" for t in ticks])
+        axes.minorticks_off()
+    else:
+        room = 0.05 * (max(costs) - min(costs) or 1)
+        left, right = min(costs) - room, max(costs) + room
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.set_xlim(left, right)
-    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0) if left <= t <= right]
-    axes.set_xticks(ticks, [f"{100 * t:g} %" for t in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel(words + ", dense = 100 %", color=soft, fontsize=10.5)
+    axes.set_xlabel(COSTS[kind] + ", dense = 100 %", color=soft, fontsize=10.5)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     axes.tick_params(colors=soft, labelsize=10.5, length=0)
     axes.grid(color=line, linewidth=0.7, zorder=0)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.text(left * 1.03, level + 0.7, f"dense {level:.1f} %", color=ink, fontsize=10.5, va="bottom", gid="dense")
+
+
+def _lines(
+    axes: Any, points: Sequence[Point], colours: Mapping[str, str], places: Sequence[float]
+) -> dict[str, tuple[float, float]]:
+    """A line a method, those in colour last, and where each ends."""
+    methods: dict[str, list[tuple[float, Point]]] = {}
+    for x, point in zip(places, points):
+        methods.setdefault(point.method, []).append((x, point))
+    ends, known = {}, baselines()
+    for i, name in enumerate(sorted(methods, key=lambda name: (name in colours, name in known))):
+        path = sorted(methods[name], key=lambda pair: pair[0])
+        x, y = [x for x, _ in path], [100 * point.share for _, point in path]
+        strong, colour = name in colours, colours.get(name, THEME["grey"][0])
+        style = {"color": colour, "linewidth": 2.0 if strong else 1.0, "linestyle": "--" if name in known else "-"}
+        style["marker"] = MARKERS[list(colours).index(name) % len(MARKERS)] if strong else "."
+        axes.plot(x, y, markersize=5 if strong else 4, gid=f"m:{name}:{i}a", zorder=4 + strong, **style)
+        if strong or name in known:
+            low, high = [100 * point.low for _, point in path], [100 * point.high for _, point in path]
+            axes.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.55, gid=f"m:{name}:{i}b", zorder=3)
+        ends[name] = (x[-1], y[-1])
+    return ends
+
+
+def _names(axes: Any, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+    """The name of each line, right of the axes, none on another."""
+    soft, grey = THEME["soft"][0], THEME["grey"][0]
     bottom, ceiling = axes.get_ylim()
     heights = _apart({name: y for name, (_, y) in ends.items()}, (ceiling - bottom) / 28, bottom, ceiling)
     for i, (name, (x, y)) in enumerate(ends.items()):
@@ -142,7 +205,6 @@ def chart(points: Sequence[Point], dense: tuple[float, float, float], words: str
             arrowprops=arrow,
         )
         note.set_gid(f"m:{name}:{i}c")
-    return figure
 
 
 def _apart(wanted: dict[str, float], gap: float, bottom: float, top: float) -> dict[str, float]:

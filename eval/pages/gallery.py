@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from vtok import draw, show, zoo
 from vtok.eval.results import sweep
-from vtok.eval.results.results import FILTER, Model, Results, headline
-from vtok.eval.results.sweep import BASELINES, DENSE, Cell
+from vtok.eval.results.cells import DENSE, Cell, baselines, smaller_picture
+from vtok.eval.results.results import Results, Several
+from vtok.eval.results.verdicts import headline
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.task import Item
 from vtok.media import Clip
@@ -21,19 +24,22 @@ WIDTH, SCALE = 1000, 0.55  # of a drawing in the page: pixels, and part of those
 Gallery = tuple[str, list[tuple[str, bytes]]]  # what to say, and (question and right answer, WebP) of each picture
 
 
-def draw_all(model: Model, leaders: Sequence[str], count: int) -> list[Gallery]:
+def draw_all(
+    model: Several, leaders: Sequence[str], count: int, device: str = "cpu", dtype: str | None = None
+) -> list[Gallery]:
     """A gallery for each of the model's tasks that have a tab, of `count` pictures at most.
 
     The model is run again on these questions; where that is not possible the words say why, and there are no pictures.
     """
     if not count:
         return [("Left out, as asked.", [])] * len(model.shown)
-    if model.name not in zoo.names():
-        words = f"Not drawn: {model.name} is not bundled with this version of vtok, so it cannot be run again."
+    if model.model not in zoo.names():
+        words = f"Not drawn: {model.model} is not bundled with this version of vtok, so it cannot be run again."
         return [(words, [])] * len(model.shown)
     about = model.tasks[0].about
-    network, processor = zoo.load(model.name, dtype=about["dtype"])
+    network, processor = zoo.load(model.model, about["dtype"], device)
     same = sweep.fingerprint(network) == about["weights"]
+    network = network.to(getattr(torch, dtype or about["dtype"]))
     return [
         _of_task(network, processor, results, leaders, count)
         if same and results.about["test_set"] == sweep.test_set(results.task)
@@ -43,9 +49,10 @@ def draw_all(model: Model, leaders: Sequence[str], count: int) -> list[Gallery]:
 
 
 def _of_task(model: Any, processor: Any, results: Results, leaders: Sequence[str], count: int) -> Gallery:
-    budget = headline(results)["budget"]
-    there = [row["method"] for row in results.at(budget)]
-    rivals = sorted((name for name in there if name in BASELINES), key=lambda name: (name != FILTER, there.index(name)))
+    best, small = headline(results), smaller_picture()
+    budget = best.budget if best else results.budgets[0]
+    there = [row.method for row in results.at(budget)]
+    rivals = sorted((name for name in there if name in baselines()), key=lambda n: (n != small, there.index(n)))
     methods = [name for name in leaders if name in there][:3] + rivals[:2]
     chosen = disputed(results, budget, methods, count)
     if not chosen:
@@ -69,12 +76,13 @@ def disputed(results: Results, budget: float, methods: Sequence[str], count: int
     """(item, question) of up to `count` questions that the dense model gets right and about half of the methods get
     wrong: of different categories as far as there are, and of different items."""
     ranked = []
-    for item in range(results.about["items"]):
-        line = results.lines[results.dense_cell][item]
-        for n, ((category, *_), right) in enumerate(zip(line["answers"], line["right"])):
-            got = [results.lines[Cell(name, budget)][item]["right"][n] for name in methods]
-            if right and 0 < sum(got) < len(got):
-                ranked.append((abs(sum(got) - len(got) / 2), item, n, category))
+    answers = [results.right[Cell(name, budget)] for name in methods]
+    seen: dict[int, int] = {}
+    for i, (item, kind) in enumerate(results.questions):
+        n = seen[item] = seen.get(item, -1) + 1
+        got = [bool(right[i]) for right in answers]
+        if results.right[results.dense_cell][i] and 0 < sum(got) < len(got):
+            ranked.append((abs(sum(got) - len(got) / 2), item, n, kind))
     ranked.sort()
     chosen: list[tuple[int, int]] = []
     used: set[Any] = set()

@@ -1,7 +1,6 @@
 """What `vtok report` does: results of `vtok eval` in, one HTML file that needs nothing else and its drawings out.
 
-The numbers are made in results.py, the drawings in report_drawings.py, the gallery in report_gallery.py and the page in
-report_page.py.
+The numbers are made in eval/results, the drawings in drawings.py, the gallery in gallery.py and the page in page.py.
 """
 
 from __future__ import annotations
@@ -11,14 +10,18 @@ from pathlib import Path
 from vtok import draw
 from vtok.errors import InvalidValue
 from vtok.eval.pages import drawings, gallery
-from vtok.eval.pages.page import key, page
-from vtok.eval.results.results import leaders, load
+from vtok.eval.pages.page import ACROSS, key, page
+from vtok.eval.results.results import Several, load
+from vtok.eval.results.verdicts import leaders
 
 
-def write(folder: str | Path, out: str | Path, pictures: int = 4) -> list[Path]:
+def write(
+    folder: str | Path, out: str | Path, pictures: int = 4, device: str = "cpu", dtype: str | None = None
+) -> list[Path]:
     """Write the page and its drawings as PNGs beside it; the files, the page first.
 
-    pictures: at most so many in the gallery of a task; 0 runs no model. Raises `InvalidValue` for a folder that is not
+    pictures: at most so many in the gallery of a task; 0 runs no model. device, dtype: of the models that are run, in
+    the data type of the results if left out. Raises `InvalidValue` for a folder that is not
     one of `vtok eval`, or an `out` that cannot be written, and `MissingExtra` without matplotlib.
     """
     draw.check()
@@ -26,10 +29,13 @@ def write(folder: str | Path, out: str | Path, pictures: int = 4) -> list[Path]:
     first = leaders(models, drawings.COLOURED)
     colours = {name: drawings.THEME[f"c{i + 1}"][0] for i, name in enumerate(first)}
     figures, shown = {}, {}
+    if len(models) > 1:
+        every = Several([results for model in models for results in model.tasks])
+        figures[ACROSS] = drawings.of_several(every, colours)
     for model in models:
         if len(model.tasks) > 1:
-            figures[key(model)] = drawings.of_model(model, colours)
-        for results, pictured in zip(model.shown, gallery.draw_all(model, first, pictures)):
+            figures[key(model)] = drawings.of_several(model, colours)
+        for results, pictured in zip(model.shown, gallery.draw_all(model, first, pictures, device, dtype)):
             figures[key(model, results)] = drawings.of_task(results, colours)
             shown[key(model, results)] = pictured
     vectors = {
@@ -38,7 +44,7 @@ def write(folder: str | Path, out: str | Path, pictures: int = 4) -> list[Path]:
     }
     beside = {}
     for model in models:  # of each the first tab: its overview, or its only task
-        stem = f"{out.stem}-{model.name}" if len(models) > 1 else out.stem
+        stem = f"{out.stem}-{model.model}" if len(models) > 1 else out.stem
         own = figures[key(model)] if len(model.tasks) > 1 else figures[key(model, model.tasks[0])]
         beside |= {out.with_name(f"{stem.replace('/', '-')}-{kind}.png"): figure for kind, figure in own.items()}
     try:

@@ -19,7 +19,7 @@ from rich.table import Table
 from scipy import stats
 
 from vtok import zoo
-from vtok.eval.results.sweep import interval
+from vtok.eval.results.statistics import interval
 from vtok.eval.tasks import task as offline
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.fingerprint import fingerprint

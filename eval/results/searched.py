@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vtok.compressor import Compressor
-from vtok.eval.results.sweep import interval
+from vtok.eval.results.statistics import interval
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.scenes import TASK
 from vtok.eval.tasks.task import TEST_SEED, Question

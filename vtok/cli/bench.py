@@ -17,9 +17,8 @@ def bench(
         str, typer.Option(help="small, smollm2, llava-next-7b, qwen2.5-vl-3b, or a bundled model.")
     ] = "small",
     visual: Visual = "",
-    methods: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help=f"{options.METHODS_HELP}  [default: all training-free ones]")
-    ] = None,
+    methods: options.EveryMethod = None,
+    config: options.Config = None,
     keep: Annotated[str, typer.Option(metavar="SHARE,...", help="Fractions to keep.")] = "0.5,0.25,0.1",
     out: Annotated[Path | None, typer.Option(help="JSON file to write, with a plot of each picture beside it.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
@@ -55,7 +54,7 @@ def bench(
 
         typer.echo(f"wrote {bench_page.write(page)}")
         return
-    chosen, keeps = options.chosen(methods or None), options.numbers(keep, float, "--keep")
+    chosen, keeps = options.chosen(methods or None, config), options.numbers(keep, float, "--keep")
     pictures = options.numbers(visual, int, "--visual") or None
     device = options.device_of(device)
     if kernels:

@@ -24,6 +24,7 @@ def demo(
     question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
     model: options.Model = options.MODEL,
     methods: options.Methods = None,
+    config: options.Config = None,
     keep: options.Keep = None,
     budget: options.Budget = None,
     out: Annotated[Path | None, typer.Option(help="PNG to write.  [default: ./vtok-demo.png]")] = None,
@@ -39,7 +40,8 @@ def demo(
       vtok demo --methods visionzip:importance=received,fastv --keep 0.5
       vtok demo --image cat.jpg --question "What is it?" --methods divprune
     """
-    how, names = options.amount(keep, budget), options.chosen(methods)
+    how = options.amount(keep, budget)
+    names = options.chosen(methods, config, keep=keep is None and budget is None)
     drawing = options.drawing(required=out is not None)
     from vtok.media import open_picture
 

@@ -22,9 +22,8 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Offline tasks.  [default: all that the model takes]")
     ] = None,
-    methods: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help=f"{options.METHODS_HELP}  [default: all training-free ones]")
-    ] = None,
+    methods: options.EveryMethod = None,
+    config: options.Config = None,
     budgets: Annotated[
         str, typer.Option(metavar="SHARE,...", help="Mean shares of visual tokens that a decoder layer sees.")
     ] = "0.5,0.25,0.1,0.05",
@@ -52,7 +51,7 @@ def evaluate(
     folders = {name: out / Path(name).name if len(named) > 1 else out for name in named}
     if len({*folders.values()}) < len(named):
         raise InvalidValue(f"The models {model} would write to one folder: evaluate them apart.")
-    cells = (options.chosen(methods), options.numbers(budgets, float, "--budgets"))
+    cells = (options.chosen(methods, config), options.numbers(budgets, float, "--budgets"))
     from vtok.eval.results.sweep import Share
     from vtok.eval.tasks import task
 
@@ -75,6 +74,7 @@ def _evaluate(
     """One model. counts: items of each task; asked: whether the tasks were named; cells: methods and budgets."""
     from vtok import zoo
     from vtok.eval.results import sweep
+    from vtok.eval.results.results import table
     from vtok.eval.tasks import task
     from vtok.eval.tasks.answers import media
 
@@ -92,7 +92,7 @@ def _evaluate(
         folder = out / work.name
         summary = sweep.run(network, processor, model, work, *cells, count, folder, share, instruction)
         console.print(f"\n{model}: {work.title} ({work.name}), {summary['about']['items']} items", style="bold")
-        console.print(sweep.table(summary))
+        console.print(table(summary))
         for row in summary["refused"]:
             told = f"not run: {row['method']} at {row['budget']:g}: {row['reason']}"
             console.print(told, style="dim", highlight=False, markup=False)

@@ -17,6 +17,12 @@ METHODS_HELP = "Separated by commas, options behind a colon: visionzip:importanc
 
 Model = Annotated[str, typer.Option(help="A bundled name, a local folder or a repository of the hub.")]
 Methods = Annotated[str | None, typer.Option(metavar="NAME,...", help=f"{METHODS_HELP}  [default: a choice]")]
+EveryMethod = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help=f"{METHODS_HELP}  [default: all training-free ones]")
+]
+Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="One more: the choice in a file that patch.save wrote.")
+]
 Keep = Annotated[
     str | None, typer.Option(metavar="SHARE|COUNT", help="Each method's keep: a fraction or a count.  [default: 0.25]")
 ]
@@ -48,15 +54,18 @@ def numbers(text: str, kind: type, option: str) -> list[Any]:
         raise InvalidValue(f"{option} is comma-separated numbers, not {text!r}.") from None
 
 
-def chosen(methods: str | None) -> list[str] | None:
-    """The methods of `--methods`, each checked, or None where a command takes its own choice. The one place through
-    which a command's methods come."""
-    if methods is None:
+def chosen(methods: str | None, config: Path | None = None, keep: bool = False) -> list[str] | None:
+    """The methods of `--methods` and `--config`, each checked, or None where a command takes its own choice. The one
+    place through which a command's methods come.
+
+    keep: whether what is in the file keeps as much as it says there; else as much as the command says."""
+    if methods is None and config is None:
         return None
     with working("starting PyTorch", plain=False):
-        from vtok.methods import split
+        from vtok.config import load
+        from vtok.methods import spelt, split
 
-        found = split(methods)
+        found = split(methods or "") + ([spelt(load(config), keep)] if config is not None else [])
     if not found:
         raise InvalidValue("No method was given.")
     return found

@@ -21,6 +21,8 @@ def report(
     choosing: Annotated[
         Path | None, typer.Option(help="Instead: a Markdown page on which method to take, from the summaries alone.")
     ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
 ) -> None:
     """Turn results of `vtok eval`, of one task, several or several models, into one self-contained HTML page.
 
@@ -35,12 +37,13 @@ def report(
         typer.echo(f"wrote {guide.write(folder, choosing)}")
         return
     options.drawing(required=True)
+    device = options.device_of(device) if gallery else "cpu"
     with options.working("writing the report", plain=False):
         from transformers.utils import logging
 
         from vtok.eval.pages import report as work
 
         logging.disable_progress_bar()
-        files = work.write(folder, out, gallery)
+        files = work.write(folder, out, gallery, device, dtype)
     for file in files:
         typer.echo(f"wrote {file}")

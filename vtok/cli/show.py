@@ -19,6 +19,7 @@ def show(
     question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
     model: options.Model = options.MODEL,
     methods: options.Methods = None,
+    config: options.Config = None,
     keep: options.Keep = None,
     budget: options.Budget = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("vtok-show"),
@@ -37,7 +38,8 @@ def show(
     """
     if image is not None and clip is not None:
         raise InvalidValue("Give --image or --clip, not both.")
-    how, names = options.amount(keep, budget), options.chosen(methods)
+    how = options.amount(keep, budget)
+    names = options.chosen(methods, config, keep=keep is None and budget is None)
     options.drawing(required=True)
     from vtok.media import Sampling, open_clip, open_picture
 

@@ -79,13 +79,10 @@ def card(name: Name) -> None:
     Example:
       vtok zoo card model_cards/vtok-tiny-internvl
     """
-    from vtok.eval.pages import card, task_card
+    from vtok.eval.pages import cards
     from vtok.models import place
 
-    folder = _outside(Path(place(name)))
-    made = json.loads((folder / "training.json").read_text())
-    own = "tower_batch" in made["recipe"]  # of vtok-tiny-llava-next before all models had one recipe
-    typer.echo(f"wrote {(card if own else task_card).write(folder)}")
+    typer.echo(f"wrote {cards.write(_outside(Path(place(name))))}")
 
 
 @app.command(short_help="Write the pages of the public checkpoints.")
@@ -98,7 +95,7 @@ def pages(
     Example:
       vtok zoo pages --out model_cards
     """
-    from vtok.eval.pages.pages import write
+    from vtok.eval.pages.checkpoint_pages import write
 
     typer.echo(f"wrote {', '.join(path.name for path in write(out))}")
 

@@ -35,6 +35,7 @@ class ToMe(Blocks):
     needs = frozenset({"token_blocks"})
     paper = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
     merges = True
+    budgeted = {"carry": True}
     hints = {
         "token_blocks": "It acts in the blocks of CLIP, SigLIP, timm and open_clip towers.",
         "token_per_patch": "With carry=False each patch gets its group's feature, which works here too.",

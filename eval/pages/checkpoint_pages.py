@@ -83,7 +83,7 @@ def page(c: Checkpoint) -> str:
     notes = "".join(f"\n- {note}" for note in c.notes)
     return f"""# {c.hub}
 
-Written by `vtok zoo pages` from `eval/pages/checkpoints.py`; do not edit. Family `{c.family}`
+Written by `vtok zoo pages` from `eval/pages/checkpoints.toml`; do not edit. Family `{c.family}`
 (`adapters/{c.family}.py`).
 
 ```python

@@ -15,7 +15,7 @@ for (const table of document.querySelectorAll('table')) {
 const tabs = [...document.querySelectorAll('.tab')];
 const open = () => {
   const at = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  const tab = at && at.closest('.tab') || tabs[0];
+  const tab = at && (at.closest('.tab') || document.querySelector('.tab.on')) || tabs[0];
   for (const one of tabs) one.classList.toggle('on', one === tab);
   for (const link of document.querySelectorAll('.tabs a'))
     link.hash.slice(1) === tab.id ? link.setAttribute('aria-current', 'page') : link.removeAttribute('aria-current');

@@ -1,7 +1,8 @@
-"""The tables of a model card that tell what compression costs the model, from the JSON files in its folder.
+"""What the cards of bundled models share: how they begin, and tables of what compression costs.
 
-sweep.json or sweep/TASK.json of `vtok eval`, bench.json of `vtok bench`, psigmoid.json and gsearch.json (trace.json of
-`vtok search`), tokenflex.json of examples/train_tokenflex.py. A file that is not there is a section that is not there.
+They are made of sweep.json or sweep/TASK.json of `vtok eval`, bench.json of `vtok bench`, psigmoid.json and
+gsearch.json (trace.json of `vtok search`), tokenflex.json of examples/train_tokenflex.py. A file that is not there is a
+section that is not there.
 """
 
 from __future__ import annotations
@@ -9,11 +10,59 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from vtok.eval.results.evidence import Evidence, mean, read
-from vtok.eval.results.results import at_all, not_run
-from vtok.eval.results.sweep import BASELINES, calls
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from vtok.eval.pages.words import FEW
+from vtok.eval.results.cells import Cell, baselines, calls
+from vtok.eval.results.results import Mean, Results, Several, read
+from vtok.eval.results.verdicts import at_all, beats, not_run
 from vtok.markdown import paragraph, percent, table
+from vtok.zoo import DEMO_QUESTION
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+def front(kind: str) -> str:
+    """The front matter of a bundled model's card, for the hub. kind: of model, as a tag."""
+    data = ModelCardData(
+        license="apache-2.0",
+        language="en",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=[kind, "vtok", "tiny", "synthetic"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def usage(name: str, said: str) -> str:
+    """How to ask a model of the hub about the demo's picture without vtok; `said` is what it answers."""
+    return f"""No vtok needed:
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="float32")
+processor = AutoProcessor.from_pretrained("{name}")
+question = {{"type": "text", "text": "{DEMO_QUESTION}"}}
+chat = [{{"role": "user", "content": [{{"type": "image"}}, question]}}]
+prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+inputs = processor(text=prompt, images=Image.open("demo.png"), return_tensors="pt")
+out = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(out, skip_special_tokens=True).strip())  # {said}
+```
+"""
+
+
+def card(template: str, folder: Path, **facts: Any) -> str:
+    """A card of a model folder, from its template and what that asks for."""
+    env = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    helpers = {"front": front, "usage": usage, "percent": percent, "compressed": compressed(folder)}
+    return env.get_template(template).render(name=folder.name, megabytes=size, **helpers, **facts)
 
 
 def compressed(folder: Path) -> str:
@@ -23,38 +72,37 @@ def compressed(folder: Path) -> str:
 
 def _methods(folder: Path) -> str:
     """What `vtok eval` measured; nothing where there is no summary."""
-    found = read(folder)
-    if not found:
+    found = Several(read(folder))
+    if not found.tasks:
         return ""
-    budgets = sorted({budget for e in found for budget in e.budgets}, reverse=True)
-    parts = [f"### {100 * budget:g} % of the tokens\n\n{_at_budget(found, budget)}" for budget in budgets]
-    refused = _refused(found)
-    if told := calls(row for e in found for row in e.cells.values()):
+    parts = [f"### {100 * budget:g} % of the tokens\n\n{_at_budget(found, budget)}" for budget in found.budgets]
+    if told := calls((c.method, row.get("options", {})) for results in found.tasks for c, row in results.facts.items()):
         parts.append(f"Run as {', '.join(f'`{call}`' for call in told)}.")
-    if refused:
+    if refused := _refused(found.tasks):
         parts.append(f"Not run:\n\n{refused}")
-    asked = ", ".join(f"{e.dense['n']:,} of `{e.task}`" for e in found)
+    asked = ", ".join(f"{len(results.questions):,} of `{results.about['task']}`" for results in found.tasks)
     words = (
         "Exact match in percent of every training-free method of vtok at the same budget: the mean over decoder layers "
         "of kept over all visual tokens is at most that, as far as the method can go (*mean keep* is what it was). "
         f"Questions: {asked}. *Of dense*: accuracy as a part of the dense model's, in percent, the mean over the tasks "
-        "that the dense model answers better than chance, with its 95 % interval (paired bootstrap over items). FLOPs: "
-        "of encoder and prefill, as a fraction of the dense ones, by formula, the mean over tasks. Bold: better than "
-        f"each of {', '.join(f'`{b}`' for b in BASELINES)} at this budget, beyond the interval of the paired "
-        "difference to the best of them. Methods inside the decoder pay for the first layers, which see all tokens, "
-        "and rank by layers so early that they have hardly read the question: eight layers tell against them. "
-        f"Intervals of each task: docs/choosing.md. {_whole(found)}"
+        "that the dense model answers better than chance, with its 95 % interval (paired bootstrap over items). "
+        f"{FEW} FLOPs: of encoder and prefill, as a fraction of the dense ones, by formula, the mean over tasks. Bold, "
+        f"on these tasks alone: better than each of {', '.join(f'`{b}`' for b in baselines())} at this budget, beyond "
+        "the interval of the paired difference to the best of them. Methods inside the decoder pay for the first "
+        "layers, which see all tokens, and rank by layers so early that they have hardly read the question: eight "
+        f"layers tell against them. The best at each budget: docs/choosing.md. {at_all(found.tasks, '`{}`'.format)}"
     )
-    command = f"Reproduce: {', '.join(dict.fromkeys(_command(e) for e in found))}; it writes sweep.json files."
+    commands = dict.fromkeys(f"`{results.about['machine']['command']}`" for results in found.tasks)
+    command = f"Reproduce: {', '.join(commands)}; it writes sweep.json files."
     return "\n\n".join(["## Compressed", paragraph(words), *parts, paragraph(command)]) + "\n\n"
 
 
-def _refused(found: Sequence[Evidence]) -> str:
+def _refused(found: Sequence[Results]) -> str:
     """What was not run on which tasks, and why; "" where all was."""
     where: dict[tuple[str, tuple[float, ...], str], list[str]] = {}
-    for e in found:
-        for (method, why), budgets in not_run(e.refused).items():
-            where.setdefault((method, tuple(budgets), why), []).append(f"`{e.task}`")
+    for results in found:
+        for (method, why), budgets in not_run(results.refused).items():
+            where.setdefault((method, tuple(budgets), why), []).append(f"`{results.about['task']}`")
     lines = []
     for (method, budgets, why), tasks in sorted(where.items()):
         on = "" if len(tasks) == len(found) else f" on {', '.join(tasks)}"
@@ -62,38 +110,29 @@ def _refused(found: Sequence[Evidence]) -> str:
     return "\n".join(lines)
 
 
-def _command(e: Evidence) -> str:
-    return f"`{e.about['machine']['command']}`"
+def _at_budget(found: Several, budget: float) -> str:
+    dense = ["dense", "1.000", "1.00", "100.0", *(percent(results.dense.accuracy.at) for results in found.tasks)]
+    head = ["method", "mean keep", "FLOPs", "of dense", *(f"`{results.about['task']}`" for results in found.tasks)]
+    return table(head, [dense, *(_line(found, row) for row in found.at(budget))])
 
 
-def _whole(found: Sequence[Evidence]) -> str:
-    """What became of the answers where nothing was to be dropped."""
-    least: dict[str, float] = {}
-    for (method, budget), row in (pair for e in found for pair in e.cells.items()):
-        if budget == 1:
-            least[f"`{method}`"] = min(least.get(f"`{method}`", 1.0), row["agreement"])
-    return at_all(least)
+def _line(found: Several, row: Mean) -> list[str]:
+    cell = Cell(row.method, row.budget)
+    facts = [results.facts[cell] for results in row.tasks]
+    keep, flops = (sum(fact[key] for fact in facts) / len(facts) for key in ("mean_keep", "flops"))
+    kept = ""
+    if row.kept:
+        kept = percent(row.kept.at) + (" ({} to {})".format(*map(percent, row.kept.span)) if row.kept.span else "")
+    shares = [_accuracy(results, cell) if results in row.tasks else "" for results in found.tasks]
+    return [f"`{row.method}`", f"{keep:.3f}", f"{flops:.2f}", kept, *shares]
 
 
-def _at_budget(found: Sequence[Evidence], budget: float) -> str:
-    telling = [e for e in found if e.telling]
-    lines = []
-    for name in dict.fromkeys(name for e in found for name, b in e.cells if b == budget):
-        rows = {e.task: e.cells[name, budget] for e in found if (name, budget) in e.cells}
-        whole = telling and all(e.task in rows for e in telling)
-        kept = mean([e.kept(name, budget) for e in telling]) if whole else None
-        average = {key: sum(row[key] for row in rows.values()) / len(rows) for key in ("mean_keep", "flops")}
-        told = [f"`{name}`", f"{average['mean_keep']:.3f}", f"{average['flops']:.2f}", kept or ""]
-        told += [_accuracy(rows[e.task]) if e.task in rows else "" for e in found]
-        lines.append((-kept.share if kept else 0, name, told))
-    dense = ["dense", "1.000", "1.00", "100.0", *(percent(e.dense["accuracy"]) for e in found)]
-    head = ["method", "mean keep", "FLOPs", "of dense", *(f"`{e.task}`" for e in found)]
-    return table(head, [dense, *(told for *_, told in sorted(lines, key=lambda line: line[:2]))])
-
-
-def _accuracy(row: dict) -> str:
-    text = percent(row["accuracy"])
-    return f"**{text}**" if row["method"] not in BASELINES and row["to_baseline"]["interval"][0] > 0 else text
+def _accuracy(results: Results, cell: Cell) -> str:
+    row, text = results.rows[cell], percent(results.rows[cell].accuracy.at)
+    if cell.method in baselines() or not results.telling:  # where the dense model is at chance there is no better
+        return text
+    rival = results.rival(row)
+    return f"**{text}**" if rival and beats(row, rival) else text
 
 
 def _selection(file: Path) -> str:

@@ -1,0 +1,80 @@
+"""What a sweep is made of: cells, each a method at a budget. What is asked of a method its class says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtok import methods
+from vtok.compressor import load_all
+from vtok.errors import InvalidValue
+from vtok.patching import Patch, patch
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget: the mean over decoder layers of kept over all visual tokens is at most that.
+
+    method: a name, with options behind it as `vtok.methods.read` reads them: "fastv:layer=2".
+    """
+
+    method: str
+    budget: float
+
+    @property
+    def file(self) -> str:
+        return f"{self.method}@{self.budget:g}.jsonl"
+
+    def patch(self, model: Any) -> Patch:
+        what, told = methods.call(model, self.method, budget=self.budget)
+        return patch(model, what, **told)
+
+    def options(self, model: Any) -> dict[str, Any]:
+        """What the method has to be told, beside the budget, to run on this model."""
+        _, told = methods.call(model, self.method, budget=self.budget)
+        return {key: value for key, value in told.items() if key != "budget"}
+
+    def refusal(self, model: Any) -> str | None:
+        """Why the model cannot be patched so, or None where it can."""
+        return None if self.method == DENSE else methods.refusal(model, self.method, budget=self.budget)
+
+
+def baselines() -> list[str]:
+    """Names of the methods that are no paper's; what a method has to beat."""
+    return [name for name, cls in load_all().items() if cls.paper == "baseline"]
+
+
+def smaller_picture() -> str:
+    """The baseline that acts before the encoder: what it gets wrong are the questions that need visual detail."""
+    return next(name for name in baselines() if load_all()[name].stage == "pixels")
+
+
+def training_free() -> list[str]:
+    """Names of the compressors that need no weights of their own, baselines first."""
+    names, first = [name for name, cls in load_all().items() if not cls.trained], baselines()
+    return sorted(names, key=lambda name: (name not in first, name))
+
+
+def calls(told: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Of (method, options) those that had to be told something, as in "tome(carry=True)"."""
+    spelt = lambda given: ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return sorted({f"{bare(method)}({spelt(given)})" for method, given in told if given})
+
+
+def bare(method: str) -> str:
+    """The name of a method, without the options behind it."""
+    return method.partition(":")[0]
+
+
+def cells(wanted: Sequence[str] | None, budgets: Sequence[float]) -> list[Cell]:
+    """The dense model and every method at every budget. Raises `UnknownName` and `InvalidValue`."""
+    for method in wanted or ():
+        methods.each(method)
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise InvalidValue(f"A budget is a fraction in (0, 1], not {budget}.")
+    chosen = training_free() if wanted is None else wanted
+    return [Cell(DENSE, 1.0), *(Cell(method, budget) for budget in budgets for method in chosen)]
