@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import vtok
 from vtok import adapter as adapters
 from vtok import compressor as compressors
-from vtok import demo, draw
+from vtok import draw, media
 from vtok.adapters.llava_next import anyres_layout
 from vtok.cli import app
 from vtok.errors import InvalidValue, Unsupported
@@ -38,7 +38,7 @@ def built(adapter, config, name, **options):
 
 def against_the_oracle(model, inputs, method):
     with torch.no_grad(), vtok.patch(model, method) as patch, Entered(model, patch) as entered:
-        pruned = model(**inputs).logits
+        pruned = model(**inputs, use_cache=True).logits  # all of it is prompt
     trace = patch.trace
     if not any(part.stage == "decode" for part in method.parts()):  # in a prefill that leaves all as it is
         with Masked(model, trace, entered.embeds), torch.no_grad():
@@ -92,17 +92,17 @@ def test_sixteen_bits_keep_their_range(tmp_path):
     Image.fromarray(eight).save(tmp_path / "plain.png")
     with Image.open(tmp_path / "deep.png") as deep:
         assert deep.mode == "I;16"
-    opened = [np.asarray(demo.open_picture(tmp_path / name)) for name in ("deep.png", "plain.png")]
+    opened = [np.asarray(media.open_picture(tmp_path / name)) for name in ("deep.png", "plain.png")]
     assert opened[0].shape == (8, 8, 3) and np.array_equal(*opened)
-    assert np.array_equal(np.asarray(demo.rgb(Image.fromarray(eight.astype(np.int32) * 257)))[..., 0], eight)
+    assert np.array_equal(np.asarray(media.rgb(Image.fromarray(eight.astype(np.int32) * 257)))[..., 0], eight)
 
 
 def test_numbers_without_a_white_are_refused(tmp_path):
     Image.fromarray(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "float.tif")
     with pytest.raises(InvalidValue, match="float.tif.*from -1 to 1"):
-        demo.open_picture(tmp_path / "float.tif")
+        media.open_picture(tmp_path / "float.tif")
     with pytest.raises(InvalidValue, match="what is white"):
-        demo.rgb(Image.fromarray(np.full((2, 2), 1 << 20, np.int32)))
+        media.rgb(Image.fromarray(np.full((2, 2), 1 << 20, np.int32)))
 
 
 # ---- counts --------------------------------------------------------------------------------------------------------
