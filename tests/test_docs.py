@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vtok import compressor
+from vtok import compressor, zoo
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -61,3 +61,18 @@ def leaves(item) -> list[str]:
     if isinstance(item, str):
         return [item]
     return [leaf for value in (item.values() if isinstance(item, dict) else item) for leaf in leaves(value)]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+def test_notebooks_run(notebook, elsewhere, capsys):
+    """Their code cells, in order; they are committed without outputs."""
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not [cell for cell in cells if cell["outputs"] or cell["execution_count"]]
+    names = {"__name__": notebook.stem}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), str(notebook), "exec"), names)
+    assert zoo.DEMO_ANSWER in capsys.readouterr().out
+
+
+def test_there_are_two_notebooks():
+    assert {file.stem for file in NOTEBOOKS} >= {"quick_tour", "compare_methods"}

@@ -23,7 +23,8 @@ def test_the_readme_has_the_table_of_methods():
 
 def listed() -> dict[tuple[str, str], str]:
     """(method, family) -> why not, as the README's list has it."""
-    lines = re.findall(r"^- `(\w+)` (does not go|goes by an option) with (.+?): (.+)$", README.read_text(), re.MULTILINE)
+    line = re.compile(r"^- `(\w+)` (does not go|goes by an option) with (.+?): (.+)$", re.MULTILINE)
+    lines = line.findall(README.read_text())
     return {(m, family): f"{how}: {why}" for m, how, some, why in lines for family in re.findall(r"`(\w+)`", some)}
 
 
