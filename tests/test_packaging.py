@@ -35,6 +35,16 @@ def test_version():
     assert PROJECT["project"]["version"] == vtok.__version__
 
 
+def test_one_url_and_version_everywhere():
+    urls = PROJECT["project"]["urls"]
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    for url in urls.values():
+        if "/main/" in url:
+            assert (ROOT / url.partition("/main/")[2]).is_file(), url
+    citation = (ROOT / "CITATION.cff").read_text().split("\n")
+    assert {f"version: {vtok.__version__}", f"repository-code: {urls['Repository']}"} <= set(citation)
+
+
 def test_import_is_light():
     heavy = ["torch", "transformers", "triton", "numpy", "PIL", "matplotlib", "rich"]
     code = f"import sys; import vtok; print([m for m in {heavy} if m in sys.modules])"

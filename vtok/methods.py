@@ -151,6 +151,22 @@ def fit(about: dict[str, Any], family: str) -> str:
     return f"no {', '.join(needed)}" if needed else "option"
 
 
+def exceptions(facts: dict[str, Any]) -> list[tuple[str, str, list[str], str]]:
+    """What does not go together, or only with an option: (method, "no" or "option", families, reason or option). facts:
+    of `vtok.available()`."""
+    found = []
+    for method, about in facts["compressors"].items():
+        by: dict[str, list[str]] = {}
+        for family in facts["adapters"]:
+            by.setdefault(fit(about, family), []).append(family)
+        for fits, families in by.items():
+            kind, _, missing = fits.partition(" ")
+            if kind != "yes":
+                hints = (about["hints"][need] for need in about["optional"])
+                found.append((method, kind, families, f"needs {missing}" if missing else " ".join(hints)))
+    return found
+
+
 def explain(name: str) -> dict[str, Any]:
     """What there is to know of one method: summary and remarks (paragraphs of its docstring), options as {name:
     (default, meaning)}, and what `vtok.available()` says. Raises `UnknownName`."""

@@ -18,7 +18,7 @@ WIDTH = 80
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Explain this one, with its options.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="As tables for a README.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a table and a list, for a README.")] = False,
 ) -> None:
     """List the compressors, the model families, and which goes with which; or explain one.
 
@@ -28,7 +28,7 @@ def methods(
       vtok methods visionzip
     """
     with options.working("starting PyTorch", plain=False):
-        from vtok.methods import explain, fit
+        from vtok.methods import exceptions, explain, fit
         from vtok.patching import available
 
         known = available()
@@ -39,12 +39,11 @@ def methods(
     facts = [_facts(method, about) for method, about in found.items()]
     hints = [f"{method}: {about['hints'][need]}" for method, about in found.items() for need in about["optional"]]
     if markdown:
-        fits = [
-            {"method": f"`{method}`"} | {family: fit(about, family) for family in families}
-            for method, about in found.items()
-        ]
-        listed = "\n".join(f"- {hint}" for hint in hints)
-        typer.echo(f"{_markdown([_linked(row) for row in facts])}\n\n{_markdown(fits)}\n\n{listed}")
+        coded = lambda names: ", ".join(f"`{one}`" for one in names)
+        words = {"no": "does not go with", "option": "goes by an option with"}
+        listed = [f"- `{m}` {words[kind]} {coded(some)}: {why}" for m, kind, some, why in exceptions(known)]
+        every = f"Families: {coded(families)}. Each method goes with each family, except:"
+        typer.echo("\n\n".join([_markdown([_linked(row) for row in facts]), every, "\n".join(listed)]))
         return
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for column in facts[0]:
