@@ -239,7 +239,22 @@ def test_attention_that_bypasses_the_registry_is_refused_when_patching():
         def forward(self, hidden_states, **kwargs):
             return hidden_states, None
 
-    model.model.language_model.layers[1].self_attn = Own()
-    with pytest.raises(Unsupported, match=r"Own does not go through transformers' registry.*divprune"):
-        vtok.patch(model, "fastv")
+    layers = model.model.language_model.layers
+    layers[0].self_attn = Own()
+    for method in ("fastv", "core_neurons"):
+        with pytest.raises(Unsupported, match=r"LlamaDecoderLayer does not show its attention.*divprune"):
+            vtok.patch(model, method)
     vtok.patch(model, "uniform").remove()
+
+
+def test_layers_that_hand_no_keywords_on_are_refused_when_patching():
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, StableLmConfig
+
+    model, _ = tiny("llava")
+    text = {k: v for k, v in model.config.text_config.to_dict().items() if k not in ("model_type", "architectures")}
+    config = LlavaConfig(vision_config=model.config.vision_config, text_config=StableLmConfig(**text))
+    stablelm = LlavaForConditionalGeneration(config)
+    for method in ("fastv", "core_neurons"):
+        with pytest.raises(Unsupported, match="StableLmDecoderLayer does not show its attention"):
+            vtok.patch(stablelm, method)
+    vtok.patch(stablelm, "uniform").remove()

@@ -457,7 +457,7 @@ def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
     if site.parts:
         refuse_windows(site.config)
     for part in site.parts:
-        if "attention" in part.needs_now:
+        if part.needs_now & {"attention", "ffn"}:
             refuse_unseen(site.layers, part.name)
 
 

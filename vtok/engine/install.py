@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 import types
 from collections.abc import Callable
 from typing import Any
@@ -130,16 +132,32 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def refuse_unseen(layers: nn.ModuleList, method: str) -> None:
-    """Raise `Unsupported` where the attention of decoder layers does not go through transformers' registry."""
-    for layer in layers:
-        attention = getattr(layer, "self_attn", None)
-        forward = inspect.unwrap(type(attention).forward) if attention is not None else None
-        if "ALL_ATTENTION_FUNCTIONS" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+    """Raise `Unsupported` where decoder layers hand no keywords on to an attention of transformers' registry."""
+    for kind in dict.fromkeys(type(layer) for layer in layers):
+        layer = next(layer for layer in layers if type(layer) is kind)
+        seen = [name for name, part in layer.named_children() if _by_registry(part)]
+        if not seen or not _hands_keywords_on(kind, seen):
             raise Unsupported(
-                f"{method} looks into the attention of decoder layers, and {type(attention or layer).__name__} does "
-                f"not go through transformers' registry of attention functions. Methods before the language model "
-                f"work here: divprune, for example."
+                f"{method} looks into decoder layers, and {kind.__name__} does not show its attention: that goes past "
+                f"transformers' registry, or is handed no keywords. Methods before the language model work here: "
+                f"divprune, for example."
             )
+
+
+def _by_registry(attention: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
+
+
+def _hands_keywords_on(layer: type[nn.Module], names: list[str]) -> bool:
+    """Whether a layer's forward calls one of these parts with the keywords that it does not know. Read in its source,
+    as calling it would need a model's inputs; where there is none, the first forward finds out."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(layer.forward))))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return any(call.func.attr in names and any(word.arg is None for word in call.keywords) for call in calls)
 
 
 def refuse_windows(config: Any) -> None:
