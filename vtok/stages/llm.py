@@ -19,7 +19,7 @@ from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
 from vtok.errors import Unsupported
 from vtok.stages.stage import Site, Stage
-from vtok.types import Activations, Attention
+from vtok.types import Activations, Attention, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +163,7 @@ class InLLMStage(Stage[InLLM]):
         kept = torch.zeros_like(visual)
         for t, budget in enumerate(zip(*budgets)):
             mine = self._of_turn(p, rows, t, len(state.anchors)).to(device)
-            order = score.masked_fill(~mine, -torch.inf).argsort(dim=1, descending=True, stable=True)
-            place = torch.arange(order.shape[1], device=device).expand_as(order)
-            rank = torch.empty_like(order).scatter_(1, order, place)
+            rank = ranks(score.masked_fill(~mine, -torch.inf))
             kept |= mine & (rank < torch.tensor(budget, device=device)[:, None])
         return kept, [text + sum(row) for text, row in zip(state.text, budgets)]
 
