@@ -1,0 +1,1 @@
+"""The language side: what does not look at the picture."""
