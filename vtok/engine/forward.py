@@ -26,6 +26,7 @@ from vtok.engine.decoder import Pass
 from vtok.engine.prefill import prefill
 from vtok.engine.probe import KEYWORD
 from vtok.engine.prompt import IGNORE, Told
+from vtok.engine.replay import Recorded
 from vtok.engine.trace import Shapes, Trace
 from vtok.errors import PatchStateError, Unsupported
 
@@ -75,6 +76,7 @@ class Local(threading.local):
     stages: list[Stage] | None = None  # in place of the patch's
     told: Told | None = None  # by the call of the outer model
     prompt: Any = None  # what `Patch.prompt` says
+    recorded: Recorded | None = None  # within `Patch.replaying`
     call: Call | None = None
     encoding: encode.Encoding | None = None  # while the encoder runs
     passing: Pass | None = None  # from a layer's attention to its FFN
@@ -358,11 +360,14 @@ class Engine:
             past = None
         return CompressedCache.adopt(cache, past)
 
-    def check_prompts(self, told: dict[str, Any]) -> None:
+    def check_prompts(self, told: dict[str, Any], replayed: bool) -> None:
         """Raise `Unsupported` where nothing fills a placeholder, or a prompt's end is read that nobody knows."""
         if any(told["unfilled"]):
             raise Unsupported(UNFILLED)
-        for part in (stage.compressor for stage in self.stages):
+        for stage in self.stages:
+            part = stage.compressor
+            if replayed and part.replays and not stage.behind_prompt:
+                continue
             if any(told["unclear"]) and part.reads_prompt_end:
                 labelled = self.local.told is not None and self.local.told.labels is not None
                 what = "the prompt ends, since its labels begin before the picture" if labelled else "that is"
@@ -380,6 +385,8 @@ class Engine:
         if embeds is None:
             return
         batch, length, _ = embeds.shape
+        if self.local.recorded is not None:
+            self.local.recorded.next(batch)
         index = torch.arange(length, device=embeds.device).expand(batch, -1)
         mask = kwargs.get("attention_mask")
         whole = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
