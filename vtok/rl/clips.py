@@ -17,7 +17,7 @@ from vtok.errors import InvalidValue, Unsupported, VtokError
 from vtok.media import Clip, Sampling, open_clip, open_picture
 from vtok.prompts import Conversation, media
 
-__all__ = ["COLUMNS", "check_clips", "conversation", "has_media", "media", "with_parts"]
+__all__ = ["COLUMNS", "as_parts", "check_clips", "conversation", "has_media", "media", "with_parts"]
 
 COLUMNS = ("image", "images", "video", "videos")
 MEDIA = ("image", "video")
@@ -40,14 +40,11 @@ def conversation(row: Mapping[str, Any], how: Sampling = SPREAD, key: str = "pro
 
 
 def with_parts(messages: Any, pictures: int = 0, clips: int = 0) -> list[dict[str, Any]]:
-    """Messages of which each content is a list of parts: {"type": "image"} or {"type": "video"} for each of the media.
+    """Messages `as_parts`, with a part {"type": "image"} or {"type": "video"} for each picture and clip.
 
-    Where no message has such a part, they are put before the first text of the user, clips first. Parts hold nothing
-    but their type and text: templates that test `'video' in part` would else take the empty keys that a data set fills
-    in for more clips. Raises `InvalidValue` where there are more or fewer parts than pictures or clips."""
-    if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
-        raise InvalidValue(f"Prompts with pictures or clips are lists of messages, not {messages!r}.")
-    told = [{**message, "content": _parts(message.get("content"))} for message in messages]
+    Where no message has such a part, they are put before the first text of the user, clips first. Raises
+    `InvalidValue` where there are more or fewer such parts than pictures or clips."""
+    told = as_parts(messages)
     parts = [part["type"] for message in told for part in message["content"]]
     wanted = {"video": clips, "image": pictures}
     if not any(kind in parts for kind in MEDIA) and (clips or pictures):
@@ -62,6 +59,16 @@ def with_parts(messages: Any, pictures: int = 0, clips: int = 0) -> list[dict[st
             f"such parts out, or give each picture and clip one."
         )
     return told
+
+
+def as_parts(messages: Any) -> list[dict[str, Any]]:
+    """Messages of which each content is a list of parts.
+
+    Parts hold nothing but their type and text: templates that test `'video' in part` would else take the empty keys
+    that a data set fills in for more clips. Raises `InvalidValue` for what are no messages."""
+    if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+        raise InvalidValue(f"Prompts with pictures or clips are lists of messages, not {messages!r}.")
+    return [{**message, "content": _parts(message.get("content"))} for message in messages]
 
 
 def check_clips(dataset: Any, processor: Any) -> None:
