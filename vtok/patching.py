@@ -81,11 +81,16 @@ def patch(
 
 def unpatch(model: nn.Module) -> None:
     """Undo `patch`: the model is exactly what it was. Raises `PatchStateError` if it is not patched."""
-    patches = {_PATCHES[module] for module in model.modules() if module in _PATCHES}
+    patches = patches_on(model)
     if not patches:
         raise PatchStateError("This model is not patched.")
     for found in patches:
         found.remove()
+
+
+def patches_on(model: nn.Module) -> list[Handle]:
+    """The patches that are on a model and its parts."""
+    return [_PATCHES[module] for module in model.modules() if module in _PATCHES]
 
 
 def available() -> dict[str, dict[str, dict[str, Any]]]:

@@ -30,6 +30,19 @@ def ask(question: str, *seen: Image.Image | Clip) -> Conversation:
     return Conversation([turn], pictures, tuple(one for one in seen if isinstance(one, Clip)))
 
 
+def media(asked: Sequence[Conversation]) -> dict[str, Any]:
+    """What a processor is given beside the text: all pictures and clips of these conversations, a row each. The frames
+    of a clip are chosen already."""
+    given: dict[str, Any] = {}
+    if pictures := [list(conversation.pictures) for conversation in asked if conversation.pictures]:
+        given["images"] = pictures
+    if clips := [clip for conversation in asked for clip in conversation.clips]:
+        given["videos"] = [list(clip.frames) for clip in clips]
+        given["video_metadata"] = [clip.metadata for clip in clips]
+        given["do_sample_frames"] = False
+    return given
+
+
 def encode(processor: Any, asked: Sequence[Conversation]) -> Any:
     """The model's inputs, a row a conversation, padded on the left, up to where its answer begins.
 
@@ -38,14 +51,8 @@ def encode(processor: Any, asked: Sequence[Conversation]) -> Any:
         raise Unsupported("This checkpoint's processor has no chat template, so the question cannot be put.")
     template = lambda turns: processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     prompts = [template(conversation.turns) for conversation in asked]
-    media: dict[str, Any] = {}
-    if pictures := [list(conversation.pictures) for conversation in asked if conversation.pictures]:
-        media["images"] = pictures
-    if clips := [clip for conversation in asked for clip in conversation.clips]:
-        media["videos"] = [list(clip.frames) for clip in clips]
-        media["video_metadata"] = [clip.metadata for clip in clips]
-        media["do_sample_frames"] = False
+    given = media(asked)
     bos = processor.tokenizer.bos_token
     if bos is not None and prompts[0].startswith(bos):  # the template writes it, and leaves the tokenizer none to add
-        media["add_special_tokens"] = False
-    return processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **media)
+        given["add_special_tokens"] = False
+    return processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **given)

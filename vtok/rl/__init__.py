@@ -1,1 +1,24 @@
-"""Fine-tuning of time-series and video models by RL, on TRL's trainers (extra `rl`)."""
+"""Fine-tuning of time-series and video models by RL, on TRL's trainers (extra `rl`).
+
+Importing this package imports neither torch nor TRL; the names below do so when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "RRPOConfig": "vtok.rl.rrpo",
+    "RRPOTrainer": "vtok.rl.rrpo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vtok.rl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

@@ -1,0 +1,146 @@
+"""Preference pairs as batches: text, pictures and clips of the rows, and in which tokens the two answers differ.
+
+For trainers whose loss looks at tokens. TRL's own collators know no clips, and cut the answers of long rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.data_utils import apply_chat_template, is_conversational, maybe_extract_prompt
+from trl.trainer.utils import pad
+
+from vtok.errors import InvalidValue, Unsupported, VtokError
+from vtok.media import Sampling
+from vtok.rl.clips import COLUMNS, SPREAD, as_parts, check_clips, conversation, has_media, media
+from vtok.text.align.rrpo import TAG, diff_signs, diff_spans, to_tokens, unmark
+
+Phrases = Literal["words", "tokens", "markup", "all"]
+Signed = tuple[list[int], list[int]]  # ids of an answer, and their signs
+TYPES = ("token_type_ids", "mm_token_type_ids")  # which some processors give beside the ids; 0 is text
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class PairCollator:
+    """Rows to a batch: tokens, media and signs, the chosen answers first. Text is tokenised here too, as pictures are.
+
+    Gives `input_ids`, `attention_mask`, `completion_mask` and `signs`, each [2B, T], padded on the right, and what the
+    processor makes of pictures and clips.
+
+    processor: of the model, or a tokenizer. phrases: what the signs are made by, see `RRPOConfig`. sampling: which
+        frames of a clip are taken. max_length: tokens of prompt and answer, beyond which a pair is not `usable`.
+    """
+
+    processor: Any
+    phrases: Phrases = "words"
+    sampling: Sampling = SPREAD
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        rows = [maybe_extract_prompt(dict(row)) for row in rows]
+        seen = [conversation(row, self.sampling) for row in rows if has_media(row)] * 2
+        if seen:
+            rows = [row | {"prompt": one.turns} for row, one in zip(rows, seen)]
+        prompts, chosen, rejected = zip(*map(self.answers, rows))
+        # what a chat template wrote has its special tokens
+        how = {"add_special_tokens": not is_conversational(rows[0]), "padding": True, "padding_side": "left"}
+        batch = self.processor(text=[*prompts, *prompts], return_tensors="pt", **how, **media(seen))
+        return {**batch, **self._joined(batch, [*chosen, *rejected])}
+
+    def answers(self, row: Mapping[str, Any]) -> tuple[str, Signed, Signed]:
+        """The prompt's text, and the chosen and the rejected answer, each as token ids and their signs."""
+        if is_conversational(row):
+            if self.processor is not self.tokenizer:  # templates of vision-language models want parts
+                row = row | {key: as_parts(row[key]) for key in ("prompt", "chosen", "rejected")}
+            texts = apply_chat_template(row, self.processor, row.get("tools"))
+            return texts["prompt"], *self._signed(texts["chosen"], texts["rejected"])
+        end = self.tokenizer.eos_token
+        return row["prompt"], *self._signed(*(row[key].removesuffix(end) + end for key in ("chosen", "rejected")))
+
+    def _signed(self, *texts: str) -> list[Signed]:
+        how, spans = self.phrases, None
+        if how == "markup":
+            texts, spans = zip(*map(unmark, texts))
+        elif any(TAG.search(text) for text in texts):
+            raise InvalidValue(f'Answers with <MASK> tags need phrases="markup": {texts[0]!r}.')
+        elif how == "words":
+            spans = diff_spans(*texts)
+        if spans is not None and not self.tokenizer.is_fast:
+            raise Unsupported('This tokenizer does not say where in the text its tokens are: use phrases="tokens".')
+        made = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=spans is not None)
+        ids = made["input_ids"]
+        if spans is not None:
+            signs = map(to_tokens, spans, made["offset_mapping"])
+        else:
+            signs = diff_signs(*ids) if how == "tokens" else [[1] * len(row) for row in ids]
+        return list(zip(ids, signs))
+
+    def _joined(self, batch: Mapping[str, Tensor], said: Sequence[Signed]) -> dict[str, Tensor]:
+        """Prompts, which come padded on the left, and answers, in rows that are padded on the right."""
+        real = batch["attention_mask"].bool()
+        ends, signs = ([torch.tensor(part) for part in parts] for parts in zip(*said))
+        join = lambda heads, tails: [torch.cat([head[some], tail]) for head, some, tail in zip(heads, real, tails)]
+        none, ones = torch.zeros_like(batch["input_ids"]), [torch.ones_like(end) for end in ends]
+        rows = {"input_ids": join(batch["input_ids"], ends), "attention_mask": join(none + 1, ones)}
+        rows |= {"completion_mask": join(none, ones), "signs": join(none, signs)}
+        rows |= {name: join(batch[name], [0 * one for one in ones]) for name in TYPES if name in batch}
+        fill, multiple = {"input_ids": self.tokenizer.pad_token_id}, self.pad_to_multiple_of
+        return {name: pad(row, fill.get(name, 0), "right", multiple) for name, row in rows.items()}
+
+    def usable(self, row: Mapping[str, Any]) -> str | None:
+        """Why a pair teaches nothing or cannot be used whole, or None. Looks at its text alone."""
+        prompt, *answers = self.answers(maybe_extract_prompt(dict(row)))
+        if not all(any(signs) for _, signs in answers):
+            return "have no phrase in which both answers differ"
+        if self.max_length is not None:
+            longest = len(self.tokenizer(prompt)["input_ids"]) + max(len(ids) for ids, _ in answers)
+            if longest > self.max_length:
+                return f"are longer than max_length={self.max_length}"
+        return None
+
+
+def checked(dataset: Any, pairs: PairCollator) -> Any:
+    """The pairs of a data set that can be trained on. Raises where something is wrong with it or with a row."""
+    names = list(dataset.column_names or next(iter(dataset)))
+    if missing := [name for name in ("chosen", "rejected") if name not in names]:
+        raise InvalidValue(f"RRPO learns from pairs, and the data set has no column {missing[0]!r}, but {names}.")
+    if any(name in names for name in COLUMNS):
+        if pairs.max_length is not None:
+            raise InvalidValue(
+                f"max_length={pairs.max_length} could cut visual tokens: leave it at None, and take fewer frames "
+                f"(nframes, max_frames) or smaller pictures."
+            )
+        if pairs.processor is pairs.tokenizer:
+            raise InvalidValue("The data set has pictures or clips: give the model's processor, not a tokenizer.")
+        check_clips(dataset, pairs.processor)
+    if not isinstance(dataset, Dataset):
+        return dataset
+    text = [name for name in names if name not in COLUMNS]
+    good, bad = [], Counter()
+    for number, row in enumerate(dataset.select_columns(text)):
+        try:
+            reason = pairs.usable(row)
+        except VtokError as error:
+            raise type(error)(f"Row {number} of the data set: {error}") from error
+        if reason is None:
+            good.append(number)
+        else:
+            bad[reason] += 1
+    for reason, n in bad.items():
+        log.warning("%d of %d pairs are left out, since they %s.", n, len(dataset), reason)
+    if not good:
+        raise InvalidValue(f"No pair of the data set can be trained on: they {' or '.join(bad)}.")
+    return dataset.select(good) if bad else dataset
