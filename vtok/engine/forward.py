@@ -10,6 +10,7 @@ decoder layers      stages in it act; their attention and FFNs are shown
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -38,11 +39,18 @@ UNFILLED = (
     "The prompt has placeholders of pictures or clips that nothing fills: pass the processor's whole output "
     "(pixel_values, pixel_values_videos and what belongs to them). generate_batch cannot carry any."
 )
+UNSTEADY = (
+    "%s chooses by scores, and in %s those of a training forward are rounded otherwise than those of its rollout: now and "
+    "then other tokens are kept. vtok.rl.prepare(trainer) lets a training forward keep what its rollout kept."
+)
 UNKNOWN_PROMPT = (
     "{name} keeps what the prompt's end attends to, and this forward does not say where {what}. Call generate; or pass "
     "labels with -100 on the prompt (TRL: completion_only_loss=True); or use_cache=True, where all of the input is "
     "prompt; or say how long prompts are, `with patch.prompt(length):`{hint}."
 )
+
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -101,6 +109,7 @@ class Engine:
         self.lock = threading.Lock() if any(stage.alone for stage in stages) else nullcontext()
         self.local = Local()
         self.last: Trace | None = None  # of any thread
+        self.rolled_out = self.warned = False  # whether `generate` ran, whether `UNSTEADY` was said
 
     @property
     def stages(self) -> list[Stage]:
@@ -142,6 +151,7 @@ class Engine:
         """Within a call of `generate` whose prompt has so many columns. lock: for families that keep a prompt's state
         on the model, so that two threads do not mix theirs; or None."""
         with nullcontext() if lock is None else lock:
+            self.rolled_out = True
             before, self.local.generating = self.local.generating, Generating(length)
             try:
                 yield
@@ -378,6 +388,16 @@ class Engine:
                     f"{part.name} cannot tell several answers of one row apart, each to pictures of its own: put each "
                     f"answer into a row of its own, with the conversation before it as the prompt."
                 )
+
+    def warn_of_rounding(self, dtype: torch.dtype) -> None:
+        """Say once where a training forward behind rollouts chooses anew, by scores that are rounded."""
+        labelled = self.local.told is not None and self.local.told.labels is not None
+        if self.warned or dtype.itemsize > 2 or not (self.rolled_out and labelled and torch.is_grad_enabled()):
+            return
+        for part in (stage.compressor for stage in self.stages):
+            if not part.by_grid:
+                LOG.warning(UNSTEADY, part.name, str(dtype).removeprefix("torch."))
+                self.warned = True
 
     def _note_text(self, kwargs: dict[str, Any]) -> None:
         """A prompt without pictures is a prefill too: its trace says that there was nothing to keep."""

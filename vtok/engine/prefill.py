@@ -144,6 +144,8 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
     seen = Prefill(engine, module, call, kwargs, cache)
     keep, droppable = seen.select()
     engine.check_prompts(seen.told, seen.replay is not None)
+    if seen.replay is None:
+        engine.warn_of_rounding(seen.embeds.dtype)
     if engine.active and (kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)):
         raise Unsupported("output_attentions is not available while tokens are dropped: its shape would change.")
     present: dict[int, Rows] = {}  # grows as decoder layers prune
