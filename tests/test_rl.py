@@ -54,8 +54,8 @@ def grpo(folder, method, cls=None, dtype=torch.float32, data=None, patched=True,
 
     model, processor = load(folder, dtype)
     patch = vtok.patch(model, method) if patched else None
-    settings = {"max_steps": 2, "num_generations": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3} | settings
-    args = GRPOConfig(out, bf16=False, max_completion_length=6, **COMMON | settings)
+    few = {"max_steps": 2, "num_generations": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    args = GRPOConfig(out, bf16=False, max_completion_length=6, **COMMON | few | settings)
     data = rows("image", [picture(56, 84, i) for i in range(4)]) if data is None else data
     trainer = (cls or GRPOTrainer)(model, length_reward, args=args, train_dataset=data, processing_class=processor)
     return trainer, patch
@@ -228,6 +228,11 @@ def test_a_keep_for_each_step(saved, tmp_path):
         vtok.rl.RandomKeep(patch, [0.0])
 
 
+def log_probs(logits, ids):
+    """Of the tokens behind the first, [S - 1], from logits [S, V]."""
+    return logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+
+
 @pytest.mark.parametrize("method", [None, vtok.DivPrune(keep=0.5), vtok.FastV(keep=0.5, layer=1)], ids=str)
 def test_grpo_on_clips(saved, tmp_path, method):
     """Rollout and training see the clip: the same log-probabilities, which another clip changes."""
@@ -264,13 +269,13 @@ def test_grpo_on_clips(saved, tmp_path, method):
             logits = model(input_ids=one, labels=labels, mm_token_type_ids=types, **fields).logits
             fields["pixel_values_videos"] = -fields["pixel_values_videos"]
             other = model(input_ids=one, labels=labels, mm_token_type_ids=types, **fields).logits
-        at = lambda x: x.log_softmax(-1)[0, -answer - 1 : -1].gather(1, one[0, -answer:, None])[:, 0]
-        expected = at(logits)
+        expected, other = (log_probs(x[0], one[0])[-answer:] for x in (logits, other))
         torch.testing.assert_close(old[row][batch["completion_mask"][row].bool()], expected, atol=1e-5, rtol=1e-5)
-        assert (at(other) - expected).abs().max() > 1e-3
+        assert (other - expected).abs().max() > 1e-3
 
 
 def test_clips_that_cannot_be(saved, tmp_path):
-    (tmp_path / "broken.mp4").write_bytes(b"no film")
+    film = tmp_path / "broken.mp4"
+    film.write_bytes(b"no film")
     with pytest.raises(InvalidValue, match="broken.mp4"):
-        grpo(saved, None, vtok.rl.VideoGRPOTrainer, data=rows("video", [str(tmp_path / "broken.mp4")] * 2), patched=False)
+        grpo(saved, None, vtok.rl.VideoGRPOTrainer, data=rows("video", [str(film)] * 2), patched=False)

@@ -84,8 +84,8 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
     """Merge x [B, t, D] in rounds of at most half of what is left, down to `count` tokens, 0 <= count <= t.
 
     Returns alive [B, t] bool, features [B, t, D] (dead rows as they were), into [B, t]: the living token that stands
-    for each, and weight [B, t]: the share of each in that. Gradient flows from a living row to all that it stands for. With count 0 nothing lives and into is -1.
-    Means are taken in fp32 and rounded to x's dtype once, at the end.
+    for each, and weight [B, t]: the share of each in that. Gradient flows from a living row to all that it stands for.
+    With count 0 nothing lives and into is -1. Means are taken in fp32 and rounded to x's dtype once, at the end.
     """
     b, t, d = x.shape
     if count == 0:

@@ -40,8 +40,8 @@ UNFILLED = (
     "(pixel_values, pixel_values_videos and what belongs to them). generate_batch cannot carry any."
 )
 UNSTEADY = (
-    "%s chooses by scores, and in %s those of a training forward are rounded otherwise than those of its rollout: now and "
-    "then other tokens are kept. vtok.rl.prepare(trainer) lets a training forward keep what its rollout kept."
+    "%s chooses by scores, and in %s those of a training forward are rounded otherwise than those of its rollout: now "
+    "and then other tokens are kept. vtok.rl.prepare(trainer) lets a training forward keep what its rollout kept."
 )
 UNKNOWN_PROMPT = (
     "{name} keeps what the prompt's end attends to, and this forward does not say where {what}. Call generate; or pass "

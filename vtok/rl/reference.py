@@ -41,10 +41,10 @@ def prepare(
 ) -> Any:
     """Make one of TRL's or transformers' trainers right for a patched model; before its `train()`.
 
-    reference: "alike" patches the reference model as the model is, so that KL and margins begin at 0; "dense" leaves
-        it, on purpose. Where a trainer has none it says nothing.
-    keep: values of which each optimiser step takes one, drawn from `seed` and the step, so that all ranks take the same:
-        trains one model for several budgets.
+    reference: "alike" patches the reference model as the model is, so that KL and margins begin at 0; "dense"
+        leaves it, on purpose. Where a trainer has none it says nothing.
+    keep: values of which each optimiser step takes one, drawn from `seed` and the step, so that all ranks take the
+        same: trains one model for several budgets.
     record: see `vtok.rl.replay`, which is switched on for trainers that generate.
 
     Each checkpoint gets a `vtok.json`, which says how it was trained; resuming one under another patch warns.

@@ -19,7 +19,7 @@ COLUMN = "vtok_clips"  # of the samples that the trainer buffers, shuffles and s
 
 
 class VideoGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer for rows with a column `video` (or `videos`), see `vtok.rl.clips`. Takes the arguments of GRPOTrainer.
+    """GRPOTrainer for rows with a column `video` or `videos`, see `vtok.rl.clips`. Takes the arguments of GRPOTrainer.
 
     sampling: which frames of a clip are taken; 8 over the whole clip by default.
 
@@ -35,9 +35,9 @@ class VideoGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, sampling: Sampling | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.processing_class, ProcessorMixin):
-            raise Unsupported("Clips need the model's processor: pass processing_class=AutoProcessor.from_pretrained(...).")
+            raise Unsupported("Clips need the model's processor: processing_class=AutoProcessor.from_pretrained(...).")
         if self.use_vllm or self.tools or self.rollout_func is not None:
-            raise Unsupported("Clips are generated from by the model itself: without vLLM, tools and rollout functions.")
+            raise Unsupported("Clips are for rollouts of the model itself: without vLLM, tools, rollout functions.")
         for dataset in (self.train_dataset, self.eval_dataset):
             for part in dataset.values() if isinstance(dataset, dict) else () if dataset is None else (dataset,):
                 check_clips(part, self.processing_class)
@@ -103,8 +103,8 @@ class _WithClips:
 
 
 def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the processor made of some rows, in one: tensors of pictures and clips one behind the other; what has a value
-    for each token as lists of lists, which TRL pads. Rows without clips have none of the former."""
+    """What the processor made of some rows, in one: tensors of pictures and clips one behind the other; what has a
+    value for each token as lists of lists, which TRL pads. Rows without clips have none of the former."""
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if name in row]
