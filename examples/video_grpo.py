@@ -1,6 +1,7 @@
 """Train the bundled video model by GRPO on clips, on all or some of the visual tokens.
 
-    python examples/video_grpo.py --out DIR [--method divprune --keep 0.25] [--steps 100]
+    python examples/video_grpo.py --out DIR --keep 0.25
+    python examples/video_grpo.py --out DIR --keep 1.0
 
 Questions are those of the offline task `video` that the model answers neither surely nor by chance, on clips that it
 has not seen; the reward is 1 for the right answer and 0 for any other. Writes video_grpo.json: accuracy on the held-out
@@ -66,10 +67,10 @@ def tested(model: torch.nn.Module, processor: object, clips: int) -> dict:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the result.")],
-    method: Annotated[str | None, typer.Option(help="A compressor; left out: all visual tokens.")] = None,
-    keep: Annotated[float, typer.Option(help="Of the visual tokens that the method keeps.")] = 0.25,
+    method: Annotated[str, typer.Option(help="A compressor.")] = "divprune",
+    keep: Annotated[float, typer.Option(help="Of the visual tokens that it keeps; 1.0: all.")] = 0.25,
     categories: Annotated[str, typer.Option(help="Of the questions that are trained.")] = "event,first,zoom",
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 60,
     clips: Annotated[int, typer.Option(help="Clips a step.")] = 4,
     generations: Annotated[int, typer.Option(help="Answers a clip.")] = 8,
     lr: Annotated[float, typer.Option(help="Learning rate, falling linearly to 0.")] = 1e-4,
@@ -81,8 +82,7 @@ def main(
     torch.set_num_threads(threads)
     set_seed(0)
     model, processor = zoo.load(NAME)
-    if method:
-        vtok.patch(model, method, keep=keep)
+    vtok.patch(model, method, keep=keep)
     before = tested(model, processor, held_out)
     print(f"before: {before['accuracy']:.3f}", flush=True)
     args = GRPOConfig(
@@ -110,8 +110,7 @@ def main(
         processing_class=processor,
         sampling=Sampling(nframes=FRAMES),
     )
-    if method:
-        vtok.rl.prepare(trainer)
+    vtok.rl.prepare(trainer)
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if out.is_dir() else None)
     seconds = time.perf_counter() - began

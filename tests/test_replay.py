@@ -65,7 +65,8 @@ def test_rows_replay_in_another_batch(label, monkeypatch):
                 alone.append(model(**inputs).logits[0])
         forbid(monkeypatch, patch)
         order = [2, 0, 1]
-        inputs = batch(processor, [prompts[i] + " yes it is" for i in order], sum((of[i] for i in order), []), "right")
+        texts, seen = [prompts[i] + " yes it is" for i in order], [one for i in order for one in of[i]]
+        inputs = batch(processor, texts, seen, "right")
         labels = answers(processor, inputs, prompts, of, order) if label == "core_neurons" else None
         with torch.no_grad(), patch.replaying([kept[i] for i in order]):
             together = model(**inputs, labels=labels).logits

@@ -17,8 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TrainerCallback
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from vtok import config as configs
 from vtok.engine.replay import Kept
@@ -47,11 +50,13 @@ def prepare(
         same: trains one model for several budgets.
     record: see `vtok.rl.replay`, which is switched on for trainers that generate.
 
-    Each checkpoint gets a `vtok.json`, which says how it was trained; resuming one under another patch warns.
+    Each checkpoint gets a `vtok.json`, which says how it was trained; resuming one under another patch warns, and
+    weights that transformers leaves behind are loaded (`reload`). Rollouts write no placeholders of pictures or clips.
     Returns the trainer. Raises a `VtokError` for what would train wrongly.
     """
     patch_reference(trainer, dense=_is_dense(reference))
     if rollouts.generates(trainer):
+        rollouts.ban_placeholders(trainer)
         rollouts.replay(trainer, record)
     trainer.add_callback(PatchCallback(trainer, reference))
     if keep is not None:
@@ -92,6 +97,22 @@ def patch_reference(trainer: Any, dense: bool = False) -> Patch | None:
     return patch(reference, [copy.deepcopy(part) for part in mine.compressors])  # weights of a method would be trained
 
 
+def reload(model: nn.Module, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint that a trainer of transformers (5.24) resumed without loading them.
+
+    It saves those of many vision-language models under the names of their first releases, and resumes without turning
+    them back, which leaves the model as it was before its training. Does nothing where names fit, and for adapters."""
+    file = checkpoint / SAFE_WEIGHTS_NAME
+    if not file.is_file() or not isinstance(model, PreTrainedModel):
+        return
+    with safe_open(file, "pt") as weights:
+        unknown = set(weights.keys()) - set(model.state_dict())
+    if unknown:
+        LOG.warning("%s was resumed without its weights, whose names differ: they are loaded now.", checkpoint)
+        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+
 class PatchCallback(TrainerCallback):
     """Writes how the model is patched into each checkpoint, and warns where a training goes on otherwise.
 
@@ -109,7 +130,9 @@ class PatchCallback(TrainerCallback):
                 "start. Call vtok.rl.patch_reference(trainer), or with dense=True if that is meant."
             )
         if state.global_step:
-            self._compare(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self._compare(checkpoint)
+            reload(trainer.accelerator.unwrap_model(model), checkpoint)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from vtok import adapter as adapters
 from vtok.engine.replay import Kept
 from vtok.engine.trace import Trace
 from vtok.errors import NothingToReport, Unsupported
@@ -50,6 +51,15 @@ def replay(trainer: Any, record: Callable[..., Sequence[Kept]] | None = None) ->
     replayed = _Replayed(trainer, record)
     for name in (*SEAMS, LOGPS):
         setattr(trainer, name, getattr(replayed, name.lstrip("_")))
+
+
+def ban_placeholders(trainer: Any) -> None:
+    """Let rollouts write no placeholder of a picture or clip, which a training forward would take for one. TRL bans
+    those of pictures alone."""
+    vlm, adapter = adapters.find(trainer.accelerator.unwrap_model(trainer.model))
+    ids = {adapter.token_id(vlm.config, modality) for modality in adapter.encoders}
+    config = trainer.generation_config
+    config.suppress_tokens = sorted({*(config.suppress_tokens or ()), *ids})
 
 
 class _Replayed:

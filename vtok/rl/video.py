@@ -14,6 +14,7 @@ from vtok.errors import InvalidValue, Unsupported
 from vtok.media import Sampling
 from vtok.prompts import Conversation, encode
 from vtok.rl.clips import check_clips, conversation
+from vtok.rl.rollouts import ban_placeholders
 
 COLUMN = "vtok_clips"  # of the samples that the trainer buffers, shuffles and splits
 
@@ -42,6 +43,7 @@ class VideoGRPOTrainer(GRPOTrainer):
             for part in dataset.values() if isinstance(dataset, dict) else () if dataset is None else (dataset,):
                 check_clips(part, self.processing_class)
         self.sampling = Sampling(nframes=8) if sampling is None else sampling
+        ban_placeholders(self)
         self._seen: list[Conversation] = []  # of the rows that are being generated from
         self._clips: list[dict[str, Any]] | None = None  # for each row that is worked on, what the processor made of it
 
