@@ -1,8 +1,8 @@
-"""The table of trainers in docs/finetuning.md: every method with TRL's and transformers' trainers, on tiny models.
+"""The page of trainers: every method with TRL's and transformers' trainers, on tiny models.
 
     python -m recipes.trainers --out docs/rl/trainers.json [--methods divprune,fastv]
 
-Goes on where it stopped. A cell is a run of that trainer on a patched model of four decoder layers with random weights;
+Goes on where it stopped, and writes the page beside the folder, docs/trainers.md. A cell is a run of that trainer on a patched model of four decoder layers with random weights;
 its number is what must be small. `vtok.rl.prepare` is called before each training.
 """
 
@@ -29,6 +29,7 @@ import vtok
 from vtok import adapter as adapters
 from vtok import compressor as compressors
 from vtok.errors import VtokError
+from vtok.markdown import table
 
 FAMILIES = ("qwen2_5_vl", "llava_next")  # the first that gives what a method needs
 TOKENS = 64
@@ -244,6 +245,37 @@ COLUMNS: dict[str, Callable[..., float]] = {
 }
 
 
+HEAD = """# Trainers
+
+Written by `python -m recipes.trainers --out docs/rl/trainers.json`; nothing here is typed by hand. Each cell is a run on a
+tiny random model of four decoder layers, fp32 unless said otherwise, on a CPU, with `vtok.rl.prepare(trainer)`. Each
+number is what must be small:
+
+- *rollout*: the largest |log-probability in the rollout - in the training forward| of {tokens} sampled tokens a prompt,
+  over other batches than the rollout's, what the rollout kept being replayed. Dense: {fp32} in fp32, {bf16} in bf16.
+- *GRPO*, *RLOO*: |KL to the reference| in the first step, with `beta=0.1`; for GRPO two iterations of a rollout and two
+  accumulated batches.
+- *DPO*, *RRPO*: |loss - ln 2| in the first step.
+- *SFT*: differences of the loss with and without gradient checkpointing; of a run through and one that was stopped and
+  resumed; with and without a fresh LoRA adapter.
+"""
+
+
+def page(result: dict[str, dict[str, Any]]) -> str:
+    """The page of all cells, with what was refused below."""
+    dense, lines, refused = result["dense"], [], {}
+    for name, row in result.items():
+        if name != "dense":
+            numbers = [row.get(column) for column in COLUMNS]
+            lines.append([f"`{name}`", *(f"{x:.1e}" if isinstance(x, float) else "refused" for x in numbers)])
+            for column, x in zip(COLUMNS, numbers):
+                if isinstance(x, str):
+                    refused.setdefault((name, x), []).append(column)
+    head = HEAD.format(tokens=TOKENS, fp32=f"{dense['rollout, fp32']:.1e}", bf16=f"{dense['rollout, bf16']:.3f}")
+    told = [f"- `{name}`, {', '.join(columns)}: {reason}" for (name, reason), columns in refused.items()]
+    return "\n".join([head, table(["method", *COLUMNS], lines), "", *told, ""])
+
+
 def main(
     out: Annotated[Path, typer.Option(help="JSON file to write, and to go on from.")],
     methods: Annotated[str, typer.Option(metavar="NAME,...", help="Left out: all.")] = "",
@@ -268,6 +300,7 @@ def main(
             row[column] = str(error)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
+    out.parent.with_name("trainers.md").write_text(page(result))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
+from vtok.eval.bench import rl
 from vtok.eval.bench.bars import bars
 from vtok.eval.bench.measure import DENSE, IDENTITY
 from vtok.markdown import table
@@ -38,7 +39,7 @@ def write(folder: Path) -> Path:
         raise InvalidValue(f"{folder} holds no results of vtok bench --out.")
     parts = [HEAD]
     for file, run in runs.items():
-        parts.append(_kernels(run) if "kernels" in run else _workload(file, run))
+        parts.append(next(section(file, run) for key, section in SECTIONS.items() if key in run))
     if not any(run["machine"]["device"].startswith("cuda") for run in runs.values()):
         parts.append(NO_GPU)
     page = folder.with_suffix(".md")
@@ -105,7 +106,7 @@ def _table(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
-def _kernels(run: dict[str, Any]) -> str:
+def _kernels(file: Path, run: dict[str, Any]) -> str:
     device = run["machine"]["device"]
     text = f"\n## Kernels alone, {device}\n\n{_about(run)}\n"
     text += "\nMilliseconds, medians. *Exponent*: slope of log time over log N, 1 for linear cost.\n\n"
@@ -123,6 +124,26 @@ def _kernels(run: dict[str, Any]) -> str:
         for row in run["kernels"]
     ]
     return text + table(head, lines) + "\n"
+
+
+def _rl(file: Path, run: dict[str, Any]) -> str:
+    title = run["machine"]["workload"]
+    text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n"
+    text += (
+        "\nMilliseconds, medians; variants take turns. *Of dense*: the median of a step's time over the dense step's of "
+        "the same round. *Ideal*: the same of the language model's operations.\n"
+    )
+    for result in run["rl"]:
+        size = f"{result['visual_tokens']:,} visual tokens, {result['parameters'] / 1e6:.0f} M parameters"
+        text += f"\n### {size}\n\n{table(['variant', *rl.PHASES, 'of dense', 'ideal', 'peak MB'], rl.rows_of(result))}\n"
+    fits = ", ".join(f"`{name}` {tokens:,}" for name, tokens in run["fits"].items())
+    if fits:
+        text += f"\nVisual tokens of the largest step that fits in {run['memory_gib']:g} GiB, on a line through the "
+        text += f"measured peaks, weights and gradients included: {fits}.\n"
+    return text + "\n" + "".join(f"- {'Met' if met else '**Missed**'}: {told}.\n" for met, told in rl.bars(run["rl"]))
+
+
+SECTIONS = {"kernels": _kernels, "rl": _rl, "results": _workload}  # what is in a file -> its section
 
 
 def _ms(times: dict[str, Any], digits: int = 1) -> str:
