@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtok import cli
+from vtok import cli, zoo
 from vtok.errors import InvalidValue, MissingExtra, UnknownName
 from vtok.eval.tasks import canvas, sources, task
 from vtok.eval.tasks import charts as task_charts
@@ -535,5 +535,9 @@ def test_command_line(tmp_path):
             q.answer for q in next(TASKS[name].held_out(1)).questions
         ]
         assert (tmp_path / name / "sheet.png").is_file()
+    demo = ["tasks", "sample", "scenes", "--out", str(tmp_path / "demo"), "--first", "345", "--items", "1"]
+    assert runner.invoke(cli.app, demo).exit_code == 0
+    drawn, demo = (np.asarray(Image.open(file)) for file in (tmp_path / "demo" / "0345.png", zoo.DEMO_IMAGE))
+    assert np.array_equal(drawn, demo)
     refused = runner.invoke(cli.app, ["tasks", "sample", "nope", "--out", str(tmp_path)])
     assert refused.exit_code == 2 and "needle" in refused.output
