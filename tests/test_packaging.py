@@ -17,6 +17,7 @@ FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]
 # Modules that only an extra's user imports: package or module -> what they may import beside the core.
 EXTRAS = {
     "vtok.draw": {"numpy", "matplotlib"},  # numpy comes with matplotlib
+    "vtok.show": {"jinja2"},
     "vtok.kernels": {"triton"},
     # its pictures take the extra zoo, which brings numpy and scipy
     "vtok.eval": {"lmms_eval", "loguru", "numpy", "scipy", "tqdm", "yaml"},
@@ -106,7 +107,7 @@ def test_every_folder_with_code_is_a_listed_package():
 def test_the_wheel_takes_data_along():
     """The bundled models, and what pages are made of."""
     data = PROJECT["tool"]["setuptools"]["package-data"]
-    for package, suffixes in {"vtok": {".png"}, "vtok.model_cards": None, "vtok.eval.pages": None}.items():
+    for package, suffixes in {"vtok": {".png", ".j2"}, "vtok.model_cards": None, "vtok.eval.pages": None}.items():
         folder = FOLDERS[package]
         taken = {file for pattern in data[package] for file in folder.glob(pattern)}
         kept = {f for f in folder.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts}
