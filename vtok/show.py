@@ -26,7 +26,7 @@ from vtok.engine.trace import Trace
 from vtok.errors import InvalidValue, Unsupported
 from vtok.media import Clip
 from vtok.prompts import ask
-from vtok.runs import DENSE, Asked
+from vtok.runs import Asked
 from vtok.types import Layout, Plane
 
 METHODS = ("globalcom2", "divprune", "fastv", "schedule")  # one of each kind; those that the model supports
@@ -118,12 +118,7 @@ def follow(
     if isinstance(seen, Clip) and "video" not in adapter.encoders:
         able = [name for name, other in adapters.load_all().items() if "video" in other.encoders]
         raise Unsupported(f"{adapter.family} reads no clips. These families do: {', '.join(able)}.")
-    how = {"keep": keep} if budget is None else {"budget": budget}
-    asked = Asked.of(model, processor, ask(question, seen), methods, max_new_tokens, **how)
-    runs = {}
-    for method in (DENSE, *methods):
-        progress(method)
-        runs[method] = asked.run(method)
+    runs = Asked.of(model, processor, ask(question, seen), methods, max_new_tokens, keep, budget).all(progress)
     reference = runs[methods[0]].trace
     return [
         Shown(method, run.text, sum(reference.n_visual), steps(method, run.trace, reference))
