@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -171,8 +170,7 @@ def contact_sheet(clip: Clip, planes: int, across: int | None = None) -> Image.I
 def grid(clip: Clip, planes: int) -> tuple[int, int]:
     """Columns and rows of a contact sheet: about 3:2, with few empty places."""
     width, height = clip.frames[0].size
-    cost = lambda n: abs(math.log(n * width / (-(-planes // n) * height) / 1.5)) + 0.5 * (-planes % n)
-    across = min(range(1, planes + 1), key=cost)
+    across = draw.columns_of(planes, width / height)
     return across, -(-planes // across)
 
 

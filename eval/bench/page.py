@@ -8,9 +8,9 @@ from typing import Any
 
 from vtok.errors import InvalidValue
 from vtok.eval.bench.bars import bars
-from vtok.eval.bench.measure import DENSE
 from vtok.eval.bench.shown import cells, ms
 from vtok.markdown import table
+from vtok.runs import DENSE
 
 HEAD = """# Speed
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from vtok.eval.bench.measure import DENSE, IDENTITY
+from vtok.eval.bench.measure import IDENTITY
+from vtok.runs import DENSE
 
 
 def table(result: dict[str, Any]) -> Table:
