@@ -70,15 +70,16 @@ def test_generate(family, method):
     """Prefill and decoding, and then another picture of the same size with nothing compiled anew."""
     model, processor = tiny(family, layers=2)
     first, second = (batch(processor, [PROMPT], [picture(112, 112, seed)]) for seed in (0, 1))
-    wide = batch(processor, [PROMPT, "# b"], [picture(56, 140), picture(112, 56)])
+    # other shapes: of the layers' own code where there is any
+    wide = [batch(processor, [PROMPT, "# b"], [picture(56, 140), picture(112, 56)])] if method == "fastv" else []
     generate = lambda inputs: model.generate(**inputs, max_new_tokens=4, do_sample=False)
     with vtok.patch(model, method, **SHALLOW[method]) as patch:
-        expected = [generate(inputs) for inputs in (first, second, wide)]
+        expected = [generate(inputs) for inputs in (first, second, *wide)]
         patch.compile(backend="eager")
         assert torch.equal(generate(first), expected[0])
         with torch.compiler.set_stance("fail_on_recompile"):
             assert torch.equal(generate(second), expected[1])
-        assert torch.equal(generate(wide), expected[2])
+        assert all(torch.equal(generate(inputs), tokens) for inputs, tokens in zip(wide, expected[2:]))
     assert not counters["graph_break"]
 
 

@@ -583,14 +583,7 @@ def test_two_processes_give_what_one_gives(exported, one):
     assert run["results"] == other["results"] and run["n-samples"] == other["n-samples"]
     for key in ("total_gen_tokens", "avg_n_kept", "avg_input_tokens"):
         assert run["throughput"][key] == other["throughput"][key]
-
-
-def test_processes_that_would_not_share_are_refused():
-    """As torchrun starts them, without a GPU, and accelerate is not told so."""
-    code = "from vtok.eval.lmms.setup import accelerator; accelerator(None)"
-    alike = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    env = os.environ | alike | {"CUDA_VISIBLE_DEVICES": ""}
-    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    refused, _ = lmms_eval(exported, "refused", *WORDS, launch=two)
     assert refused.returncode != 0 and "set ACCELERATE_USE_CPU=true" in refused.stderr
 
 
