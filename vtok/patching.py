@@ -203,7 +203,7 @@ class Patch(Handle):
         core = self._target()
         n_layers = len(self._adapter.layers(core.language_model))
         parts = _chosen(self._adapter, method, options, budget, n_layers)
-        self._refuse_compiled(", and would not see another method")
+        self._refuse_compiled("is compiled, and would not see another method")
         before, old = self._seams, self.compressors
         before.remove()
         try:
@@ -270,7 +270,7 @@ class Patch(Handle):
         """
         self._must_be_on("compile")
         core = self._target()
-        self._refuse_compiled(" already")
+        self._refuse_compiled("is compiled already")
         for stage in self._engine.installed:
             if stage.in_layers and (stage.compressor.adaptive or any(True for _ in stage.ffn_layers())):
                 raise Unsupported(
@@ -291,7 +291,7 @@ class Patch(Handle):
 
     def _refuse_compiled(self, words: str) -> None:
         if self._compiled or any(module._compiled_call_impl is not None for module in self._target().modules()):
-            raise PatchStateError(f"This model is compiled{words}. Remove the patch first.")
+            raise PatchStateError(f"This model {words}. Remove the patch first.")
 
     def _saved(self) -> str:
         """What the last prefill saved, in words."""
