@@ -131,13 +131,18 @@ def word_loss(features: torch.Tensor, words: torch.Tensor, truth: torch.Tensor) 
     return share_loss(12 * F.normalize(features.float(), dim=-1) @ F.normalize(words.float(), dim=-1).T, truth)
 
 
+def _seen(data: Parts, batch: Batch, net, heads: Heads, words: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The visual tokens of a part, and the losses of what the tower and they say."""
+    states, features, cls = data.family.tower_states(net, batch)
+    dense = dense_loss(heads, states, cls, batch, data.lexicon)
+    return features, dense, word_loss(features, net.get_input_embeddings()(words), batch.words)
+
+
 def tower_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
     """Loss of one part of stage 1, and what the log says of it."""
     batch = data[index]
     with loop.autocast():
-        states, features, cls = data.family.tower_states(net, batch)
-        dense = dense_loss(heads, states, cls, batch, data.lexicon)
-        named = word_loss(features, net.get_input_embeddings()(words), batch.words)
+        _, dense, named = _seen(data, batch, net, heads, words)
     answer = {"pictures": len(batch.there), f"dense {batch.task}": dense.item(), "words": named.item()}
     return dense + recipe.word_weight * named, answer
 
@@ -146,9 +151,7 @@ def question_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tenso
     """The same of stage 2."""
     batch = data[index]
     with loop.autocast():
-        states, features, cls = data.family.tower_states(net, batch)
-        dense = dense_loss(heads, states, cls, batch, data.lexicon)
-        named = word_loss(features, net.get_input_embeddings()(words), batch.words)
+        features, dense, named = _seen(data, batch, net, heads, words)
         wanted = batch.targets != IGNORE
         logits = net.lm_head(question_states(data.family, net, features, batch)[wanted]).float()
         asked = F.cross_entropy(logits, batch.targets[wanted])

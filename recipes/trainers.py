@@ -148,9 +148,7 @@ def online(kind: str, family: str, name: str, **settings: Any) -> Any:
     out = tempfile.mkdtemp()
     args = getattr(trl, f"{kind}Config")(out, **QUIET | SMALL | few | {"max_steps": 2} | settings)
     reward = lambda completion_ids, **columns: [float(sum(ids) % 5) for ids in completion_ids]
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model, reward, args=args, train_dataset=rows(), processing_class=processor
-    )
+    trainer = getattr(trl, f"{kind}Trainer")(model, reward, args=args, train_dataset=rows(), processing_class=processor)
     vtok.rl.prepare(trainer)
     trainer.train()
     return trainer
@@ -247,9 +245,9 @@ COLUMNS: dict[str, Callable[..., float]] = {
 
 HEAD = """# Trainers
 
-Written by `python -m recipes.trainers --out docs/rl/trainers.json`; nothing here is typed by hand. Each cell is a run on a
-tiny random model of four decoder layers, fp32 unless said otherwise, on a CPU, with `vtok.rl.prepare(trainer)`. Each
-number is what must be small:
+Written by `python -m recipes.trainers --out docs/rl/trainers.json`; nothing here is typed by hand. Each cell is a run
+on a tiny random model of four decoder layers, fp32 unless said otherwise, on a CPU, with `vtok.rl.prepare(trainer)`.
+Each number is what must be small:
 
 - *rollout*: the largest |log-probability in the rollout - in the training forward| of {tokens} sampled tokens a prompt,
   over other batches than the rollout's, what the rollout kept being replayed. Dense: {fp32} in fp32, {bf16} in bf16.

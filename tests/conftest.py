@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -19,3 +20,9 @@ def _without_the_root(name: str) -> None:
 
 
 _without_the_root("recipes")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()

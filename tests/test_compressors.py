@@ -5,18 +5,19 @@ import importlib
 import math
 import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 import torch
-from contract import FAMILIES, batch, picture, tiny
+from contract import FAMILIES, batch, matrix, picture, tiny
+from contract import cells as matrix_cells
 from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
 
 import vtok
-from vtok import adapter, compressor, options
+import vtok.compressors
+from vtok import adapter, cli, compressor, options
 from vtok.compressor import Compressor, build, load_all
 from vtok.compressors.pool import cells, coarser
 from vtok.errors import InvalidValue, UnknownName
@@ -187,17 +188,26 @@ def test_a_name_belongs_to_one_class(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "mine")
 
 
-def test_a_method_is_one_file(tmp_path):
-    """The registry, the matrix of tests, the command line and the README's table know it, with nothing else edited."""
+@pytest.fixture
+def one_more_file(tmp_path, monkeypatch):
+    """A method that is found in another folder, and forgotten afterwards."""
     (tmp_path / "longest.py").write_text(LONGEST)
-    done = subprocess.run(
-        [sys.executable, "-c", ON_THE_FLY, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(len(FAMILIES)), "4", "1"]
+    monkeypatch.setattr(vtok.compressors, "__path__", [*vtok.compressors.__path__, str(tmp_path)])
+    matrix.cache_clear()
+    yield
+    matrix.cache_clear()
+    del compressor._REGISTRY["longest"], sys.modules["vtok.compressors.longest"], vtok.compressors.longest
+
+
+def test_a_method_is_one_file(one_more_file):
+    """The registry, the matrix of tests, the command line and the README's table know it, with nothing else edited."""
+    assert "| `longest` | pre_llm |" in CliRunner().invoke(cli.app, ["methods", "--markdown"]).output
+    assert "longest" in CliRunner().invoke(cli.app, ["methods"]).output
+    assert vtok.available()["compressors"]["longest"]["families"]
+    assert read("longest:p=1,keep=3") == ("longest", {"p": 1, "keep": 3})
+    assert vtok.Longest(keep=3).keep == 3
+    found = [sum(cell.values[1] == "longest" for cell in matrix_cells(scope)) for scope in ("all", "kinds", "some")]
+    assert found == [len(FAMILIES), 4, 1]
 
 
 LONGEST = '''
@@ -223,22 +233,6 @@ class Longest(PreLLM):
         index = tokens.features.norm(self.p, dim=-1).topk(keep_count(n, self.keep)).indices
         return Selection.of_indices(index, n)
 '''
-ON_THE_FLY = """
-import sys
-import vtok.compressors
-vtok.compressors.__path__.append(sys.argv[1])
-from contract import cells
-from typer.testing import CliRunner
-import vtok
-from vtok import cli, methods
-table = CliRunner().invoke(cli.app, ["methods", "--markdown"]).output
-assert "| `longest` | pre_llm |" in table, table
-assert "longest" in CliRunner().invoke(cli.app, ["methods"]).output
-assert vtok.available()["compressors"]["longest"]["families"]
-assert methods.read("longest:p=1,keep=3") == ("longest", {"p": 1, "keep": 3})
-assert vtok.Longest(keep=3).keep == 3
-print(*(sum(cell.values[1] == "longest" for cell in cells(scope)) for scope in ("all", "kinds", "some")))
-"""
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.5, 0.99, 1, 3, 1000])

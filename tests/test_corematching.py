@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from contract import ADAPTERS, Entered, Masked, batch, mixed, picture, placeholder_ids, tiny
+from contract import ADAPTERS, Entered, Masked, batch, mixed, noise, picture, placeholder_ids, tiny
 from torch import nn
 
 import vtok
@@ -374,7 +374,7 @@ class Silenced(Masked):
         values = args[0].clone()
         for b, core in enumerate(index.tolist()):
             if self.trace.parts["decode"].core.rows[b]:
-                silent = [n for n in range(values.shape[2]) if n not in set(core)]
+                silent = sorted(set(range(values.shape[2])).difference(core))
                 for i in self.behind.nonzero().flatten().tolist():
                     values[b, i, silent] = 0.0
         return (values,)
@@ -402,7 +402,7 @@ def questions(processor, text_row, side="left"):
     """A ragged batch, whole or with a row that has no picture."""
     prompts = ["a # What colour is it?", "two # and # yes", *(["no picture at all"] if text_row else []), "last 0 #"]
     sizes = [(70, 112), (56, 56), (112, 70), (56, 140)]
-    return batch(processor, prompts, [picture(h, w, i) for i, (h, w) in enumerate(sizes)], side)
+    return noise(processor, prompts, sizes, side)
 
 
 def run(model, inputs, **extra):
@@ -414,7 +414,7 @@ def run(model, inputs, **extra):
 def test_decoding_is_the_dense_model_with_silenced_neurons(family, method, text_row, how):
     model, processor = tiny(family)
     inputs = questions(processor, text_row)
-    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     options |= HOW[how]
     torch.manual_seed(0)
     with vtok.patch(model, SETTINGS[method]()) as patch, Entered(model, patch) as entered:
@@ -1001,9 +1001,9 @@ def test_adapters_on_the_ffn():
 
 
 def test_compile_after_patch():
-    model, processor = tiny("llava")
+    model, processor = tiny("llava", layers=2)
     inputs = questions(processor, False)
-    options = {"max_new_tokens": 4, "do_sample": False}
+    options = {"max_new_tokens": 3, "do_sample": False}
     with vtok.patch(model, [vtok.CoreMatching(layer=1, min_tokens=1)]):
         plain, logits = model.generate(**inputs, **options), run(model, inputs).logits
         compiled = torch.compile(model, backend="eager")

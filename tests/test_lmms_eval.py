@@ -546,36 +546,44 @@ def lmms_eval(home, out, compressor, tasks, *words, launch=(), **more):
     return done, file and json.loads(file.read_text())
 
 
-@pytest.fixture
-def exported(tmp_path):
+WORDS = ["globalcom2", "vtok_offline,vtok_yes_no"]  # the compressor and the tasks
+WORDS += ["--force_simple", "--log_samples", "--limit", "12", "--batch_size", "6"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
     """A folder with tasks of `vtok tasks export` in it."""
-    words = ["tasks", "export", str(tmp_path / "tasks"), "scenes", "--items", "4", "--plain"]
+    home = tmp_path_factory.mktemp("exported")
+    words = ["tasks", "export", str(home / "tasks"), "scenes", "--items", "4", "--plain"]
     written = CliRunner().invoke(app, words)
     assert written.exit_code == 0 and "vtok_scenes, vtok_scenes_yes_no" in written.output
-    return tmp_path
+    return home
 
 
-def test_export_and_the_command_line(exported):
-    """`vtok tasks export`, then lmms-eval in a process of its own, which finds vtok by its entry point."""
-    words = "--force_simple", "--log_samples", "--limit", "12", "--batch_size", "6"
-    done, run = lmms_eval(exported, "out", "globalcom2", "vtok_offline,vtok_yes_no", *words)
+@pytest.fixture(scope="module")
+def one(exported):
+    """lmms-eval in a process of its own, which finds vtok by its entry point: what it said, and its results."""
+    done, run = lmms_eval(exported, "one", *WORDS)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done, run
+
+
+def test_export_and_the_command_line(one):
+    done, run = one
     assert run["results"]["vtok_scenes"]["acc,none"] >= 0.5
     assert 0.2 < run["throughput"]["avg_mean_keep"] <= 0.25
     assert "vtok_offline" in done.stdout and "avg_prefill_seconds" in done.stdout
 
 
-def test_two_processes_give_what_one_gives(exported):
-    words = "divprune", "vtok_scenes", "--limit", "6"
+def test_two_processes_give_what_one_gives(exported, one):
     two = "-m", "torch.distributed.run", "--nproc_per_node", "2"
-    done, one = lmms_eval(exported, "one", *words)
+    done, other = lmms_eval(exported, "two", *WORDS, launch=two, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-2000:]
-    done, other = lmms_eval(exported, "two", *words, launch=two, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert one["results"] == other["results"] and one["n-samples"] == other["n-samples"]
+    _, run = one
+    assert run["results"] == other["results"] and run["n-samples"] == other["n-samples"]
     for key in ("total_gen_tokens", "avg_n_kept", "avg_input_tokens"):
-        assert one["throughput"][key] == other["throughput"][key]
-    refused, _ = lmms_eval(exported, "refused", *words, launch=two)
+        assert run["throughput"][key] == other["throughput"][key]
+    refused, _ = lmms_eval(exported, "refused", *WORDS, launch=two)
     assert refused.returncode != 0 and "set ACCELERATE_USE_CPU=true" in refused.stderr
 
 

@@ -534,13 +534,6 @@ def test_evaluation_knows_no_method_by_name():
             assert not known & {text for text in strings if isinstance(text, str)}, file
 
 
-def test_only_commands_import_pages():
-    root = Path(cli.__file__).parents[1]
-    for file in root.rglob("*.py"):
-        if "cli" not in file.relative_to(root).parts[:1]:
-            assert "eval.pages" not in file.read_text(), file
-
-
 def test_the_command_says_where_models_run(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("vtok.eval.pages.report.write", lambda *given: seen.append(given[2:]) or [])

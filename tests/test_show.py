@@ -126,7 +126,7 @@ def test_the_page_refers_to_nothing_outside_itself(llava):
     question = 'Is <b>"this"</b> & http://example.org safe?'
     shown = show.follow(model, processor, picture(96, 128), question, ["uniform", "fastv"], 0.25, max_new_tokens=3)
     text = show.page(picture(96, 128), shown, question, "a <model>")
-    assert "&lt;b&gt;&quot;this&quot;&lt;/b&gt; &amp; http" in text and "a &lt;model&gt;" in text
+    assert "&lt;b&gt;&#34;this&#34;&lt;/b&gt; &amp; http" in text and "a &lt;model&gt;" in text
     assert "<b>" not in text
     rest = text.replace("http://example.org", "")
     assert not re.search(r"https?:|//[a-z]|\bsrc\s*=|\bhref\s*=|@import|<link|<iframe|fetch\(|XMLHttp", rest)

@@ -188,7 +188,7 @@ def test_stages_can_be_asked_without_a_prompt():
     assert torch.equal(merged.rows[:, layout.separator_place], rows[:, layout.separator_place])
 
 
-FAMILY = '''
+FAMILY = """
 from vtok.adapters.llava import LlavaAdapter
 
 
@@ -200,7 +200,7 @@ class TwinAdapter(LlavaAdapter):
         model, processor = super().tiny(**options)
         model.config.model_type = "twin"
         return model, processor
-'''
+"""
 
 
 def test_a_new_family_is_one_file(tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ def test_no_import_cycles():
 
 
 def test_the_suite_imports_neither_evidence_nor_recipes():
+    """Outside of the command line, not even in functions."""
     for name, tree in TREES.items():
         if name.startswith("vtok.") and not name.startswith(("vtok.cli", "vtok.eval")):
             nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]

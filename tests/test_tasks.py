@@ -1,5 +1,6 @@
 """Offline tasks: pure, disjoint by split, and answered by what their pixels show, as far as a second look can tell."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtok import cli
+from vtok import cli, zoo
 from vtok.errors import InvalidValue, MissingExtra, UnknownName
 from vtok.eval.tasks import canvas, sources, task
 from vtok.eval.tasks import charts as task_charts
@@ -29,10 +30,16 @@ ROOT = Path(task.__file__).parents[2]
 every = pytest.mark.parametrize("name", TASKS)
 
 
+@functools.cache
+def drawn(name, split, seed, index):
+    """An item, once for all tests; none of them draws on it."""
+    return TASKS[name].item(split, seed, index)
+
+
 def asked(name, category, count, split="train", seed=3):
     """(item, question) of one category."""
-    drawn = (TASKS[name].item(split, seed, i) for i in range(count))
-    return [(item, q) for item in drawn for q in item.questions if q.category == category]
+    items = (drawn(name, split, seed, i) for i in range(count))
+    return [(item, q) for item in items for q in item.questions if q.category == category]
 
 
 def pixels(image) -> np.ndarray:
@@ -535,5 +542,9 @@ def test_command_line(tmp_path):
             q.answer for q in next(TASKS[name].held_out(1)).questions
         ]
         assert (tmp_path / name / "sheet.png").is_file()
+    demo = ["tasks", "sample", "scenes", "--out", str(tmp_path / "demo"), "--first", "345", "--items", "1"]
+    assert runner.invoke(cli.app, demo).exit_code == 0
+    own, demo = (np.asarray(Image.open(file)) for file in (tmp_path / "demo" / "0345.png", zoo.DEMO_IMAGE))
+    assert np.array_equal(own, demo)
     refused = runner.invoke(cli.app, ["tasks", "sample", "nope", "--out", str(tmp_path)])
     assert refused.exit_code == 2 and "needle" in refused.output

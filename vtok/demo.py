@@ -60,21 +60,12 @@ def compare(
     Each round runs all methods once, so that a disturbance of the machine meets all alike. The first warms up
     and is not timed, unless the model is so slow that one round takes over a minute.
     """
-    how = {"keep": keep} if budget is None else {"budget": budget}
-    asked = Asked.of(model, processor, ask(question, picture), methods, max_new_tokens, **how)
-
-    def once() -> dict[str, Run]:
-        runs = {}
-        for method in (DENSE, *methods):
-            progress(method)
-            runs[method] = asked.run(method)
-        return runs
-
+    asked = Asked.of(model, processor, ask(question, picture), methods, max_new_tokens, keep, budget)
     began = time.perf_counter()
-    rounds = [once()]
+    rounds = [asked.all(progress)]
     first, took = rounds[0], time.perf_counter() - began
     if took < 60:
-        rounds = [once() for _ in range(max(1, min(MAX_ROUNDS, int(TIMED_SECONDS / took))))]
+        rounds = [asked.all(progress) for _ in range(max(1, min(MAX_ROUNDS, int(TIMED_SECONDS / took))))]
     reference = first[methods[0]].trace
     return [_answer(method, first[method], [runs[method] for runs in rounds], reference) for method in first]
 

@@ -103,7 +103,7 @@ def panels(
     answers = [textwrap.wrap(text, int(panel / 0.088), max_lines=3) for text in said]
     foot = 0.1 + LINE * max(map(len, answers))
     cell = (panel + GAP, HEAD + tall + foot + 0.12)
-    columns = columns or _columns(len(items), cell[0] / cell[1])
+    columns = columns or columns_of(len(items), cell[0] / cell[1])
     rows = -(-len(items) // columns)
     title = textwrap.wrap(question, int((columns * cell[0] - GAP) / 0.14), max_lines=3)
     top = 0.25 + 0.25 * len(title)
@@ -172,7 +172,7 @@ class _Sheet:
         return self.figure.add_axes((left / wide, 1 - (top + height) / tall, width / wide, height / tall))
 
 
-def _columns(n: int, ratio: float) -> int:
+def columns_of(n: int, ratio: float) -> int:
     """Columns for panels of width / height `ratio`: a sheet of about 3:2 with few empty places."""
     return min(range(1, n + 1), key=lambda c: abs(math.log(c / -(-n // c) * ratio / 1.5)) + 0.25 * (-n % c))
 

@@ -9,9 +9,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def table(head: list[str], rows: list[list]) -> str:
-    """All columns but the first to the right."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def table(head: list[str], rows: list[list], left: int = 1) -> str:
+    """All columns but the first `left` to the right."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 

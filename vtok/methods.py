@@ -7,10 +7,9 @@ sign composes methods of several stages: `aim_merge:keep=0.5+aim_prune`. A value
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any
 
 from vtok import adapter as adapters
@@ -172,43 +171,21 @@ def explain(name: str) -> dict[str, Any]:
     (default, meaning)}, and what `vtok.available()` says. Raises `UnknownName`."""
     cls, found = find(name), available()
     about = found["compressors"][name]
-    summary, meanings, remarks = _told(cls)
+    summary, _, rest = options.told(cls, options.of(cls))[0].partition("\n\n")
+    prose = {"summary": summary.replace("\n", " "), "remarks": " ".join(rest.split())}
     families = {family: fit(about, family) for family in found["adapters"]}
-    return about | {"summary": summary, "options": meanings, "remarks": remarks, "fits": families}
+    return about | prose | {"options": _meanings(cls), "fits": families}
 
 
-def _parts(cls: type[Compressor]) -> list[type[Compressor]]:
-    return [cls] if cls.trained else [type(part) for part in cls().parts()]
-
-
-def _told(cls: type[Compressor]) -> tuple[str, dict[str, tuple[Any, str]], str]:
-    """A docstring as summary, options and remarks. Its options are written as `name, other: meaning`, at the beginning
-    of a line or behind a full stop, and go on in indented lines."""
-    own = {field.name: field for field in fields(cls) if field.init}
-    names = "|".join(sorted(map(re.escape, own), key=len, reverse=True))
-    begins = re.compile(rf"(?:^|(?<=\. ))((?:{names})(?:, (?:{names}))*): ")
-    meanings: dict[str, str] = {}
-    prose: list[str] = []
-    current: tuple[str, ...] = ()
-    for line in inspect.cleandoc(cls.__doc__ or "").split("\n"):
-        if current and not line.startswith("    "):
-            current = ()
-        parts = begins.split(line.strip())
-        if parts[0] or not line.strip():
-            if current:
-                for name in current:
-                    meanings[name] += f" {parts[0].strip()}"
-            else:
-                prose.append(parts[0])
-        for listed, text in zip(parts[1::2], parts[2::2]):
-            current = tuple(listed.split(", "))
-            meanings |= dict.fromkeys(current, text.strip())
-    if own.keys() - meanings and len(parts := _parts(cls)) > 1:  # of several stages: its parts know
-        for part in parts:
-            meanings = {name: text for name, (_, text) in _told(part)[1].items() if text} | meanings
-    meanings.setdefault("keep", "how much stays, as the paper means it: a fraction in (0, 1], or a count a picture.")
-    default = lambda field: field.default if field.default is not MISSING else "required"
-    meaning = lambda name: meanings.get(name) or options.of(cls)[name].text  # of a base class, where it is told there
-    listed = {name: (default(field), meaning(name)) for name, field in own.items()}
-    summary, _, rest = "\n".join(prose).strip().partition("\n\n")
-    return summary.replace("\n", " "), listed, " ".join(rest.split())
+def _meanings(cls: type[Compressor]) -> dict[str, tuple[Any, str]]:
+    """Name -> default and meaning of each option. What a class of several stages does not tell, its parts know."""
+    own = options.of(cls)
+    meanings = {name: option.text for name, option in own.items()}
+    if not cls.trained and not all(meanings.values()):
+        for part in cls().parts():
+            for name, option in options.of(type(part)).items():
+                meanings[name] = meanings.get(name) or option.text
+    if not meanings.get("keep"):
+        meanings["keep"] = "how much stays, as the paper means it: a fraction in (0, 1], or a count a picture."
+    default = lambda option: "required" if option.default is MISSING else option.default
+    return {name: (default(option), meanings[name]) for name, option in own.items()}

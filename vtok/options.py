@@ -17,6 +17,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -144,7 +145,8 @@ def check(declared: Any, value: Any, name: str) -> None:
 class Option:
     """An option of a class, for people.
 
-    type: as declared. default: `dataclasses.MISSING` where there is none. text: what the class's docstring says.
+    type: as declared. default: `dataclasses.MISSING` where there is none. text: what docstrings say, of the class or of
+    one that it derives from.
     """
 
     name: str
@@ -175,12 +177,11 @@ class Option:
 def of(cls: type) -> dict[str, Option]:
     """Name -> option of a dataclass, in the order of its fields."""
     declared = typing.get_type_hints(cls, include_extras=True)
-    said = _sentences(cls)
-    return {
-        field.name: Option(field.name, declared[field.name], field.default, said.get(field.name, ""))
-        for field in dataclasses.fields(cls)
-        if field.init
-    }
+    own = {field.name: field.default for field in dataclasses.fields(cls) if field.init}
+    said: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        said |= told(base, own)[1]
+    return {name: Option(name, declared[name], default, said.get(name, "")) for name, default in own.items()}
 
 
 def check_all(item: Any) -> None:
@@ -198,12 +199,23 @@ def named(cls: type, name: str, owner: str) -> Option:
     return known[name]
 
 
-def _sentences(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of options, in paragraphs such as "tau, alpha: of the score"."""
-    said: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        for names, text in re.findall(
-            r"^(\w+(?:, \w+)*): (.+(?:\n    .+)*)", inspect.cleandoc(base.__dict__.get("__doc__") or ""), re.MULTILINE
-        ):
-            said |= dict.fromkeys(names.split(", "), " ".join(text.split()))
-    return said
+def told(cls: type, names: Collection[str]) -> tuple[str, dict[str, str]]:
+    """The docstring of a class without what it says of options, and name -> that. An option is told of as `name, other:
+    meaning`, at the beginning of a line or behind a full stop; that goes on in indented lines."""
+    known = "|".join(sorted(names, key=len, reverse=True))
+    begins = re.compile(rf"(?:^|(?<=\. ))((?:{known})(?:, (?:{known}))*): ")
+    prose: list[str] = []
+    meanings: dict[str, str] = {}
+    current: list[str] = []
+    for line in inspect.cleandoc(cls.__dict__.get("__doc__") or "").split("\n"):
+        if not line.startswith("    "):
+            current = []
+        text, *rest = begins.split(line.strip())
+        if not current and (text or not rest):
+            prose.append(text)
+        for name in current:
+            meanings[name] = f"{meanings[name]} {text}".strip()
+        for listed, meaning in zip(rest[::2], rest[1::2]):
+            current = listed.split(", ")
+            meanings |= dict.fromkeys(current, meaning.strip())
+    return "\n".join(prose).strip(), meanings

@@ -209,8 +209,7 @@ class Patch(Handle):
         core = self._target()
         n_layers = len(self._adapter.layers(core.language_model))
         parts = _chosen(self._adapter, method, options, budget, n_layers)
-        if self._compiled or any(module._compiled_call_impl is not None for module in core.modules()):
-            raise PatchStateError("This model is compiled, and would not see another method. Remove the patch first.")
+        self._refuse_compiled("is compiled, and would not see another method")
         before, old = self._seams, self.compressors
         before.remove()
         try:
@@ -294,8 +293,7 @@ class Patch(Handle):
         """
         self._must_be_on("compile")
         core = self._target()
-        if self._compiled or any(module._compiled_call_impl is not None for module in core.modules()):
-            raise PatchStateError("This model is compiled already. Remove the patch, and begin again.")
+        self._refuse_compiled("is compiled already")
         for stage in self._engine.installed:
             if stage.in_layers and (stage.compressor.adaptive or any(True for _ in stage.ffn_layers())):
                 raise Unsupported(
@@ -313,6 +311,10 @@ class Patch(Handle):
     def _must_be_on(self, wish: str) -> None:
         if not self.active:
             raise PatchStateError(f"This patch was removed: there is nothing of it to {wish}.")
+
+    def _refuse_compiled(self, words: str) -> None:
+        if self._compiled or any(module._compiled_call_impl is not None for module in self._target().modules()):
+            raise PatchStateError(f"This model {words}. Remove the patch first.")
 
     def _saved(self) -> str:
         """What the last prefill saved, in words."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +38,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question that is put to one model again and again. how: of each method, `keep` or `budget`."""
+    """A question that is put to one model again and again. how: `vtok.methods.call`'s `keep` or `budget`."""
 
     model: nn.Module
     processor: Any
     inputs: Any
+    methods: Sequence[str]
     how: dict[str, Any]
     max_new_tokens: int
 
@@ -53,14 +54,24 @@ class Asked:
         conversation: Conversation,
         methods: Sequence[str],
         max_new_tokens: int = 20,
-        **how: Any,
+        keep: float | int = 0.25,
+        budget: float | None = None,
     ) -> Asked:
-        """Raises `InvalidValue` without a method."""
+        """budget: instead of `keep`. Raises `InvalidValue` without a method."""
         if not methods:
             raise InvalidValue("No method was given.")
         vlm, _ = adapters.find(model)
         inputs = encode(processor, [conversation]).to(vlm.device, vlm.dtype)
-        return Asked(model, processor, inputs, how, max_new_tokens)
+        how = {"keep": keep} if budget is None else {"budget": budget}
+        return Asked(model, processor, inputs, methods, how, max_new_tokens)
+
+    def all(self, progress: Callable[[str], None] = lambda _: None) -> dict[str, Run]:
+        """The answers of the dense model and with each method; `progress` is told before each."""
+        runs = {}
+        for method in (DENSE, *self.methods):
+            progress(method)
+            runs[method] = self.run(method)
+        return runs
 
     def run(self, method: str = DENSE) -> Run:
         """The answer with one method, patched for this run alone, or of the dense model."""

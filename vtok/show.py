@@ -6,9 +6,7 @@ A PNG with a row for each method, an HTML page with a slider over decoder layers
 from __future__ import annotations
 
 import base64
-import html
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from vtok.engine.trace import Trace
 from vtok.errors import InvalidValue, Unsupported
 from vtok.media import Clip
 from vtok.prompts import ask
-from vtok.runs import DENSE, Asked
+from vtok.runs import Asked
 from vtok.types import Layout, Plane
 
 METHODS = ("globalcom2", "divprune", "fastv", "schedule")  # one of each kind; those that the model supports
@@ -83,6 +82,11 @@ class Shown:
         return replace(inside[0].panel, seen=seen)
 
     @property
+    def counts(self) -> list[tuple[int, int]]:
+        """How many tokens are there at the encoder's end and at each decoder layer."""
+        return [(layer, self.at(layer).n) for layer in range(ENCODER, self.last + 1)]
+
+    @property
     def stages(self) -> str:
         """How many tokens go from stage to stage, in words."""
         encoded, entered, final = self.steps[0].n, self.at(0).n, self.steps[-1].n
@@ -113,12 +117,7 @@ def follow(
     if isinstance(seen, Clip) and "video" not in adapter.encoders:
         able = [name for name, other in adapters.load_all().items() if "video" in other.encoders]
         raise Unsupported(f"{adapter.family} reads no clips. These families do: {', '.join(able)}.")
-    how = {"keep": keep} if budget is None else {"budget": budget}
-    asked = Asked.of(model, processor, ask(question, seen), methods, max_new_tokens, **how)
-    runs = {}
-    for method in (DENSE, *methods):
-        progress(method)
-        runs[method] = asked.run(method)
+    runs = Asked.of(model, processor, ask(question, seen), methods, max_new_tokens, keep, budget).all(progress)
     reference = runs[methods[0]].trace
     return [
         Shown(method, run.text, sum(reference.n_visual), steps(method, run.trace, reference))
@@ -171,8 +170,7 @@ def contact_sheet(clip: Clip, planes: int, across: int | None = None) -> Image.I
 def grid(clip: Clip, planes: int) -> tuple[int, int]:
     """Columns and rows of a contact sheet: about 3:2, with few empty places."""
     width, height = clip.frames[0].size
-    cost = lambda n: abs(math.log(n * width / (-(-planes // n) * height) / 1.5)) + 0.5 * (-planes % n)
-    across = min(range(1, planes + 1), key=cost)
+    across = draw.columns_of(planes, width / height)
     return across, -(-planes // across)
 
 
@@ -261,60 +259,6 @@ def animation(clip: Clip, shown: Sequence[Shown], question: str = "") -> list[Im
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --faint: #666; --ground: #fff; --line: #ddd; --mark: #0b62c4;
-  --other: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --ink: #eee; --faint: #aaa; --ground: #161616; --line: #3a3a3a;
-  --mark: #6db1ff; --other: #ff8a80 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 0 16px 32px; max-width: 1800px; background: var(--ground); color: var(--ink);
-  font: 16px/1.4 system-ui, sans-serif }
-h1 { font-size: 1.25rem; margin: 16px 0 2px; overflow-wrap: anywhere }
-h2 { font-size: 1rem; margin: 0 }
-p { margin: 0 }
-.faint { color: var(--faint); font-size: .85rem; overflow-wrap: anywhere }
-.bar { position: sticky; top: 0; z-index: 1; display: flex; gap: 12px; align-items: center; padding: 10px 0;
-  background: var(--ground); border-bottom: 1px solid var(--line); margin-bottom: 16px }
-.bar input { flex: 1; min-width: 0; accent-color: var(--mark); height: 28px; margin: 0 }
-.bar output { min-width: 5.2em; font-weight: 600 }
-.bar button { font: inherit; color: inherit; background: none; border: 1px solid var(--line); border-radius: 6px;
-  padding: 4px 12px; min-width: 4.6em }
-main { display: grid; gap: 28px 24px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
-.views { display: flex; gap: 2%; align-items: flex-start; margin: 6px 0 }
-.view { background-size: 100% 100%; min-width: 0 }
-.view svg { display: block; width: 100%; height: 100%; overflow: visible }
-.step { display: none }
-.on.step { display: inline }
-.edges { fill: none; stroke-width: 1.2px; vector-effect: non-scaling-stroke }
-.chart { display: block; width: 100%; height: 34px; margin: 6px 0 }
-.chart rect { fill: var(--line); cursor: pointer }
-.chart .on { fill: var(--mark) }
-.answer { margin-top: 4px; font-size: 1.05rem; overflow-wrap: anywhere }
-.other { color: var(--other) }
-"""
-_SCRIPT = """
-const slider = document.getElementById("layer"), label = document.getElementById("where");
-const play = document.getElementById("play"), marked = document.querySelectorAll("[data-first]");
-function go() {
-  const layer = Number(slider.value);
-  for (const e of marked) e.classList.toggle("on", e.dataset.first <= layer && layer <= e.dataset.last);
-  label.textContent = layer < 0 ? "encoder" : "layer " + layer;
-  slider.setAttribute("aria-valuetext", label.textContent);
-}
-let timer = 0;
-function stop() { clearInterval(timer); timer = 0; play.textContent = "Play"; }
-function next() { slider.value = slider.value === slider.max ? slider.min : Number(slider.value) + 1; go(); }
-slider.addEventListener("input", () => { stop(); go(); });
-play.addEventListener("click", () => {
-  if (timer) return stop();
-  timer = setInterval(next, 700); play.textContent = "Pause"; next();
-});
-for (const bar of document.querySelectorAll(".chart rect"))
-  bar.addEventListener("click", () => { stop(); slider.value = bar.dataset.first; go(); });
-go();
-"""
-
-
 def page(seen: Image.Image | Clip, shown: Sequence[Shown], question: str = "", about: str = "") -> str:
     """A web page that refers to nothing outside itself: a slider over decoder layers, the methods side by side.
 
@@ -323,81 +267,36 @@ def page(seen: Image.Image | Clip, shown: Sequence[Shown], question: str = "", a
     picture, shown = flat(seen, shown)
     veil, edge = draw.look(picture)
     images: dict[str, int] = {}  # data URI -> number of its class
-    figures = [_figure(picture, item, shown[0].answer, images) for item in shown]
-    grey = round(255 * veil)
-    rules = "".join(f".p{i} {{ background-image: url({uri}) }}\n" for uri, i in images.items())
-    rules += f".dropped {{ fill: rgb({grey} {grey} {grey} / 80%) }} .edges {{ stroke: {edge} }}"
-    last, title = shown[0].last, html.escape(question or "What is kept")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<style>{_STYLE}{rules}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="faint">{html.escape(about)}</p>
-<div class="bar"><button id="play" type="button">Play</button>
-<input id="layer" type="range" min="{ENCODER}" max="{last}" value="0" aria-label="Decoder layer">
-<output id="where" for="layer">layer 0</output></div>
-<main>
-{"".join(figures)}</main>
-<script>{_SCRIPT}</script>
-</body>
-</html>
-"""
+    facts = {
+        "shown": shown,
+        "views": [_views(picture, item, images) for item in shown],
+        "images": images,
+        "question": question,
+        "about": about,
+        "grey": round(255 * veil),
+        "edge": edge,
+        "encoder": ENCODER,
+    }
+    env = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return env.from_string(Path(__file__).with_name("show.html.j2").read_text(encoding="utf-8")).render(facts)
 
 
-def _figure(picture: Image.Image, item: Shown, dense: str, images: dict[str, int]) -> str:
-    """One method. images: those of the page, to which its own are added."""
+def _views(picture: Image.Image, item: Shown, images: dict[str, int]) -> list[dict[str, Any]]:
+    """One method's planes of tokens, each over its part of the picture, with what is dropped and outlined at each step.
+    images: those of the page, to which its own are added."""
     indices = draw.planes(item.steps[0].panel)
-    widths = ["100%"] if len(indices) == 1 else ["72%", "26%"]
-    views = "".join(_view(picture, item, index, width, images) for index, width in zip(indices, widths))
-    spans = [(step, f"{step.n} of {item.tokens} visual tokens") for step in item.steps]
-    counts = "".join(f'<span class="{_marks(step)}" {_range(step)}>{text}</span>' for step, text in spans)
-    other = "" if item.answer == dense else " other"
-    return f"""<article>
-<h2>{html.escape(item.method)}</h2>
-<p class="faint">{html.escape(item.stages)}</p>
-<div class="views">{views}</div>
-<p>{counts}</p>
-{_chart(item)}
-<p class="answer{other}">“{html.escape(item.answer)}”</p>
-</article>
-"""
-
-
-def _marks(step: Step) -> str:
-    return "step on" if step.first <= 0 <= step.last else "step"
-
-
-def _range(step: Step) -> str:
-    return f'data-first="{step.first}" data-last="{step.last}"'
-
-
-def _view(picture: Image.Image, item: Shown, index: int, width: str, images: dict[str, int]) -> str:
-    """One plane of tokens over its part of the picture, with what is dropped and outlined at each step."""
-    plane = item.steps[0].panel.layout.planes[index]
-    left, top, right, bottom = plane.box
-    size = ((right - left) * picture.width, (bottom - top) * picture.height)
-    pixels = tuple(max(1, round(side * PAGE / max(size))) for side in size)
-    shape = f"aspect-ratio: {pixels[0]} / {pixels[1]}; max-width: calc(75vh * {pixels[0] / pixels[1]:.3f})"
-    drawn = []
-    for step in item.steps:
-        uri = _uri(draw.colours(picture, step.panel, index, pixels))
-        back = images.setdefault(uri, len(images))
-        drawn.append(
-            f'<div class="view {_marks(step)} p{back}" {_range(step)} style="width: {width}; {shape}">'
-            f'<svg viewBox="0 0 {plane.cols} {plane.rows}" preserveAspectRatio="none" role="img" '
-            f'aria-label="{html.escape(item.method)}: {step.n} of {item.tokens} tokens">'
-            f'<path class="dropped" d="{_dropped(step.panel, index)}"/>'
-            f'<path class="edges" d="{_edges(step.panel, index)}"/></svg></div>'
-        )
-    return "".join(drawn)
+    views = []
+    for index, width in zip(indices, ["100%"] if len(indices) == 1 else ["72%", "26%"]):
+        plane = item.steps[0].panel.layout.planes[index]
+        left, top, right, bottom = plane.box
+        size = ((right - left) * picture.width, (bottom - top) * picture.height)
+        across, down = (max(1, round(side * PAGE / max(size))) for side in size)
+        shape = f"aspect-ratio: {across} / {down}; max-width: calc(75vh * {across / down:.3f})"
+        for step in item.steps:
+            image = images.setdefault(_uri(draw.colours(picture, step.panel, index, (across, down))), len(images))
+            paths = {"dropped": _dropped(step.panel, index), "edges": _edges(step.panel, index)}
+            views.append({"step": step, "plane": plane, "image": image, "width": width, "shape": shape} | paths)
+    return views
 
 
 def _uri(colours: Any) -> str:
@@ -419,21 +318,6 @@ def _dropped(item: Panel, index: int) -> str:
 def _edges(item: Panel, index: int) -> str:
     """An SVG path along the outlines."""
     return "".join(f"M{a} {b}H{c}" if b == d else f"M{a} {b}V{d}" for (a, b), (c, d) in draw.outlines(item, index))
-
-
-def _chart(item: Shown) -> str:
-    """A bar for the encoder and for each decoder layer: the tokens that are there."""
-    bars = []
-    for layer in range(ENCODER, item.last + 1):
-        n = item.at(layer).n
-        tall = max(0.02, n / item.tokens)
-        words = "encoder" if layer == ENCODER else f"layer {layer}"
-        on = ' class="on"' if layer == 0 else ""
-        bars.append(
-            f'<rect{on} data-first="{layer}" data-last="{layer}" x="{layer + 1.06:g}" y="{1 - tall:.4g}" width=".88" '
-            f'height="{tall:.4g}"><title>{words}: {n}</title></rect>'
-        )
-    return f'<svg class="chart" viewBox="0 0 {item.last + 2} 1" preserveAspectRatio="none">{"".join(bars)}</svg>'
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["DEMO_ANSWER", "DEMO_IMAGE", "DEMO_QUESTION", "load", "names", "path"]
 
-# A held-out scene, nothing of which was trained on. Drawn by `vtok zoo sample --first 345 --items 1`.
+# A held-out scene, nothing of which was trained on: `vtok tasks sample scenes --out DIR --first 345 --items 1`.
 DEMO_IMAGE = Path(__file__).with_name("demo.png")
 DEMO_QUESTION = "What does the label say?"
 DEMO_ANSWER = "AHK"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vtok.eval.bench.measure import DENSE, JUDGED
+from vtok.eval.bench.measure import JUDGED
 from vtok.methods import facts
 from vtok.patching import available
+from vtok.runs import DENSE
 
 LARGE = 2048  # bars on times and memory hold from so many visual tokens on
 IDEAL_BARS = {"pre_llm": 0.90, "llm": 0.85}  # of the FLOP ratio, that the ratio of prefill times must reach, by stage

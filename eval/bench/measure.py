@@ -25,10 +25,11 @@ from vtok.eval.bench import machine
 from vtok.eval.bench.workloads import Built
 from vtok.methods import call, facts, has_keep, refusal, supported
 from vtok.patching import available, patch
+from vtok.runs import DENSE
 from vtok.stages import ORDER as STAGES
 from vtok.timing import Marks, clock
 
-DENSE, IDENTITY = "dense", "keep=1.0"
+IDENTITY = "keep=1.0"
 JUDGED = 0.25  # bars on times and memory hold at this `keep`
 ORDER = {stage: i for i, stage in enumerate(STAGES)}
 Variants = dict[str, tuple[str | None, float]]  # name -> method (None: dense) and its `keep`

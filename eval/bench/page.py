@@ -9,8 +9,9 @@ from typing import Any
 from vtok.errors import InvalidValue
 from vtok.eval.bench import rl
 from vtok.eval.bench.bars import bars
-from vtok.eval.bench.measure import DENSE, IDENTITY
+from vtok.eval.bench.shown import cells, ms
 from vtok.markdown import table
+from vtok.runs import DENSE
 
 HEAD = """# Speed
 
@@ -61,7 +62,7 @@ def _workload(file: Path, run: dict[str, Any]) -> str:
     for result in run["results"]:
         picture = f"{file.parent.name}/{file.stem}-{result['visual_tokens']}.png"
         dense = result["variants"][DENSE]
-        phases = [f"{name} {_ms(dense[f'{name}_seconds'])} ms" for name in ("encoder", "projector", "prefill")]
+        phases = [f"{name} {ms(dense[f'{name}_seconds'])} ms" for name in ("encoder", "projector", "prefill")]
         text += (
             f"\n### {result['visual_tokens']:,} visual and {result['text_tokens']} other tokens\n\n"
             f"Batch {result['batch']}, {result['rounds']} rounds, dense {', '.join(phases)}. At keep=1.0 hooks and "
@@ -74,36 +75,9 @@ def _workload(file: Path, run: dict[str, Any]) -> str:
 
 
 def _table(result: dict[str, Any]) -> str:
-    head = [
-        "variant",
-        "mean keep",
-        "prefill ms",
-        "least to most",
-        "speed-up",
-        "ideal",
-        "reached %",
-        "selection ms",
-        "token ms",
-        "cache MB",
-        "peak MB",
-    ]
-    lines = [
-        [
-            f"`{name}`",
-            f"{row['mean_keep']:.3f}",
-            _ms(row["prefill_seconds"], 0),
-            f"{1e3 * row['prefill_seconds']['min']:.0f} to {1e3 * row['prefill_seconds']['max']:.0f}",
-            f"{row['speedup']:.2f}",
-            f"{row['ideal_speedup']:.2f}",
-            "" if name in (DENSE, IDENTITY) else f"{100 * row['reached']:.0f}",
-            _ms(row["selection_seconds"]),
-            "" if row["decode_seconds"] is None else _ms(row["decode_seconds"]),
-            f"{row['kv_bytes'] / 1e6:.1f}",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
-        ]
-        for name, row in result["variants"].items()
-    ]
-    return table(head, lines)
+    head = ["variant", "mean keep", "prefill ms", "least to most", "speed-up", "ideal", "reached %", "selection ms"]
+    head += ["token ms", "cache MB", "peak MB"]
+    return table(head, [[f"`{name}`", *cells(name, row)] for name, row in result["variants"].items()])
 
 
 def _kernels(file: Path, run: dict[str, Any]) -> str:
@@ -130,12 +104,12 @@ def _rl(file: Path, run: dict[str, Any]) -> str:
     title = run["machine"]["workload"]
     text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n"
     text += (
-        "\nMilliseconds, medians; variants take turns. *Of dense*: the median of a step's time over the dense step's of "
-        "the same round. *Ideal*: the same of the language model's operations.\n"
+        "\nMilliseconds, medians; variants take turns. *Of dense*: the median of a step's time over the dense step's "
+        "of the same round. *Ideal*: the same of the language model's operations.\n"
     )
     for result in run["rl"]:
         size = f"{result['visual_tokens']:,} visual tokens, {result['parameters'] / 1e6:.0f} M parameters"
-        text += f"\n### {size}\n\n{table(['variant', *rl.PHASES, 'of dense', 'ideal', 'peak MB'], rl.rows_of(result))}\n"
+        text += f"\n### {size}\n\n{table(rl.HEAD, rl.rows_of(result))}\n"
     fits = ", ".join(f"`{name}` {tokens:,}" for name, tokens in run["fits"].items())
     if fits:
         text += f"\nVisual tokens of the largest step that fits in {run['memory_gib']:g} GiB, on a line through the "
@@ -144,7 +118,3 @@ def _rl(file: Path, run: dict[str, Any]) -> str:
 
 
 SECTIONS = {"kernels": _kernels, "rl": _rl, "results": _workload}  # what is in a file -> its section
-
-
-def _ms(times: dict[str, Any], digits: int = 1) -> str:
-    return f"{1e3 * times['median']:.{digits}f}"

@@ -26,13 +26,15 @@ from vtok.adapter import find
 from vtok.engine.accounting import TextShape, decode_flops, prefill_flops
 from vtok.errors import InvalidValue
 from vtok.eval.bench import machine
-from vtok.eval.bench.measure import DENSE, spread
+from vtok.eval.bench.measure import spread
 from vtok.eval.bench.workloads import LLAMA, _llava
 from vtok.methods import call
 from vtok.patching import Patch, patch
+from vtok.runs import DENSE
 from vtok.timing import clock
 
 PHASES = ("rollout", "log-probabilities", "forward", "backward")
+HEAD = ("variant", *PHASES, "of dense", "ideal", "peak MB")
 BARS = {"divprune": 0.32, "fastv": 0.43}  # of a dense step at a quarter of 1,024 tokens
 BAR_AT = (1024, 0.25)
 SIDES = {256: 16, 576: 24, 1024: 32, 2304: 48}  # visual tokens -> rows and columns of a picture
@@ -202,7 +204,7 @@ def _fits(results: Sequence[dict[str, Any]], gib: float) -> dict[str, int]:
 
 def _table(result: dict[str, Any]) -> Table:
     table = Table(title=f"{result['visual_tokens']:,} visual tokens, ms, medians")
-    for head in ("variant", *PHASES, "of dense", "ideal", "peak MB"):
+    for head in HEAD:
         table.add_column(head, justify="left" if head == "variant" else "right")
     for cells in rows_of(result):
         table.add_row(*cells)

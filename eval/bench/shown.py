@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from vtok.eval.bench.measure import DENSE
+from vtok.eval.bench.measure import IDENTITY
+from vtok.runs import DENSE
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -15,7 +16,7 @@ def table(result: dict[str, Any]) -> Table:
     counts = f"{result['batch']} x ({result['visual_tokens']} visual + {result['text_tokens']} text) tokens"
     title = f"{result['family']}, {counts}, {result['parameters'] / 1e6:.3g} M parameters, {result['rounds']} rounds"
     dense = result["variants"][DENSE]
-    phases = f"encoder {_ms(dense['encoder_seconds'])} ms, projector {_ms(dense['projector_seconds'])} ms"
+    phases = f"encoder {ms(dense['encoder_seconds'])} ms, projector {ms(dense['projector_seconds'])} ms"
     drawn = Table(
         title=f"{title}\n{phases}",
         box=None,
@@ -29,23 +30,30 @@ def table(result: dict[str, Any]) -> Table:
         drawn.add_column(name, justify="right", no_wrap=True)
     drawn.add_row("", "ms", "ms", "x", "x", "%", "ms", "ms", "MB", "MB", style="dim")
     for name, row in result["variants"].items():
-        t, peak = row["prefill_seconds"], row["peak_bytes"]
-        drawn.add_row(
-            name,
-            f"{1e3 * t['median']:.0f}",
-            f"{1e3 * t['min']:.0f}-{1e3 * t['max']:.0f}",
-            f"{row['speedup']:.2f}",
-            f"{row['ideal_speedup']:.2f}",
-            f"{100 * row['reached']:.0f}",
-            _ms(row["selection_seconds"]),
-            "-" if row["decode_seconds"] is None else _ms(row["decode_seconds"]),
-            f"{row['kv_bytes'] / 1e6:.1f}",
-            "-" if peak is None else f"{peak / 1e6:.0f}",
-        )
+        _, prefill, spread, *rest = cells(name, row)
+        drawn.add_row(name, prefill, spread.replace(" to ", "-"), *rest)
     return drawn
 
 
-def _ms(times: dict[str, Any]) -> str:
+def cells(name: str, row: dict[str, Any]) -> list[str]:
+    """The numbers of a variant: mean keep, prefill, its least to most, speed-up, ideal, reached, selection, token,
+    cache and peak; in ms, percent and MB."""
+    prefill, peak = row["prefill_seconds"], row["peak_bytes"]
+    return [
+        f"{row['mean_keep']:.3f}",
+        f"{1e3 * prefill['median']:.0f}",
+        f"{1e3 * prefill['min']:.0f} to {1e3 * prefill['max']:.0f}",
+        f"{row['speedup']:.2f}",
+        f"{row['ideal_speedup']:.2f}",
+        "" if name in (DENSE, IDENTITY) else f"{100 * row['reached']:.0f}",
+        ms(row["selection_seconds"]),
+        "" if row["decode_seconds"] is None else ms(row["decode_seconds"]),
+        f"{row['kv_bytes'] / 1e6:.1f}",
+        "" if peak is None else f"{peak / 1e6:.0f}",
+    ]
+
+
+def ms(times: dict[str, Any]) -> str:
     return f"{1e3 * times['median']:.1f}"
 
 

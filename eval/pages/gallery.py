@@ -11,12 +11,13 @@ import torch
 
 from vtok import draw, show, zoo
 from vtok.eval.results import sweep
-from vtok.eval.results.cells import DENSE, Cell, baselines, smaller_picture
+from vtok.eval.results.cells import Cell, baselines, smaller_picture
 from vtok.eval.results.results import Results, Several
 from vtok.eval.results.verdicts import headline
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.task import Item
 from vtok.media import Clip
+from vtok.runs import DENSE
 
 FRAMES = 4  # of a clip's planes of tokens, in a row
 WIDTH, SCALE = 1000, 0.55  # of a drawing in the page: pixels, and part of those that were drawn, both at most

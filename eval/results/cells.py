@@ -10,8 +10,7 @@ from vtok import methods
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
 from vtok.patching import Patch, patch
-
-DENSE = "dense"
+from vtok.runs import DENSE
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ import numpy as np
 from rich.table import Table
 
 from vtok.errors import InvalidValue
-from vtok.eval.results.cells import DENSE, Cell, baselines
+from vtok.eval.results.cells import Cell, baselines
 from vtok.eval.results.statistics import Number, enough, mean, redrawn
 from vtok.eval.tasks import task
+from vtok.runs import DENSE
 
 PATTERNS = ("sweep.json", "sweep/*.json", "*/sweep.json", "*/sweep/*.json", "*/*/sweep.json")
 COSTS = ("agreement", "seconds", "mean_keep", "flops", "selection_seconds")

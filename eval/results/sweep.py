@@ -24,10 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtok.errors import InvalidValue
 from vtok.eval.bench.machine import commit, describe
-from vtok.eval.results.cells import DENSE, Cell, cells
+from vtok.eval.results.cells import Cell, cells
 from vtok.eval.results.results import summarise
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.task import TEST_SEED, Item, Task
+from vtok.runs import DENSE
 
 
 @dataclass(frozen=True)

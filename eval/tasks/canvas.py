@@ -43,14 +43,7 @@ def shape(image: Image.Image, kind: str, fill, edge, left: float, top: float, si
     x, y = math.floor(left), math.floor(top)
     area = (x, y, x + size + 1, y + size + 1)
     tile = image.crop(area).resize(((size + 1) * zoom,) * 2, Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(tile)
-    shift = np.array([(left - x) * zoom, (top - y) * zoom])
-    if kind == "circle":
-        low, high = shift + 1, shift + size * zoom - 2
-        pen.ellipse((*low.tolist(), *high.tolist()), fill=fill, outline=edge, width=zoom)
-    else:
-        points = scenes.outline(kind, 0.0) * (size * zoom - 3) + 1 + shift
-        pen.polygon([tuple(p) for p in points.tolist()], fill=fill, outline=edge, width=zoom)
+    scenes.draw_shape(tile, kind, fill, edge, size, zoom, shift=((left - x) * zoom, (top - y) * zoom))
     image.paste(tile.resize((size + 1,) * 2, Image.Resampling.BOX), (x, y))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtok.eval.tasks.task import Task
+from vtok.markdown import table
 
 INTRO = """# Offline tasks
 
@@ -29,18 +30,18 @@ def fingerprint(task: Task, count: int = 16) -> str:
 
 def render(tasks: Mapping[str, Task], measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The page; `measured`: name -> `blind_baseline` of the task."""
-    lines = [INTRO, "| task | media | items | questions | categories | chance | majority | question only |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = []
     for name, task in tasks.items():
-        facts = (f"[`{name}`](#{name})", task.media, task.count, measured[name][""]["n"], len(task.categories))
-        lines.append(_row(*facts, *_shares(measured[name][""])))
+        facts = [f"[`{name}`](#{name})", task.media, task.count, measured[name][""]["n"], len(task.categories)]
+        rows.append([*facts, *_shares(measured[name][""])])
+    head = ["task", "media", "items", "questions", "categories", "chance", "majority", "question only"]
+    parts = [f"{INTRO}\n{table(head, rows, left=2)}"]
+    head = ["category", "questions", "chance", "majority", "question only"]
     for name, task in tasks.items():
-        lines += ["", f"## {name}", "", task.card.strip(), "", stamp(task), ""]
-        lines += ["| category | questions | chance | majority | question only |", "| --- | ---: | ---: | ---: | ---: |"]
-        for category in task.categories:
-            row = measured[name][category]
-            lines.append(_row(f"`{category}`", row["n"], *_shares(row)))
-    return "\n".join(lines) + "\n"
+        found = measured[name]
+        rows = [[f"`{category}`", found[category]["n"], *_shares(found[category])] for category in task.categories]
+        parts += [f"## {name}", task.card.strip(), stamp(task), table(head, rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def stamp(task: Task) -> str:
@@ -50,7 +51,3 @@ def stamp(task: Task) -> str:
 
 def _shares(row: Mapping[str, Any]) -> list[str]:
     return [f"{100 * row[key]:.1f} %" for key in ("chance", "majority", "question_only")]
-
-
-def _row(*cells: Any) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

@@ -159,6 +159,17 @@ def outline(shape, turn):
     return 0.5 + np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
 
 
+def draw_shape(tile, kind, fill, edge, size, zoom, turn=0.0, shift=(0, 0)):
+    """Draw a shape of `size` pixels, `zoom` times enlarged, `shift` enlarged pixels right and down of the corner."""
+    pen, how = ImageDraw.Draw(tile), {"fill": fill, "outline": edge, "width": zoom}
+    if kind == "circle":
+        ends = np.array([[1], [size * zoom - 2]]) + shift
+        pen.ellipse(ends.flatten().tolist(), **how)
+    else:
+        points = outline(kind, turn) * (size * zoom - 3) + 1 + shift
+        pen.polygon([tuple(p) for p in points.tolist()], **how)
+
+
 def _shapes(rng, image, spots, things):
     kinds, colours = rng.permutation(SHAPES).tolist(), rng.permutation(list(COLOURS)).tolist()
     repeat = rng.random() * 0.8  # how alike the shapes of this scene are
@@ -175,12 +186,8 @@ def _shapes(rng, image, spots, things):
         tile = image.crop((*spot, spot[0] + size, spot[1] + size)).resize((size * zoom,) * 2, Image.Resampling.NEAREST)
         fill = tuple(int(np.clip(c + rng.integers(-14, 15), 0, 255)) for c in COLOURS[colour])
         edge = (245, 245, 245) if colour in ("black", "blue", "purple") else (25, 25, 25)
-        pen = ImageDraw.Draw(tile)
-        if kind == "circle":
-            pen.ellipse((1, 1, size * zoom - 2, size * zoom - 2), fill=fill, outline=edge, width=zoom)
-        else:
-            points = outline(kind, rng.uniform(-0.15, 0.15)) * (size * zoom - 3) + 1
-            pen.polygon([tuple(p) for p in points.tolist()], fill=fill, outline=edge, width=zoom)
+        turn = 0.0 if kind == "circle" else rng.uniform(-0.15, 0.15)
+        draw_shape(tile, kind, fill, edge, size, zoom, turn)
         image.paste(tile.resize((size, size), Image.Resampling.BOX), spot)
         things.append(Thing("shape", kind, colour, (*spot, spot[0] + size, spot[1] + size)))
 

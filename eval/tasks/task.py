@@ -78,10 +78,13 @@ class Task:
             raise InvalidValue(
                 f"The test set of {self.name} has {self.count} items, so 1 to {self.count}, not {count}."
             )
-        for index in range(count or self.count):
-            item = self.item("test", TEST_SEED, index)
-            first = {q.category: q for q in reversed(item.questions)}
-            yield replace(item, questions=tuple(first[c] for c in self.categories if c in first))
+        yield from map(self.test_item, range(count or self.count))
+
+    def test_item(self, index: int) -> Item:
+        """One of the fixed test set, or one that could follow it: those from `count` on are in no result."""
+        item = self.item("test", TEST_SEED, index)
+        first = {q.category: q for q in reversed(item.questions)}
+        return replace(item, questions=tuple(first[c] for c in self.categories if c in first))
 
     def items_of(self, questions: int) -> int:
         """How many items of the fixed test set hold so many questions; all of them if they hold fewer."""

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vtok.cli import options
 from vtok.cli.options import say
+from vtok.markdown import table
 
 WIDTH = 80
 
@@ -43,15 +44,16 @@ def methods(
         words = {"no": "does not go with", "option": "goes by an option with"}
         listed = [f"- `{m}` {words[kind]} {coded(some)}: {why}" for m, kind, some, why in exceptions(known)]
         every = f"Families: {coded(families)}. Each method goes with each family, except:"
-        typer.echo("\n\n".join([_markdown([_linked(row) for row in facts]), every, "\n".join(listed)]))
+        drawn = table(list(facts[0]), [list(_linked(row).values()) for row in facts], left=len(facts[0]))
+        typer.echo("\n\n".join([drawn, every, "\n".join(listed)]))
         return
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    listing = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for column in facts[0]:
         heading = "arXiv" if column == "paper" else column
-        table.add_column(heading, overflow="fold", no_wrap=column in ("method", "paper"))
+        listing.add_column(heading, overflow="fold", no_wrap=column in ("method", "paper"))
     for row in facts:
-        table.add_row(*(row | {"paper": row["paper"].rpartition("arXiv ")[2]}).values())  # of the paper its number
-    Console().print(table)
+        listing.add_row(*(row | {"paper": row["paper"].rpartition("arXiv ")[2]}).values())  # of the paper its number
+    Console().print(listing)
     for family, about in families.items():
         default = ", ".join(f"{key}={value}" for key, value in about["default"].items())
         say(f"\n{family}: {', '.join(about['modalities'])}; by default {default}")
@@ -80,11 +82,6 @@ def _linked(row: dict[str, str]) -> dict[str, str]:
     title, _, number = row["paper"].rpartition(", arXiv ")
     paper = f"[{title}](https://arxiv.org/abs/{number})" if title else row["paper"]
     return row | {"method": f"`{row['method']}`", "paper": paper}
-
-
-def _markdown(rows: list[dict[str, str]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _explain(name: str, about: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,6 +60,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     items: Annotated[int, typer.Option(metavar="N", min=1, help="How many items.")] = 8,
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="test: the held-out items.")] = "test",
+    first: Annotated[int, typer.Option(metavar="N", min=0, help="Index of the first item.")] = 0,
 ) -> None:
     """Write items as PNGs (a clip's frames side by side), their questions as JSON, and a sheet of all.
 
@@ -70,7 +72,8 @@ def sample(
     from vtok.eval.tasks.task import get
 
     task = get(name)
-    drawn = list(task.held_out(items)) if split == "test" else [task.item(split, 0, i) for i in range(items)]
+    item = task.test_item if split == "test" else partial(task.item, split, 0)
+    drawn = [item(index) for index in range(first, first + items)]
     out.mkdir(parents=True, exist_ok=True)
     asked = []
     for item in drawn:

@@ -1,10 +1,10 @@
-"""`vtok zoo`: judge and document the bundled models, and draw their pictures."""
+"""`vtok zoo`: judge and document the bundled models."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -98,33 +98,3 @@ def pages(
     from vtok.eval.pages.checkpoint_pages import write
 
     typer.echo(f"wrote {', '.join(path.name for path in write(out))}")
-
-
-@app.command()
-def sample(
-    out: Annotated[Path, typer.Option(help="Folder to write pictures and questions.json to.")],
-    items: Annotated[int, typer.Option(metavar="N", min=1, help="How many scenes.")] = 8,
-    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Which scenes.")] = "test",
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of the scenes.  [default: the test set's]")
-    ] = None,
-    first: Annotated[int, typer.Option(metavar="N", min=0, help="Index of the first scene.")] = 0,
-) -> None:
-    """Draw scenes with their questions and answers.
-
-    \b
-    Example:
-      vtok zoo sample --out scenes --first 345 --items 1
-    """
-    from vtok.eval.tasks import scenes
-    from vtok.eval.tasks.task import TEST_SEED
-
-    out.mkdir(parents=True, exist_ok=True)
-    listed = {}
-    for index in range(first, first + items):
-        scene = scenes.TASK.item(split, TEST_SEED if seed is None else seed, index)
-        file = f"{split}-{index:05d}.png"
-        scene.images[0].save(out / file)
-        listed[file] = [{"category": q.category, "question": q.text, "answer": q.answer} for q in scene.questions]
-    (out / "questions.json").write_text(json.dumps(listed, indent=1) + "\n")
-    typer.echo(f"wrote {items} pictures and questions.json")

@@ -422,4 +422,3 @@ def check_mask(mask: Any) -> None:
             "A prepared attention mask (4-D or a dict, as static caches and packing make it) cannot be compacted. "
             "Pass a [batch, length] mask or none, and use the default dynamic cache."
         )
-

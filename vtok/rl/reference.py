@@ -1,8 +1,8 @@
 """What a trainer must know of a patched model: its reference, its checkpoints, and a keep that changes in training.
 
-    patch = vtok.patch(model, "divprune", keep=0.25)
-    trainer = GRPOTrainer(model, ...)       # or DPOTrainer, RLOOTrainer, SFTTrainer, ...
-    vtok.rl.prepare(trainer)                # before trainer.train()
+patch = vtok.patch(model, "divprune", keep=0.25)
+trainer = GRPOTrainer(model, ...)       # or DPOTrainer, RLOOTrainer, SFTTrainer, ...
+vtok.rl.prepare(trainer)                # before trainer.train()
 """
 
 from __future__ import annotations

@@ -212,9 +212,7 @@ class InLLMStage(Stage[InLLM]):
             joined = torch.where(self._of_turn(p, rows, t, len(scores)), score, joined)
         return joined
 
-    def _score(
-        self, p: Pass, layer: int, state: Dropping, seen: Seen, rows: Rows, hidden: Tensor, turn: int
-    ) -> Tensor:
+    def _score(self, p: Pass, layer: int, state: Dropping, seen: Seen, rows: Rows, hidden: Tensor, turn: int) -> Tensor:
         """[B, L] of the tokens that this forward brings, for the prompt of one turn."""
         device = seen.key.device
         past = seen.key.shape[2] - seen.query.shape[2]
