@@ -2,7 +2,8 @@
 
     python -m recipes.trainers --out docs/rl/trainers.json [--methods divprune,fastv]
 
-Goes on where it stopped, and writes the page beside the folder, docs/trainers.md. A cell is a run of that trainer on a patched model of four decoder layers with random weights;
+Goes on where it stopped, and writes the page beside the folder, docs/trainers.md. A cell is a run of that trainer on a
+patched model of four decoder layers with random weights;
 its number is what must be small. `vtok.rl.prepare` is called before each training.
 """
 

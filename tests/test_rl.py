@@ -17,15 +17,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 COMMON = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def save(family, folder):
     """A tiny model in a folder, where TRL finds the reference model."""
-    folder = tmp_path_factory.mktemp("model")
-    model, processor = tiny("qwen2_5_vl")
+    model, processor = tiny(family)
     model.generation_config.suppress_tokens = None
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save("qwen2_5_vl", tmp_path_factory.mktemp("model"))
 
 
 def load(folder, dtype=torch.float32):
@@ -78,6 +81,20 @@ def same(one, two):
     return one.layers.keys() == two.layers.keys() and all(
         torch.equal(x, y) for layer in one.layers for x, y in zip(one.layers[layer], two.layers[layer])
     )
+
+
+def test_pictures_of_several_tiles(tmp_path):
+    """InternVL, whose pixels are told apart by tiles: each row keeps its own, and the reference begins at no KL."""
+    folder = save("internvl", tmp_path)
+    data = rows("image", [picture(56, 56 * (1 + i % 3), i) for i in range(4)])
+    settings = {"num_iterations": 2, "beta": 0.1, "learning_rate": 0.0, "data": data, "out": str(tmp_path / "out")}
+    trainer, patch = grpo(folder, vtok.DivPrune(keep=0.5), **settings)
+    vtok.rl.prepare(trainer)
+    seen = kept_in_training(trainer, patch)
+    trainer.train()
+    assert all(same(one, two) for now, then in seen for one, two in zip(now, then, strict=True))
+    assert len({len(sample.present_at(0)[0]) for now, _ in seen for sample in now}) > 1
+    assert all(abs(entry["kl"]) < 1e-6 for entry in trainer.state.log_history if "kl" in entry)
 
 
 class Drawing(vtok.Random):
