@@ -27,7 +27,7 @@ from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.media import Sampling
 from vtok.patching import patches_on
 from vtok.rl.clips import COLUMNS
-from vtok.rl.preferences import PairCollator, Phrases, checked
+from vtok.rl.preferences import TEXT, PairCollator, Phrases, checked
 from vtok.text.align.rrpo import rrpo
 from vtok.text.align.stats import IGNORE, TokenStats, token_stats
 
@@ -85,6 +85,10 @@ class RRPOTrainer(DPOTrainer):
 
     _tag_names = ["trl", "rrpo"]
     _name = "RRPO"
+    _paper = {  # for model cards
+        "title": "Self-alignment of Large Video Language Models with Refined Regularized Preference Optimization",
+        "id": "2504.12083",
+    }
 
     def __init__(
         self,
@@ -126,7 +130,7 @@ class RRPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Columns that stay: DPOTrainer would drop clips, and of text keep the ids alone."""
-        self._signature_columns = ["prompt", "chosen", "rejected", *COLUMNS, "fps", "tools", "chat_template_kwargs"]
+        self._signature_columns = [*TEXT, *COLUMNS, "fps"]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """RRPO's loss. DPOTrainer's own has log-probabilities alone, and the KL is over the whole vocabulary."""
