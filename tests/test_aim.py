@@ -40,7 +40,7 @@ def slow_merge(x, count, weighting):
 @pytest.mark.parametrize(("t", "count"), [(8, 4), (8, 2), (9, 3), (16, 5), (7, 6), (5, 1), (1, 1), (6, 6)])
 def test_merge_against_the_slow_rewrite(t, count, weighting):
     x = torch.randn(3, t, 5)
-    alive, features, into = merge(x, count, weighting)
+    alive, features, into, _ = merge(x, count, weighting)
     for b in range(3):
         expected = slow_merge(x[b], count, weighting)
         assert alive[b].nonzero().squeeze(1).tolist() == sorted(expected)
@@ -53,7 +53,7 @@ def test_a_full_halving_is_a_plain_mean():
     x = torch.randn(1, 6, 4)
     x[0, 2], x[0, 4] = x[0, 1] * 2, x[0, 1] * 3  # both go to token 1
     x[0, 0] = x[0, 5] * 0.5
-    alive, features, _ = merge(x, 3)
+    alive, features, *_ = merge(x, 3)
     assert alive[0].tolist() == [False, True, False, True, False, True]
     torch.testing.assert_close(features[0, 1], (x[0, 1] + x[0, 2] + x[0, 4]) / 3)
     torch.testing.assert_close(features[0, 5], (x[0, 5] + x[0, 0]) / 2)
@@ -101,7 +101,7 @@ def test_planes_of_different_sizes():
     selection = AIMMerge(keep=0.5).select(VisualTokens(features, layout))
     for start, size, count in ((0, 4, 2), (4, 15, 7), (19, 4, 2)):
         part = slice(start, start + size)
-        alive, merged, into = merge(features[:, part], count)
+        alive, merged, into, _ = merge(features[:, part], count)
         assert torch.equal(selection.keep[:, part], alive)
         torch.testing.assert_close(selection.features[:, part], merged)
         assert torch.equal(selection.merged_into[:, part], into + start)
@@ -109,7 +109,7 @@ def test_planes_of_different_sizes():
 
 def test_degenerate_features():
     for x in (torch.ones(2, 9, 3), torch.zeros(2, 9, 3), torch.full((2, 9, 3), torch.nan)):
-        alive, features, into = merge(x, 4)
+        alive, features, into, _ = merge(x, 4)
         assert (alive.sum(1) == 4).all()
         assert alive.gather(1, into).all()
         torch.testing.assert_close(features[alive], x[alive], equal_nan=True)
@@ -118,7 +118,7 @@ def test_degenerate_features():
 @pytest.mark.parametrize("weighting", ["plain", "size"])
 def test_half_precision_is_rounded_once(weighting):
     x = torch.randn(2, 512, 8).bfloat16()
-    alive, features, into = merge(x, 8, weighting)
+    alive, features, into, _ = merge(x, 8, weighting)
     exact = merge(x.float(), 8, weighting)
     assert torch.equal(alive, exact[0])
     assert torch.equal(into, exact[2])
@@ -159,7 +159,7 @@ def test_a_picture_of_one_token():
 
 def test_gradient_reaches_every_source():
     x = torch.randn(1, 8, 3, requires_grad=True)
-    alive, features, _ = merge(x, 2)
+    alive, features, *_ = merge(x, 2)
     features[alive].sum().backward()
     assert (x.grad.abs().sum(-1) > 0).all()
     torch.testing.assert_close(x.grad.sum(), torch.tensor(2.0 * 3))  # two means of three channels

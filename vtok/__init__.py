@@ -23,11 +23,14 @@ _HOMES = {
     "patch": "vtok.patching",
     "unpatch": "vtok.patching",
 }
+_ROOMS = ("rl",)  # packages of the public face
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"vtok.{name}")
     if name[:1].isupper():  # compressor classes, such as vtok.GlobalCom2, found wherever their file is
         from vtok.compressor import load_all
 
@@ -40,4 +43,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from vtok.compressor import load_all
 
-    return sorted([*_HOMES, "__version__", *(cls.__name__ for cls in load_all().values())])
+    return sorted([*_HOMES, *_ROOMS, "__version__", *(cls.__name__ for cls in load_all().values())])

@@ -1,4 +1,5 @@
 # Written by tests/test_types.py.
+from vtok import rl as rl
 from vtok.compressor import Compressor as Compressor
 from vtok.compressors.aim import AIM as AIM
 from vtok.compressors.aim import AIMMerge as AIMMerge

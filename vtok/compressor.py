@@ -47,6 +47,7 @@ class Compressor(ABC):
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     slow: ClassVar[bool] = False  # True if its selection may take over 5 % of a dense prefill, see docs/speed.md
     movable: ClassVar[bool] = False  # True if it can read the text at another place than the prompt's end (`anchor`)
+    by_grid: ClassVar[bool] = False  # True if what it keeps follows from the grid, and no rounding can change it
     several_turns: ClassVar[bool] = True  # False if answers in one row, each to pictures of its own, would disturb it
 
     keep: Keep = 0.25
@@ -83,6 +84,11 @@ class Compressor(ABC):
     def reads_prompt_end(self) -> bool:
         """Whether what it keeps depends on where the prompt ends."""
         return False
+
+    @property
+    def replays(self) -> bool:
+        """Whether a record of what was kept (`vtok.engine.replay`) is all that it needs to do the same again."""
+        return True
 
     @property
     def encoder_layers(self) -> dict[str, tuple[Layer, ...]]:

@@ -24,6 +24,7 @@ from vtok.compressor import Compressor
 from vtok.engine.forward import Engine
 from vtok.engine.install import adapter_site, install, refuse_compiled, refuse_unseen, refuse_windows
 from vtok.engine.prompt import Told
+from vtok.engine.replay import Kept, Recorded
 from vtok.engine.seams import Seams
 from vtok.engine.trace import Shapes, Trace
 from vtok.errors import InvalidValue, NothingToReport, PatchStateError, Unsupported
@@ -264,6 +265,23 @@ class Patch(Handle):
             yield self
         finally:
             self._engine.local.prompt = before
+
+    @contextmanager
+    def replaying(self, samples: Sequence[Kept]) -> Iterator[Patch]:
+        """Within, forwards keep what is recorded instead of choosing, in this thread.
+
+        samples: of each row of each forward, in their order; `patch.trace.kept()` gives those of a prefill. So a
+        training forward keeps the tokens of its rollout, whatever its batch, padding and rounding. A method that
+        `Compressor.replays` is False for acts as ever. Raises `InvalidValue` where records and rows do not fit."""
+        self._must_be_on("replay")
+        recorded, local = Recorded(samples), self._engine.local
+        before, local.recorded = local.recorded, recorded
+        try:
+            with self._engine.acting(self._engine.installed):
+                yield self
+        finally:
+            local.recorded = before
+        recorded.finish()
 
     def compile(self, **options: Any) -> None:
         """Compile the language model with what the patch does in its layers, as one graph, until `remove()`.

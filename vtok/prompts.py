@@ -43,14 +43,16 @@ def media(asked: Sequence[Conversation]) -> dict[str, Any]:
     return given
 
 
-def encode(processor: Any, asked: Sequence[Conversation]) -> Any:
+def encode(processor: Any, asked: Sequence[Conversation], **template: Any) -> Any:
     """The model's inputs, a row a conversation, padded on the left, up to where its answer begins.
+
+    template: what the processor's chat template takes beside the messages.
 
     Raises `Unsupported` without a chat template."""
     if getattr(processor, "chat_template", None) is None:
         raise Unsupported("This checkpoint's processor has no chat template, so the question cannot be put.")
-    template = lambda turns: processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    prompts = [template(conversation.turns) for conversation in asked]
+    how = {**template, "tokenize": False, "add_generation_prompt": True}
+    prompts = [processor.apply_chat_template(conversation.turns, **how) for conversation in asked]
     given = media(asked)
     bos = processor.tokenizer.bos_token
     if bos is not None and prompts[0].startswith(bos):  # the template writes it, and leaves the tokenizer none to add

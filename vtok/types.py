@@ -255,12 +255,14 @@ class Selection:
         (then the engine need not wait for the device), else None.
     features: [B, N, D] or None. Where given, a kept token enters with this row instead of its own (merging).
     merged_into: [B, N] long or None: the kept token that absorbed each token (itself if kept, -1 if dropped).
+    weight: [B, N] or None: the share of each token's row in the row of the one that absorbed it; None for the mean.
     """
 
     keep: Tensor
     n_kept: int | None = None
     features: Tensor | None = None
     merged_into: Tensor | None = None
+    weight: Tensor | None = None
 
     @staticmethod
     def of_indices(index: Tensor, n: int, **fields: Any) -> Selection:
@@ -275,6 +277,17 @@ def mean_of_members(x: Tensor, merged_into: Tensor) -> Tensor:
     merged_into: as in `Selection`. Tokens into which nothing was merged keep their rows. Means are taken in fp32."""
     mean, count = merge(x, merged_into, x.shape[1])
     return torch.where(count[..., None] > 0, mean, x)
+
+
+def sum_of_members(x: Tensor, merged_into: Tensor, weight: Tensor) -> Tensor:
+    """x [B, N, D] with each kept token's row replaced by the weighted sum of the rows of all tokens that were merged
+    into it; as in `Selection`. Taken in fp32."""
+    group = torch.where(merged_into >= 0, merged_into, x.shape[1])  # the last for those of no group
+    rows = x.float() * weight[..., None]
+    sums = torch.cat([torch.zeros_like(rows), rows.new_zeros(len(x), 1, x.shape[2])], 1)
+    sums = sums.scatter_add(1, group[..., None].expand_as(rows), rows)[:, :-1]
+    kept = merged_into == torch.arange(x.shape[1], device=x.device)
+    return torch.where(kept[..., None], sums.to(x.dtype), x)
 
 
 @dataclass(frozen=True)

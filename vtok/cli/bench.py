@@ -8,11 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from vtok.cli import options
+from vtok.cli.group import Group
+
+app = typer.Typer(cls=Group, invoke_without_command=True)
 
 Visual = Annotated[str, typer.Option(metavar="N,...", help="Pictures of so many visual tokens.  [default: all]")]
 
 
+@app.callback()
 def bench(
+    ctx: typer.Context,
     workload: Annotated[
         str, typer.Option(help="small, smollm2, llava-next-7b, qwen2.5-vl-3b, or a bundled model.")
     ] = "small",
@@ -49,6 +54,8 @@ def bench(
       vtok bench --workload llava-next-7b --device cuda --dtype bfloat16
       vtok bench --kernels --out kernels.json
     """
+    if ctx.invoked_subcommand is not None:
+        return
     if page is not None:
         from vtok.eval.bench import page as bench_page
 
@@ -69,5 +76,37 @@ def bench(
             options.drawing(required=True)
         how = How(batch, device, dtype, tokens, repetitions, seconds, cpu_time)
         met = work.run(workload, pictures, out, keeps, chosen, how, threads)
+    if check and not met:
+        raise typer.Exit(1)
+
+
+@app.command()
+def rl(
+    visual: Annotated[str, typer.Option(metavar="N,...", help="Pictures of so many visual tokens.")] = "256,1024",
+    methods: Annotated[str, typer.Option(metavar="NAME,...", help="Compressors.")] = "divprune,fastv",
+    keep: Annotated[str, typer.Option(metavar="SHARE,...", help="Fractions to keep.")] = "0.5,0.25",
+    answers: Annotated[int, typer.Option(min=1, help="Answers to the prompt.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
+    repetitions: Annotated[int, typer.Option(metavar="N", min=1, help="Timed steps of each variant.")] = 5,
+    memory: Annotated[float, typer.Option(help="GiB that the largest step is to fit in.")] = 16.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
+    device: options.Device = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and inputs.")
+    ] = "float32",
+    threads: options.Threads = None,
+) -> None:
+    """One step of GRPO, phase by phase, dense and on compressed tokens: time, memory, the largest clip that fits.
+
+    \b
+    Example:
+      vtok bench rl --visual 1024 --methods divprune --keep 0.25
+    """
+    from vtok.eval.bench import rl as work
+
+    step = work.Step(answers, tokens, repetitions, options.device_of(device), dtype, memory)
+    names, keeps = methods.split(","), options.numbers(keep, float, "--keep")
+    met = work.run(options.numbers(visual, int, "--visual"), names, keeps, step, out, threads)
     if check and not met:
         raise typer.Exit(1)

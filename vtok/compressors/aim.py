@@ -52,7 +52,7 @@ class AIMMerge(PreLLM):
         features, layout = tokens.features, tokens.layout
         b, n, d = features.shape
         counts = self.counts(layout)
-        keep, merged, into = [], [], []
+        keep, merged, into, weights = [], [], [], []
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, (plane, count) in enumerate(zip(layout.planes, counts)):
             by_size.setdefault((plane.size, count), []).append(i)
@@ -63,11 +63,12 @@ class AIMMerge(PreLLM):
             order[places] = torch.arange(done, done + len(places))
             done += len(places)
             x = features[:, places.to(features.device)].view(b * len(members), size, d)
-            alive, y, target = merge(x, count, self.weighting)
+            alive, y, target, weight = merge(x, count, self.weighting)
             base = places.view(len(members), size)[:, :1].to(features.device)  # [m, 1] first token of each plane
             target = target.view(b, len(members), size)
             keep.append(alive.view(b, -1))
             merged.append(y.reshape(b, -1, d))
+            weights.append(weight.view(b, -1))
             into.append(torch.where(target < 0, target, target + base).view(b, -1))
         order = order.to(features.device)
         return Selection(
@@ -75,22 +76,24 @@ class AIMMerge(PreLLM):
             n_kept=sum(counts),
             features=torch.cat(merged, 1)[:, order],
             merged_into=torch.cat(into, 1)[:, order],
+            weight=torch.cat(weights, 1)[:, order],
         )
 
 
-def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tensor, Tensor]:
+def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge x [B, t, D] in rounds of at most half of what is left, down to `count` tokens, 0 <= count <= t.
 
     Returns alive [B, t] bool, features [B, t, D] (dead rows as they were), into [B, t]: the living token that stands
-    for each. Gradient flows from a living row to all that it stands for. With count 0 nothing lives and into is -1.
-    Means are taken in fp32 and rounded to x's dtype once, at the end.
+    for each, and weight [B, t]: the share of each in that. Gradient flows from a living row to all that it stands for.
+    With count 0 nothing lives and into is -1. Means are taken in fp32 and rounded to x's dtype once, at the end.
     """
     b, t, d = x.shape
     if count == 0:
-        return x.new_zeros(b, t, dtype=torch.bool), x, torch.full((b, t), -1, device=x.device)
+        nothing = torch.full((b, t), -1, device=x.device)
+        return x.new_zeros(b, t, dtype=torch.bool), x, nothing, torch.zeros(b, t, device=x.device)
     place = torch.arange(t, device=x.device).expand(b, t)  # [B, left] where each living token stands
     row = place  # [B, t] which of them stands for each token
-    features, size = x.float(), None
+    features, size, weight = x.float(), None, torch.ones(b, t, device=x.device)
     while place.shape[1] > count:
         left = place.shape[1]
         r = min(left // 2, left - count)
@@ -99,12 +102,14 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
         group = stays.cumsum(1) - 1  # [B, left] the new row of each that stays, and of what it is merged into
         group = group.scatter(1, source, group.gather(1, target))
         features, total = merge_groups(features, group, left - r, size)
+        of_one = (features.new_ones(b, left) if size is None else size) / total.gather(1, group)  # [B, left] its share
+        weight = weight * of_one.gather(1, row)
         size = total if weighting == "size" else None
         place = place.gather(1, stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : left - r])
         row = group.gather(1, row)
     alive = torch.zeros(b, t, dtype=torch.bool, device=x.device).scatter_(1, place, True)
     merged = x.scatter(1, place[..., None].expand(-1, -1, d), features.to(x.dtype))
-    return alive, merged, place.gather(1, row)
+    return alive, merged, place.gather(1, row), weight
 
 
 @dataclass(frozen=True, kw_only=True)

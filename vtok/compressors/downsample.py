@@ -18,6 +18,7 @@ class Downsample(Pixels):
 
     name = "downsample"
     paper = "baseline"
+    by_grid = True
 
     keep: Fraction = 0.25
 

@@ -25,6 +25,7 @@ class Pool(PreLLM):
 
     name = "pool"
     paper = "baseline"
+    by_grid = True
     merges = True
 
     def counts(self, layout: Layout) -> list[int]:

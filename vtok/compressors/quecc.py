@@ -38,6 +38,7 @@ class QueCC(PreLLM):
     name = "quecc"
     needs = frozenset({"encoder_states", "question"})
     paper = "Inference Optimal VLMs Need Only One Visual Token but Larger Models, arXiv 2411.03312"
+    by_grid = True
     text_guided = True
     merges = True
     trained = True
@@ -76,6 +77,10 @@ class QueCC(PreLLM):
 
     def count(self, layout: Layout) -> int:
         return len(places(layout, self.weights.quecc.kernel)[1])
+
+    @property
+    def replays(self) -> bool:
+        return False  # what enters is made of the whole picture
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout, features, asked = tokens.layout, tokens.features, tokens.question

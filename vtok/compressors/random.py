@@ -20,6 +20,7 @@ class Random(PreLLM):
 
     name = "random"
     paper = "baseline"
+    by_grid = True
 
     seed: int = 0
 

@@ -86,6 +86,10 @@ class TCC(PreLLM):
         return frozenset({IMPORTANCE[self.importance], "encoder_keys"})
 
     @property
+    def replays(self) -> bool:
+        return self.merge == "none"  # a token is in the means of several
+
+    @property
     def encoder_layers(self) -> dict[str, tuple[Layer, ...]]:
         both = tuple(dict.fromkeys((self.low_layer, self.deep_layer)))
         return {"encoder_keys": (self.low_layer,), IMPORTANCE[self.importance]: both}

@@ -31,6 +31,7 @@ class TokenFLEX(PreLLM):
     name = "tokenflex"
     needs = frozenset({"encoder_states"})
     paper = "TokenFLEX: Unified VLM Training for Flexible Visual Tokens Inference, arXiv 2504.03154"
+    by_grid = True
     merges = True
     trained = True
 
@@ -73,6 +74,10 @@ class TokenFLEX(PreLLM):
     def count(self, layout: Layout) -> int:
         grids = ((plane, self.grid(*plane.view_shape)) for plane in layout.planes)
         return sum(int((places(plane, grid) >= 0).sum()) for plane, grid in grids)
+
+    @property
+    def replays(self) -> bool:
+        return False  # what enters is made of the whole picture
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout, features = tokens.layout, tokens.features

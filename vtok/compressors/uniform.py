@@ -18,6 +18,7 @@ class Uniform(PreLLM):
 
     name = "uniform"
     paper = "baseline"
+    by_grid = True
 
     def select(self, tokens: VisualTokens) -> Selection:
         b, n, _ = tokens.features.shape

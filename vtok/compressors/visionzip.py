@@ -91,22 +91,25 @@ class VisionZip(PreLLM):
         count = member.sum(2)[..., None]  # [B, V, S, 1]
         sums = member.transpose(2, 3) @ merged.float()
         if self.merging == "mean":
-            new = (own + sums) / (1 + count)
+            of_own = of_each = 1 / (1 + count)
         else:
-            new = own + sums / count.clamp(min=1)
-        merged = merged.scatter(2, wide, new.to(x.dtype))
+            of_own, of_each = torch.ones_like(count), 1 / count.clamp(min=1)
+        merged = merged.scatter(2, wide, (own * of_own + sums * of_each).to(x.dtype))
         t = views.valid.shape[1]
         into = torch.where(top | targets, torch.arange(t, device=device), -1)
         gone = member.sum(3) > 0
         into = torch.where(gone, place.gather(2, member.argmax(3)), into)  # [B, V, T] within the view
         token_at = torch.zeros(views.valid.numel(), dtype=torch.long, device=device)
         token_at = token_at.index_copy(0, views.place, torch.arange(x.shape[1], device=device)).view(-1, t)
+        weight = torch.ones_like(score).scatter(2, place, of_own.squeeze(3))
+        weight = torch.where(gone, (member @ of_each).squeeze(3), weight)
         token = token_at.expand_as(into).gather(2, into.clamp(min=0))
         return Selection(
             views.collect(top | targets),
             n_kept=sum(dominant) + sum(contextual),
             features=views.collect(merged),
             merged_into=views.collect(torch.where(into < 0, into, token)),
+            weight=views.collect(weight),
         )
 
 

@@ -10,6 +10,7 @@ decoder layers      stages in it act; their attention and FFNs are shown
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from vtok.engine.decoder import Pass
 from vtok.engine.prefill import prefill
 from vtok.engine.probe import KEYWORD
 from vtok.engine.prompt import IGNORE, Told
+from vtok.engine.replay import Recorded
 from vtok.engine.trace import Shapes, Trace
 from vtok.errors import PatchStateError, Unsupported
 
@@ -37,11 +39,18 @@ UNFILLED = (
     "The prompt has placeholders of pictures or clips that nothing fills: pass the processor's whole output "
     "(pixel_values, pixel_values_videos and what belongs to them). generate_batch cannot carry any."
 )
+UNSTEADY = (
+    "%s chooses by scores, and in %s those of a training forward are rounded otherwise than those of its rollout: now "
+    "and then other tokens are kept. vtok.rl.prepare(trainer) lets a training forward keep what its rollout kept."
+)
 UNKNOWN_PROMPT = (
     "{name} keeps what the prompt's end attends to, and this forward does not say where {what}. Call generate; or pass "
     "labels with -100 on the prompt (TRL: completion_only_loss=True); or use_cache=True, where all of the input is "
     "prompt; or say how long prompts are, `with patch.prompt(length):`{hint}."
 )
+
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,6 +84,7 @@ class Local(threading.local):
     stages: list[Stage] | None = None  # in place of the patch's
     told: Told | None = None  # by the call of the outer model
     prompt: Any = None  # what `Patch.prompt` says
+    recorded: Recorded | None = None  # within `Patch.replaying`
     call: Call | None = None
     encoding: encode.Encoding | None = None  # while the encoder runs
     passing: Pass | None = None  # from a layer's attention to its FFN
@@ -99,6 +109,7 @@ class Engine:
         self.lock = threading.Lock() if any(stage.alone for stage in stages) else nullcontext()
         self.local = Local()
         self.last: Trace | None = None  # of any thread
+        self.rolled_out = self.warned = False  # whether `generate` ran, whether `UNSTEADY` was said
 
     @property
     def stages(self) -> list[Stage]:
@@ -140,6 +151,7 @@ class Engine:
         """Within a call of `generate` whose prompt has so many columns. lock: for families that keep a prompt's state
         on the model, so that two threads do not mix theirs; or None."""
         with nullcontext() if lock is None else lock:
+            self.rolled_out = True
             before, self.local.generating = self.local.generating, Generating(length)
             try:
                 yield
@@ -358,11 +370,14 @@ class Engine:
             past = None
         return CompressedCache.adopt(cache, past)
 
-    def check_prompts(self, told: dict[str, Any]) -> None:
+    def check_prompts(self, told: dict[str, Any], replayed: bool) -> None:
         """Raise `Unsupported` where nothing fills a placeholder, or a prompt's end is read that nobody knows."""
         if any(told["unfilled"]):
             raise Unsupported(UNFILLED)
-        for part in (stage.compressor for stage in self.stages):
+        for stage in self.stages:
+            part = stage.compressor
+            if replayed and part.replays and not stage.behind_prompt:
+                continue
             if any(told["unclear"]) and part.reads_prompt_end:
                 labelled = self.local.told is not None and self.local.told.labels is not None
                 what = "the prompt ends, since its labels begin before the picture" if labelled else "that is"
@@ -374,12 +389,24 @@ class Engine:
                     f"answer into a row of its own, with the conversation before it as the prompt."
                 )
 
+    def warn_of_rounding(self, dtype: torch.dtype) -> None:
+        """Say once where a training forward behind rollouts chooses anew, by scores that are rounded."""
+        labelled = self.local.told is not None and self.local.told.labels is not None
+        if self.warned or dtype.itemsize > 2 or not (self.rolled_out and labelled and torch.is_grad_enabled()):
+            return
+        for part in (stage.compressor for stage in self.stages):
+            if not part.by_grid:
+                LOG.warning(UNSTEADY, part.name, str(dtype).removeprefix("torch."))
+                self.warned = True
+
     def _note_text(self, kwargs: dict[str, Any]) -> None:
         """A prompt without pictures is a prefill too: its trace says that there was nothing to keep."""
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return
         batch, length, _ = embeds.shape
+        if self.local.recorded is not None:
+            self.local.recorded.next(batch)
         index = torch.arange(length, device=embeds.device).expand(batch, -1)
         mask = kwargs.get("attention_mask")
         whole = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)

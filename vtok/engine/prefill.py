@@ -15,6 +15,7 @@ from vtok.engine import prompt
 from vtok.engine.cache import Rows, cache_in, gather
 from vtok.engine.decoder import Pass
 from vtok.engine.encode import Read
+from vtok.engine.replay import Replay
 from vtok.engine.stopwatch import Stopwatch
 from vtok.engine.trace import Picture, Trace
 from vtok.errors import Unsupported
@@ -32,7 +33,7 @@ class Prefill:
     probed: for each of them what compressors asked of the encoder. prompts: where its prompts end.
     Stages change: flat [B * S, D], the embeddings; kept [B * S] bool, what enters the language model; countable
     [B * S] bool, visual tokens that were chosen, and may be dropped later; late, late_row: see `Adapter.late_features`;
-    positions: [B or 1, S] or [3 or 4, B or 1, S].
+    positions: [B or 1, S] or [3 or 4, B or 1, S]. replay: what to keep, where that is not to be chosen anew.
     """
 
     def __init__(self, engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any], cache: Any) -> None:
@@ -63,6 +64,8 @@ class Prefill:
         self.chosen = False  # whether a stage chose among the tokens of pictures
         self._asked: dict[str, Tensor] = {}
         self.told: dict[str, Any] = {}
+        recorded = engine.local.recorded
+        self.replay = None if recorded is None else Replay.on(self, recorded.next(self.batch))
 
     def groups(self) -> list[list[int]]:
         """The pictures of one layout together."""
@@ -140,7 +143,9 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
     """The keywords with which the language model runs on what is kept. cache: the sequence's, already compressed."""
     seen = Prefill(engine, module, call, kwargs, cache)
     keep, droppable = seen.select()
-    engine.check_prompts(seen.told)
+    engine.check_prompts(seen.told, seen.replay is not None)
+    if seen.replay is None:
+        engine.warn_of_rounding(seen.embeds.dtype)
     if engine.active and (kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)):
         raise Unsupported("output_attentions is not available while tokens are dropped: its shape would change.")
     present: dict[int, Rows] = {}  # grows as decoder layers prune

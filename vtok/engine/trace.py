@@ -21,6 +21,7 @@ from vtok.engine.accounting import (
     prefill_flops,
 )
 from vtok.engine.cache import Rows
+from vtok.engine.replay import Kept
 from vtok.engine.stopwatch import Stopwatch
 from vtok.errors import Unsupported
 from vtok.types import Layout
@@ -98,6 +99,10 @@ class Part:
         """How many columns a decoder layer's cache holds of a prompt of which so many tokens entered the layer."""
         return tokens
 
+    def recorded(self, sample: int, pictures: Sequence[int]) -> Any:
+        """What the stage needs to do the same again for a sample of the batch, whose pictures these are; on the CPU."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists."""
         return {}
@@ -148,6 +153,21 @@ class Trace:
         for sample, positions in enumerate(self.positions_at(layer)):
             present[sample, positions] = True
         return present
+
+    def kept(self) -> list[Kept]:
+        """For each sample what was kept, for `Patch.replaying`."""
+        present = {first: self.present_at(first).view(-1) for first in sorted(self.rows)}
+        samples = []
+        for b in range(self.batch):
+            mine = [i for i, sample in enumerate(self.samples) if sample == b]
+            tokens = [self.pictures[i].tokens.cpu() for i in mine]
+            samples.append(
+                Kept(
+                    {first: tuple(there[places] for places in tokens) for first, there in present.items()},
+                    {name: part.recorded(b, mine) for name, part in self.parts.items()},
+                )
+            )
+        return samples
 
     @property
     def layouts(self) -> list[Layout]:

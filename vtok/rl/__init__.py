@@ -10,7 +10,13 @@ from typing import Any
 
 _HOMES = {
     "RRPOConfig": "vtok.rl.rrpo",
+    "PatchCallback": "vtok.rl.reference",
     "RRPOTrainer": "vtok.rl.rrpo",
+    "RandomKeep": "vtok.rl.reference",
+    "VideoGRPOTrainer": "vtok.rl.video",
+    "patch_reference": "vtok.rl.reference",
+    "prepare": "vtok.rl.reference",
+    "replay": "vtok.rl.rollouts",
 }
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vtok.errors import InvalidValue, Unsupported, VtokError
 from vtok.media import Clip, Sampling, open_clip, open_picture
 from vtok.prompts import Conversation, media
@@ -121,4 +123,6 @@ def _listed(row: Mapping[str, Any], kind: str) -> list[Any]:
 def _opened(clip: Any, how: Sampling, fps: float | None) -> Clip:
     if isinstance(clip, Clip):
         return clip
+    if isinstance(clip, list) and clip and isinstance(clip[0], list):  # an array, as a data set gives it back
+        clip = np.asarray(clip, dtype=np.uint8)
     return open_clip(clip, how, fps=fps)

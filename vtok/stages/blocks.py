@@ -66,6 +66,10 @@ class Blocks(Compressor):
     masks: ClassVar[bool] = False  # True if `bias()` may give something
     scatters: ClassVar[bool] = False  # True if it leaves single patches of a picture, which lie on no grid
 
+    @property
+    def replays(self) -> bool:
+        return False  # what was merged with what inside the encoder is not recorded
+
     @abstractmethod
     def merged_at(self, n_blocks: int, patches: int) -> list[int]:
         """How many of a view's rows each block groups away.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.engine import ffn
-from vtok.engine.cache import OTHER_PATCH, CompressedCache
+from vtok.engine.cache import OTHER_PATCH, CompressedCache, Rows
 from vtok.engine.decoder import Pass
 from vtok.engine.ffn import Core, Visit
 from vtok.engine.prefill import Prefill
@@ -73,11 +73,12 @@ class Finding:
     completed: bool
     fresh: Tensor | None = None
     found: set[int] = field(default_factory=set)
+    replayed: Sequence[Mapping[int, Tensor]] | None = None  # of each sample layer -> [K], where that is recorded
 
 
 class DecodeStage(Stage[Decode]):
     name = "decode"
-    in_layers = True
+    in_layers = behind_prompt = True
 
     def __init__(self, compressor: Decode, site: Site) -> None:
         super().__init__(compressor, site)
@@ -105,7 +106,10 @@ class DecodeStage(Stage[Decode]):
             core = Core(torch.where(fresh, rows, old.rows.to(device)), whole, dict(old.index))
             end, completed = torch.where(fresh, end, -1), completed or not all(brings)
         kept = CoreOf(core)
-        p.state[self.name] = Finding(kept, *prefill.picture_of_token(), end, completed, fresh if held else None)
+        state = Finding(kept, *prefill.picture_of_token(), end, completed, fresh if held else None)
+        if prefill.replay is not None:
+            state.replayed = [sample.parts.get(self.name) or {} for sample in prefill.replay.samples]
+        p.state[self.name] = state
         prefill.state[self.name].append(core)
         if p.cache is not None:
             p.cache.states[self.name] = kept
@@ -148,8 +152,7 @@ class DecodeStage(Stage[Decode]):
         values = visit.values
         if layer not in state.found:
             with p.stopwatch, torch.no_grad():
-                seen = activations_until(state.end, values.detach(), rows, state.pictures, state.most)
-                index, old = self.compressor.neurons(seen), core.index.get(layer)
+                index, old = self._core(p, state, layer, values.detach(), rows), core.index.get(layer)
                 if old is not None:
                     if old.shape != index.shape:
                         raise PatchStateError(OTHER_PATCH)
@@ -159,6 +162,15 @@ class DecodeStage(Stage[Decode]):
         if state.completed:
             behind = rows.index > state.end.to(visit.x.device)[:, None]
             visit.values = ffn.silence(values, core.index[layer], behind & core.rows.to(visit.x.device)[:, None])
+
+    def _core(self, p: Pass, state: Finding, layer: int, values: Tensor, rows: Rows) -> Tensor:
+        """[B, K] the neurons of each sample's core: found in the prompt's activations, or as recorded."""
+        if state.replayed is None:
+            return self.compressor.neurons(activations_until(state.end, values, rows, state.pictures, state.most))
+        known = [sample[layer] for sample in state.replayed if layer in sample]
+        if not known:  # samples without a core, whose rows are not read
+            return torch.zeros(p.batch, 0, dtype=torch.long, device=values.device)
+        return torch.stack([sample.get(layer, known[0]) for sample in state.replayed]).to(values.device)
 
     def part(self, prefill: Prefill) -> Part:
         return Sparse(prefill.state[self.name])
@@ -179,6 +191,11 @@ class Sparse(Part):
         if not self.of or not self.of[0].whole:
             return {}
         return {layer: index.shape[1] for layer, index in self.of[0].index.items()}
+
+    def recorded(self, sample: int, pictures: Sequence[int]) -> dict[int, Tensor]:
+        if not self.of or not bool(self.core.rows[sample]):
+            return {}
+        return {layer: index[sample].cpu() for layer, index in self.core.index.items()}
 
     def prompts(self) -> int:
         return len(self.core.rows) // self.core.repeats()

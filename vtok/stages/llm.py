@@ -63,7 +63,8 @@ class Dropping:
     schedule: layer -> visual tokens after it, of each turn of each sample, or None where the score says. idle: layers
     of it after which no sample drops any. text: tokens of each sample that stay. anchors: [B] of each turn.
     instruction: [B, S] bool of each turn, and its row sums. hidden: [B, L, D], what enters a layer of the schedule,
-    until its attention was observed. scores: layer -> [B, L].
+    until its attention was observed. scores: layer -> [B, L]. replayed: layer -> [B, S] bool, the visual tokens that
+    stay behind it, and how many of each sample, where that is recorded.
     """
 
     schedule: dict[int, list[list[int]] | None]
@@ -75,6 +76,7 @@ class Dropping:
     most: int = 0  # pictures of a sample at most
     hidden: Tensor | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
+    replayed: dict[int, tuple[Tensor, list[int]]] = field(default_factory=dict)
 
 
 class InLLMStage(Stage[InLLM]):
@@ -132,7 +134,10 @@ class InLLMStage(Stage[InLLM]):
         state = p.state[self.name] = Dropping(schedule, idle, text, anchors[:turns], asked)
         if self.by_ffn:
             state.pictures, state.most = prefill.picture_of_token()
-        p.groups |= {layer + 1 for layer in schedule}
+        if prefill.replay is not None:
+            state.replayed = {layer - 1: prefill.replay.present(prefill, layer) for layer in prefill.replay.layers()}
+            state.schedule, state.idle = dict.fromkeys(state.replayed), set()
+        p.groups |= {layer + 1 for layer in state.schedule}
 
     # ---- in its layers -----------------------------------------------------------------------------------------------
     def before_layer(self, p: Pass, layer: int) -> None:
@@ -142,7 +147,7 @@ class InLLMStage(Stage[InLLM]):
         if layer - 1 in state.idle:  # a group of its own all the same: a later turn on the cache may drop here
             p.narrow(layer, None, [])
             return
-        if layer - 1 not in state.scores:
+        if layer - 1 not in state.scores and layer - 1 not in state.replayed:
             raise Unsupported(
                 f"Decoder layer {layer - 1} was not observed: its attention did not run as when the model was patched. "
                 f"Patch again after changing the attention implementation."
@@ -155,6 +160,10 @@ class InLLMStage(Stage[InLLM]):
     def _ranked(self, p: Pass, state: Dropping, layer: int, rows: Rows) -> tuple[Tensor, list[int]]:
         """[B, L] bool, the visual tokens that stay behind a layer, and how many tokens stay in each sample."""
         budgets, device, visual = state.schedule[layer], rows.index.device, rows.visual
+        if layer in state.replayed:
+            present, counts = state.replayed[layer]
+            kept = present.to(device).gather(1, rows.index) & rows.valid
+            return kept, [text + n for text, n in zip(state.text, counts)]
         score = state.scores[layer].to(device).nan_to_num(-torch.inf).masked_fill(~visual, -torch.inf)
         if budgets is None:  # as many as the score says: a wait for the device
             kept = score > 0
@@ -179,8 +188,12 @@ class InLLMStage(Stage[InLLM]):
 
     def watches(self, p: Pass, layer: int) -> bool:
         state: Dropping | None = p.state.get(self.name)
-        waits = state is not None and layer in state.schedule and layer not in state.idle and layer not in state.scores
-        return waits and not self.by_ffn
+        return state is not None and not self.by_ffn and self._awaits(state, layer)
+
+    def _awaits(self, state: Dropping, layer: int) -> bool:
+        """Whether a layer's score is still to be found."""
+        known = layer in state.idle or layer in state.scores or layer in state.replayed
+        return layer in state.schedule and not known
 
     def attention(self, p: Pass, layer: int, seen: Seen) -> None:
         if not self.watches(p, layer):
@@ -229,7 +242,7 @@ class InLLMStage(Stage[InLLM]):
 
     def feed_forward(self, p: Pass, visit: Visit) -> None:
         state: Dropping | None = p.state.get(self.name)
-        if not self.by_ffn or state is None or visit.layer not in state.schedule or visit.layer in state.scores:
+        if not self.by_ffn or state is None or not self._awaits(state, visit.layer):
             return
         rows = p.rows_at(visit.layer).to(visit.x.device)
         values = visit.values.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
 from vtok.errors import InvalidValue, Unsupported
 from vtok.stages.stage import Site, Stage
-from vtok.types import Layout, Question, Selection, VisualTokens, keep_count, mean_of_members
+from vtok.types import Layout, Question, Selection, VisualTokens, keep_count, mean_of_members, sum_of_members
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class PreLLMStage(Stage[PreLLM]):
 
     def select(self, prefill: Prefill) -> None:
         prefill.chosen = True
-        merged: dict[int, Tensor] = {}
+        merged: dict[int, tuple[Tensor, Tensor | None]] = {}
         for compressor, members in self._groups(prefill):
             first = prefill.pictures[members[0]]
             tokens = torch.stack([prefill.pictures[i].tokens for i in members])  # [G, n] flat positions
@@ -122,17 +122,32 @@ class PreLLMStage(Stage[PreLLM]):
             encoder = {key: torch.stack([x[key] for x in probed]) for key in probed[0]}
             with prefill.stopwatch:
                 question = None
-                if "question" in self.compressor.needs_now:
-                    question = prefill.question.rows(tokens[:, 0] // prefill.length)
-                selection = select(compressor, prefill.flat[tokens], first.layout, encoder, question)
+                if prefill.replay is not None and compressor.replays:
+                    selection = self._again(prefill, members, tokens)
+                else:
+                    if "question" in self.compressor.needs_now:
+                        question = prefill.question.rows(tokens[:, 0] // prefill.length)
+                    selection = select(compressor, prefill.flat[tokens], first.layout, encoder, question)
             prefill.kept[separators.flatten()] = True
             prefill.kept[tokens.flatten()] |= selection.keep.flatten()
             prefill.countable[tokens.flatten()] = selection.keep.flatten()
             if selection.features is not None:
                 _replace(prefill, tokens, selection)
             if selection.merged_into is not None:
-                merged |= {i: selection.merged_into[g] for g, i in enumerate(members)}
+                weights = [None] * len(members) if selection.weight is None else selection.weight
+                merged |= {i: (selection.merged_into[g], weights[g]) for g, i in enumerate(members)}
         prefill.state[self.name] = merged
+
+    def _again(self, prefill: Prefill, members: list[int], tokens: Tensor) -> Selection:
+        """What is recorded of pictures of one layout, tokens [G, n] flat positions."""
+        present, device = prefill.replay.present(prefill, 0)[0].view(-1), tokens.device
+        recorded = [prefill.replay.part(self.name, i) for i in members]
+        if recorded[0] is None:
+            return Selection(present[tokens])
+        into, weight = (None if x[0] is None else torch.stack(x).to(device) for x in zip(*recorded))
+        x = prefill.flat[tokens]
+        features = mean_of_members(x, into) if weight is None else sum_of_members(x, into, weight)
+        return Selection(present[tokens], features=features, merged_into=into, weight=weight)
 
     def count(self, prefill: Prefill, keep: Tensor, droppable: Tensor) -> None:
         prefill.positions = self._shifted(prefill.cache, prefill.positions)
@@ -181,7 +196,11 @@ class Shift:
 
 @dataclass(frozen=True)
 class Merged(Part):
-    into: dict[int, Tensor]  # picture -> `Selection.merged_into`
+    of: dict[int, tuple[Tensor, Tensor | None]]  # picture -> `Selection.merged_into` and `weight`
 
     def merged_into(self, picture: int) -> Tensor | None:
-        return self.into.get(picture)
+        return self.of[picture][0] if picture in self.of else None
+
+    def recorded(self, sample: int, pictures: Sequence[int]) -> list[tuple[Tensor, Tensor | None] | None]:
+        here = [self.of.get(i) for i in pictures]
+        return [x if x is None else tuple(None if t is None else t.cpu() for t in x) for x in here]

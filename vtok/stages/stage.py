@@ -48,6 +48,7 @@ class Stage(Generic[C]):
 
     name: ClassVar[str]
     in_layers: ClassVar[bool] = False  # whether it acts between decoder layers, or in them
+    behind_prompt: ClassVar[bool] = False  # whether it acts on what comes behind the prompt, in one forward with it
     alone: ClassVar[bool] = False  # whether one thread at a time may encode where it acts
 
     def __init__(self, compressor: C, site: Site) -> None:
