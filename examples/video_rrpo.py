@@ -29,7 +29,7 @@ from vtok.eval.tasks.video import TASK
 from vtok.media import Clip
 from vtok.patching import patches_on
 from vtok.prompts import ask
-from vtok.rl import RRPOConfig, RRPOTrainer
+from vtok.rl import RRPOConfig, RRPOTrainer, patch_reference
 from vtok.rl.pairs import own_answers, pair, perturb
 
 NAME, SEED = "vtok-tiny-qwen2.5-vl", 77  # a seed that the model was not trained with
@@ -82,9 +82,8 @@ def trained(model, processor, train, val, lora, **how):
     trainer = RRPOTrainer(
         model, None, args, train_dataset=train, eval_dataset=val, processing_class=processor, peft_config=adapter
     )
-    if trainer.ref_model is not None:  # with LoRA the reference is the model itself
-        for patch in patches_on(model):
-            vtok.patch(trainer.ref_model, patch.compressors)
+    if patches_on(model):
+        patch_reference(trainer)
     began = time.perf_counter()
     trainer.train()
     return trainer, time.perf_counter() - began

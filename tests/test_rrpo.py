@@ -1,6 +1,5 @@
 """RRPO: golden numbers of the official function, what of it must differ, and the trainer against slow oracles."""
 
-import copy
 import math
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
 import vtok
+import vtok.rl
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.eval.tasks.sources import wheel_file
 from vtok.media import Clip, Sampling, open_clip
@@ -22,6 +22,7 @@ from vtok.prompts import ask
 from vtok.rl import RRPOConfig, RRPOTrainer
 from vtok.rl.clips import conversation, with_parts
 from vtok.rl.pairs import own_answers, pair, perturb, splice
+from vtok.rl.preferences import PairCollator, checked
 from vtok.text.align.rrpo import diff_signs, diff_spans, rrpo, to_tokens, unmark
 from vtok.text.align.stats import token_stats
 
@@ -388,9 +389,12 @@ def test_the_reference_is_patched_alike_or_dense_on_purpose(tmp_path):
         trainer._compute_loss(trainer.model, batch, False)
     vtok.patch(trainer.ref_model, "divprune", keep=0.25)
     trainer.args.dense_reference = True
-    with pytest.raises(PatchStateError, match="alike"):
+    with pytest.raises(PatchStateError, match="patch_reference"):
         trainer._compute_loss(trainer.model, batch, False)
     vtok.unpatch(trainer.ref_model)
+    assert trainer._compute_loss(trainer.model, batch, False).isfinite()
+    trainer.args.dense_reference = False
+    vtok.rl.patch_reference(trainer)
     assert trainer._compute_loss(trainer.model, batch, False).isfinite()
 
 
@@ -404,20 +408,18 @@ def test_pairs_that_teach_nothing_are_left_out(tmp_path, caplog):
         trainer_on("qwen2_5_vl", datasets.Dataset.from_list([same]), tmp_path)
 
 
-def test_of_text_long_pairs_are_left_out_and_none_is_cut(tmp_path):
+def test_of_text_long_pairs_are_left_out_and_none_is_cut():
     _, processor = tiny("qwen2_5_vl")
     data = datasets.Dataset.from_list([*rows(), row("Which way? " * 30, "left", "right")])
-    model, _ = tiny("qwen2_5_vl")
-    ref = copy.deepcopy(model)
-    args = config(tmp_path, max_length=90)
-    trainer = RRPOTrainer(model, ref, args, train_dataset=data, processing_class=processor.tokenizer)
-    assert len(trainer.train_dataset) == 2
-    batch = batch_of(trainer)
+    collator = PairCollator(processor.tokenizer, max_length=90)
+    kept = checked(data, collator)
+    assert len(kept) == 2 < len(checked(data, PairCollator(processor.tokenizer)))
+    batch = collator(list(kept))
     text = processor.tokenizer.batch_decode(batch["input_ids"])
-    assert all(line.rstrip("\n").removesuffix("<|endoftext|>" * 99).count("<|im_end|>") == 2 for line in text)
+    assert all(line.rstrip("\n").count("<|im_end|>") == 2 for line in text)  # of the question and of the answer
 
 
-def test_the_three_ways_to_phrases(tmp_path):
+def test_the_ways_to_phrases():
     _, processor = tiny("qwen2_5_vl")
     tok = processor.tokenizer
     plain, marked = (
@@ -425,12 +427,9 @@ def test_the_three_ways_to_phrases(tmp_path):
         row("Q", "It <MASK> walks </MASK> left", "It <MASK>talks</MASK> left"),
     )
 
-    def signed(example, **given):
-        model, _ = tiny("qwen2_5_vl")
-        data = datasets.Dataset.from_list([example])
-        args = config(tmp_path, **given)
-        made = RRPOTrainer(model, tiny("qwen2_5_vl")[0], args, train_dataset=data, processing_class=tok)
-        batch = batch_of(made)
+    def signed(example, phrases="words"):
+        collator = PairCollator(tok, phrases)
+        batch = collator(list(checked(datasets.Dataset.from_list([example]), collator)))
         answers = [tok.decode(ids[m.bool()]) for ids, m in zip(batch["input_ids"], batch["completion_mask"])]
         assert answers == ["It walks left<|im_end|>\n", "It talks left<|im_end|>\n"]
         return [tok.decode(ids[s > 0]).strip() for ids, s in zip(batch["input_ids"], batch["signs"])]
@@ -443,23 +442,27 @@ def test_the_three_ways_to_phrases(tmp_path):
 
 
 def test_bad_input_is_refused_before_the_training(tmp_path):
+    model, processor = tiny("qwen2_5_vl")
+
+    def refused(match, data, error=InvalidValue, processor=processor, **given):
+        args = config(tmp_path, **given)
+        with pytest.raises(error, match=match):
+            RRPOTrainer(model, None, args, train_dataset=data, processing_class=processor)
+
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no film")
     data = datasets.Dataset.from_list([*rows(video=FILM), row("Q", "left", "right", video=str(broken))])
-    with pytest.raises(InvalidValue, match=r"Row 2 of the data set: .*broken\.mp4"):
-        trainer_on("qwen2_5_vl", data, tmp_path)
-    with pytest.raises(InvalidValue, match=r"There is no clip .*gone\.mp4"):
-        trainer_on("qwen2_5_vl", rows(videos=["gone.mp4"]), tmp_path)
-    with pytest.raises(Unsupported, match="takes no clips"):
-        trainer_on("llava_next", rows(video=FILM), tmp_path)
-    with pytest.raises(InvalidValue, match="could cut visual tokens"):
-        trainer_on("qwen2_5_vl", rows(video=FILM), tmp_path, max_length=512)
-    with pytest.raises(InvalidValue, match="no column 'chosen'"):
-        trainer_on("qwen2_5_vl", datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}]), tmp_path)
-    model, processor = tiny("qwen2_5_vl")
-    args = config(tmp_path)
-    with pytest.raises(InvalidValue, match="give the model's processor"):
-        RRPOTrainer(model, None, args, train_dataset=rows(video=FILM), processing_class=processor.tokenizer)
+    refused(r"Row 2 of the data set: .*broken\.mp4", data)
+    refused(r"There is no clip .*gone\.mp4", rows(videos=["gone.mp4"]))
+    refused("takes no clips", rows(video=FILM), Unsupported, tiny("llava_next")[1])
+    refused("could cut visual tokens", rows(video=FILM), max_length=512)
+    refused("no column 'chosen'", datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}]))
+    refused(
+        "lists of messages",
+        datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "video": FILM}]),
+    )
+    refused("give the model's processor", rows(video=FILM), processor=processor.tokenizer)
+    refused("There is no train_dataset", None)
     for given in ({"alpha": -1.0}, {"beta": 0.0}, {"phrases": "some"}, {"nframes": 0}, {"loss_type": ["ipo"]}):
         with pytest.raises(InvalidValue, match=next(iter(given))):
             config(tmp_path, **given)
