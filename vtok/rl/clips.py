@@ -78,7 +78,7 @@ def check_clips(dataset: Any, processor: Any) -> None:
 
     Frames that stand in the data set itself, and streamed data sets, are looked at only when their row's turn comes.
     Raises `Unsupported` where the processor takes no clips, and `InvalidValue`, which names file and row."""
-    columns = [name for name in ("video", "videos") if name in (dataset.column_names or ())]
+    columns = [name for name in ("video", "videos") if name in (dataset.column_names or next(iter(dataset)))]
     if columns and getattr(processor, "video_processor", None) is None:
         raise Unsupported(f"{type(processor).__name__} takes no clips, and the data set has the column {columns[0]!r}.")
     if not hasattr(dataset, "select_columns") or not hasattr(dataset, "__len__"):

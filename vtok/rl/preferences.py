@@ -24,6 +24,7 @@ from vtok.text.align.rrpo import TAG, diff_signs, diff_spans, to_tokens, unmark
 
 Phrases = Literal["words", "tokens", "markup", "all"]
 Signed = tuple[list[int], list[int]]  # ids of an answer, and their signs
+TEXT = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # columns that are read beside COLUMNS
 TYPES = ("token_type_ids", "mm_token_type_ids")  # which some processors give beside the ids; 0 is text
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,10 @@ class PairCollator:
 
 def checked(dataset: Any, pairs: PairCollator) -> Any:
     """The pairs of a data set that can be trained on. Raises where something is wrong with it or with a row."""
-    names = list(dataset.column_names or next(iter(dataset)))
+    if dataset is None:
+        raise InvalidValue("There is no train_dataset.")
+    first = next(iter(dataset), {})
+    names = list(dataset.column_names or first)
     if missing := [name for name in ("chosen", "rejected") if name not in names]:
         raise InvalidValue(f"RRPO learns from pairs, and the data set has no column {missing[0]!r}, but {names}.")
     if any(name in names for name in COLUMNS):
@@ -125,12 +129,16 @@ def checked(dataset: Any, pairs: PairCollator) -> Any:
             )
         if pairs.processor is pairs.tokenizer:
             raise InvalidValue("The data set has pictures or clips: give the model's processor, not a tokenizer.")
+        if isinstance(first["chosen"], str):
+            raise InvalidValue(
+                "Prompts and answers with pictures or clips are lists of messages, and here they are text."
+            )
         check_clips(dataset, pairs.processor)
     if not isinstance(dataset, Dataset):
         return dataset
-    text = [name for name in names if name not in COLUMNS]
     good, bad = [], Counter()
-    for number, row in enumerate(dataset.select_columns(text)):
+    text = dataset.select_columns([name for name in TEXT if name in names])  # pictures would be decoded
+    for number, row in enumerate(text):
         try:
             reason = pairs.usable(row)
         except VtokError as error:

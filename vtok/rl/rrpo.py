@@ -27,7 +27,7 @@ from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.media import Sampling
 from vtok.patching import patches_on
 from vtok.rl.clips import COLUMNS
-from vtok.rl.preferences import PairCollator, Phrases, checked
+from vtok.rl.preferences import TEXT, PairCollator, Phrases, checked
 from vtok.text.align.rrpo import rrpo
 from vtok.text.align.stats import IGNORE, TokenStats, token_stats
 
@@ -76,15 +76,19 @@ class RRPOConfig(DPOConfig):
 class RRPOTrainer(DPOTrainer):
     """DPOTrainer with RRPO's loss, for text, pictures and clips. Takes the arguments of DPOTrainer.
 
-    args: an `RRPOConfig`. ref_model: patch it as the model is patched, before the first step; with LoRA and no
-    `ref_model` the reference is the model without its adapter, patch and all. A reference that is to see all visual
-    tokens is given as `ref_model`, and `args.dense_reference=True` says that it is no mistake.
+    args: an `RRPOConfig`. ref_model: `vtok.rl.patch_reference(trainer)` patches it as the model is, before the first
+    step; with LoRA and no `ref_model` the reference is the model without its adapter, patch and all. A reference that
+    is to see all visual tokens is given as `ref_model`, and `args.dense_reference=True` says that it is no mistake.
 
     Pairs that teach nothing are left out, with a warning that says how many; of streamed data sets, none are. Raises
     `InvalidValue` and `Unsupported` for what cannot be trained, before the training where it can be known."""
 
     _tag_names = ["trl", "rrpo"]
     _name = "RRPO"
+    _paper = {  # for model cards
+        "title": "Self-alignment of Large Video Language Models with Refined Regularized Preference Optimization",
+        "id": "2504.12083",
+    }
 
     def __init__(
         self,
@@ -126,7 +130,7 @@ class RRPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Columns that stay: DPOTrainer would drop clips, and of text keep the ids alone."""
-        self._signature_columns = ["prompt", "chosen", "rejected", *COLUMNS, "fps", "tools", "chat_template_kwargs"]
+        self._signature_columns = [*TEXT, *COLUMNS, "fps"]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """RRPO's loss. DPOTrainer's own has log-probabilities alone, and the KL is over the whole vocabulary."""
@@ -167,12 +171,12 @@ class RRPOTrainer(DPOTrainer):
 
     def _check_reference(self) -> None:
         """Margins between models that see different tokens are no rewards, unless that is meant."""
-        policy, reference = ([p.compressors for p in patches_on(m)] for m in (self.model, self.ref_model))
-        if policy == reference or (self.args.dense_reference and not reference):
+        policy, reference = (repr([p.compressors for p in patches_on(m)]) for m in (self.model, self.ref_model))
+        if policy == reference or (self.args.dense_reference and reference == "[]"):  # a method's weights may be copies
             return
         raise PatchStateError(
-            f"The model is patched with {policy or 'nothing'} and its reference with {reference or 'nothing'}. Patch "
-            f"trainer.ref_model alike or, where it is to see all visual tokens, set dense_reference=True."
+            f"The model is patched with {policy} and its reference with {reference}. Before the training call "
+            f"vtok.rl.patch_reference(trainer), or set dense_reference=True where it is to see all visual tokens."
         )
 
 
