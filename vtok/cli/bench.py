@@ -12,6 +12,7 @@ from vtok.cli.group import Group
 
 app = typer.Typer(cls=Group, invoke_without_command=True)
 
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and inputs.")]
 Visual = Annotated[str, typer.Option(metavar="N,...", help="Pictures of so many visual tokens.  [default: all]")]
 
 
@@ -34,9 +35,7 @@ def bench(
     repetitions: Annotated[int, typer.Option(metavar="N", min=1, help="Timed runs of each variant, at most.")] = 9,
     seconds: Annotated[float, typer.Option(help="Stop after so long a picture, but not before 3 runs.")] = 300.0,
     device: options.Device = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and inputs.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     threads: options.Threads = None,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
@@ -72,8 +71,7 @@ def bench(
         from vtok.eval.bench import bench as work
         from vtok.eval.bench.measure import How
 
-        if out is not None:
-            options.drawing(required=True)
+        options.drawing(required=out is not None)
         how = How(batch, device, dtype, tokens, repetitions, seconds, cpu_time)
         met = work.run(workload, pictures, out, keeps, chosen, how, threads)
     if check and not met:
@@ -92,9 +90,7 @@ def rl(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
     device: options.Device = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and inputs.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     threads: options.Threads = None,
 ) -> None:
     """One step of GRPO, phase by phase, dense and on compressed tokens: time, memory, the largest clip that fits.
