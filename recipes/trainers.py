@@ -1,16 +1,18 @@
 """The page of trainers: every method with TRL's and transformers' trainers, on tiny models.
 
-    python -m recipes.trainers --out docs/rl/trainers.json [--methods divprune,fastv]
+    python -m recipes.trainers table --out docs/rl/trainers.json [--methods divprune,fastv]
+    torchrun --nproc_per_node 2 -m recipes.trainers losses divprune --batch 2
 
 Goes on where it stopped, and writes the page beside the folder, docs/trainers.md. A cell is a run of that trainer on a
-patched model of four decoder layers with random weights;
-its number is what must be small. `vtok.rl.prepare` is called before each training.
+patched model of four decoder layers with random weights; its number is what must be small. `vtok.rl.prepare` is called
+before each training.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import tempfile
 import warnings
@@ -37,6 +39,9 @@ FAMILIES = ("qwen2_5_vl", "llava_next")  # the first that gives what a method ne
 TOKENS = 64
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
 SMALL = {"per_device_train_batch_size": 2, "max_steps": 1, "save_strategy": "no", "learning_rate": 1e-4}
+
+
+app = typer.Typer(help=__doc__)
 
 
 @cache
@@ -252,7 +257,7 @@ COLUMNS: dict[str, Callable[..., float]] = {
 
 HEAD = """# Trainers
 
-Written by `python -m recipes.trainers --out docs/rl/trainers.json`; nothing here is typed by hand. Each cell is a run
+Written by `python -m recipes.trainers table --out docs/rl/trainers.json`; nothing here is typed by hand. Each cell is a run
 on a tiny random model of four decoder layers, fp32 unless said otherwise, on a CPU, with `vtok.rl.prepare(trainer)`.
 Each number is what must be small:
 
@@ -282,7 +287,8 @@ def page(result: dict[str, dict[str, Any]]) -> str:
     return "\n".join([head, table(["method", *COLUMNS], lines), "", *told, ""])
 
 
-def main(
+@app.command(name="table")
+def write_table(
     out: Annotated[Path, typer.Option(help="JSON file to write, and to go on from.")],
     methods: Annotated[str, typer.Option(metavar="NAME,...", help="Left out: all.")] = "",
 ) -> None:
@@ -309,5 +315,15 @@ def main(
     out.parent.with_name("trainers.md").write_text(page(result))
 
 
+@app.command()
+def losses(method: str, batch: Annotated[int, typer.Option(help="Rows of each process, of four in all.")] = 4) -> None:
+    """The losses of three steps of SFT, to be compared between one process and two."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    found = supervised(FAMILIES[0], method, per_device_train_batch_size=batch)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(method, found)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

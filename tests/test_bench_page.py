@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from vtok import cli
 from vtok.eval.bench import page as bench_page
+from vtok.eval.bench import rl
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -39,3 +40,25 @@ def test_numbers_and_the_empty_gpu_table(tmp_path):
 def test_an_empty_folder_is_one_line(tmp_path):
     result = CliRunner().invoke(cli.app, ["bench", "--page", str(tmp_path)])
     assert result.exit_code == 2 and "holds no results of vtok bench --out" in result.output
+
+
+def test_a_step_of_grpo(tmp_path):
+    """Counted by hand, judged by its bars, and on the page."""
+    pytest.importorskip("trl")
+    step = rl.Step(answers=2, tokens=3, rounds=1, decoder="toy")
+    out = tmp_path / "speed" / "rl.json"
+    assert rl.run([256, 576], ["divprune"], [0.25], step, out, threads=1)  # no bar at these sizes
+    run = json.loads(out.read_text())
+    row = run["rl"][0]["variants"]["divprune 0.25"]
+
+    def operations(n):  # of a decoder of width 64, FFN 172, 4 layers, causal attention
+        return 4 * (n * 2 * (4 * 64 * 64 + 3 * 64 * 172) + 4 * 64 * n * (n + 1) / 2)
+
+    total = lambda n: operations(n) + 4 * operations(n + 3) + operations(n + 2) - operations(n)
+    assert row["ideal_share"] == pytest.approx(total(64 + 40) / total(256 + 40), rel=0.01)
+    assert all(row["seconds"][phase]["median"] > 0 for phase in rl.PHASES)
+    page = bench_page.write(out.parent).read_text()
+    assert "### 256 visual tokens" in page and "| `divprune 0.25`" in page
+
+    judged = lambda share: [{"visual_tokens": 1024, "variants": {"divprune 0.25": row | {"share": share}}}]
+    assert [met for met, _ in rl.bars(judged(0.30)) + rl.bars(judged(0.33))] == [True, False]

@@ -27,7 +27,7 @@ from vtok.engine.accounting import TextShape, decode_flops, prefill_flops
 from vtok.errors import InvalidValue
 from vtok.eval.bench import machine
 from vtok.eval.bench.measure import spread
-from vtok.eval.bench.workloads import LLAMA, _llava
+from vtok.eval.bench.workloads import LLAMA, llava
 from vtok.methods import call
 from vtok.patching import Patch, patch
 from vtok.runs import DENSE
@@ -42,7 +42,7 @@ SIDES = {256: 16, 576: 24, 1024: 32, 2304: 48}  # visual tokens -> rows and colu
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is of: answers to one prompt, each of so many tokens; rounds of each variant."""
+    """What a step is of: answers to one prompt, each of so many tokens; rounds of each variant; a decoder of `LLAMA`."""
 
     answers: int = 4
     tokens: int = 16
@@ -50,6 +50,7 @@ class Step:
     device: str = "cpu"
     dtype: str = "float32"
     memory: float = 16.0  # GiB
+    decoder: str = "small"
 
 
 def run(
@@ -105,7 +106,7 @@ def bars(results: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
 def _measured(n: int, variants: dict[str, tuple[str | None, float]], step: Step) -> dict[str, Any]:
     from trl.trainer.utils import add_fused_lm_head
 
-    model, inputs = _llava(LLAMA["small"], SIDES[n], False, step.answers, step.device, getattr(torch, step.dtype))
+    model, inputs = llava(LLAMA[step.decoder], SIDES[n], False, step.answers, step.device, getattr(torch, step.dtype))
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     model.train()
     once = partial(_step, model, inputs, step)
@@ -207,7 +208,7 @@ def _table(result: dict[str, Any]) -> Table:
     for head in HEAD:
         table.add_column(head, justify="left" if head == "variant" else "right")
     for cells in rows_of(result):
-        table.add_row(*cells)
+        table.add_row(*(cell.strip("`") for cell in cells))
     return table
 
 
@@ -215,7 +216,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
     """The cells of a result's table."""
     return [
         [
-            name,
+            f"`{name}`",
             *(f"{1e3 * row['seconds'][phase]['median']:.0f}" for phase in PHASES),
             f"{row['share']:.2f}",
             f"{row['ideal_share']:.2f}",

@@ -69,7 +69,7 @@ def find(name: str) -> Workload:
     raise UnknownName(f"No workload {name!r}; there are: {', '.join(known)}.{meant(name, known)}")
 
 
-def _llava(decoder: dict[str, int], side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
+def llava(decoder: dict[str, int], side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
     """A random LLaVA of one view of side x side patches, or LLaVA-NeXT of a thumbnail and 2 x 2 such crops."""
     import transformers as T
 
@@ -211,7 +211,7 @@ def _bundled(name: str, batch: int, device: str, dtype: torch.dtype) -> Built:
 
 
 def _llavas(decoder: dict[str, int], side: int = 24) -> dict[int, Callable[..., Built]]:
-    return {side**2: partial(_llava, decoder, side, False), 5 * side**2: partial(_llava, decoder, side, True)}
+    return {side**2: partial(llava, decoder, side, False), 5 * side**2: partial(llava, decoder, side, True)}
 
 
 WORKLOADS = {
