@@ -42,7 +42,7 @@ SIDES = {256: 16, 576: 24, 1024: 32, 2304: 48}  # visual tokens -> rows and colu
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is of: answers to one prompt, each of so many tokens; rounds of each variant; a decoder of `LLAMA`."""
+    """What a step is of: answers to one prompt, each of so many tokens; rounds of each variant. decoder: of `LLAMA`."""
 
     answers: int = 4
     tokens: int = 16
