@@ -258,8 +258,8 @@ COLUMNS: dict[str, Callable[..., float]] = {
 HEAD = """# Trainers
 
 Written by `python -m recipes.trainers table --out docs/rl/trainers.json`; nothing here is typed by hand. Each cell is a
-run on a tiny random model of four decoder layers, fp32 unless said otherwise, on a CPU, with `vtok.rl.prepare(trainer)`.
-Each number is what must be small:
+run on a tiny random model of four decoder layers, fp32 unless said otherwise, on a CPU, with
+`vtok.rl.prepare(trainer)`. Each number is what must be small:
 
 - *rollout*: the largest |log-probability in the rollout - in the training forward| of {tokens} sampled tokens a prompt,
   over other batches than the rollout's, what the rollout kept being replayed; in bf16 the median of five rollouts.
