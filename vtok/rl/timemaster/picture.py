@@ -41,11 +41,17 @@ def small(width: int, height: int) -> Plot:
     return Plot(width / 100, height / 100, 100, 1.2, "", "", "", (0, 0, 0), None)
 
 
-def render(values: np.ndarray, plot: Plot = Plot(), channels: tuple[str, ...] = ()) -> Image.Image:
+def render(
+    values: np.ndarray,
+    plot: Plot = Plot(),
+    channels: tuple[str, ...] = (),
+    scale: tuple[tuple[float, float], ...] | None = None,
+) -> Image.Image:
     """The picture of one series, RGB, the same in every run with one version of matplotlib.
 
-    values: [channels, points], finite; a constant channel is a flat line. Channels stand one below the other, each to
-        its own scale. channels: their names, on the y axes instead of `plot.y`.
+    values: [channels, points], finite; a constant channel is a flat line. Channels stand one below the other.
+    channels: their names, on the y axes instead of `plot.y`. scale: lowest and highest value that the y axis of each
+        channel shows; without it each axis fits its own values.
     Matplotlib's settings of the process are neither read nor changed. Raises `MissingExtra` without it."""
     try:
         import matplotlib
@@ -62,6 +68,8 @@ def render(values: np.ndarray, plot: Plot = Plot(), channels: tuple[str, ...] = 
         for i, row in enumerate(values):
             axes = figure.add_subplot(len(values), 1, i + 1)
             axes.plot(np.arange(len(row)), row, linewidth=plot.line)
+            if scale is not None and scale[i][0] < scale[i][1]:
+                axes.set_ylim(*scale[i])
             _label(axes, plot, channels[i] if channels else plot.y, i == 0, i == len(values) - 1)
         if plot.tight is None:
             figure.subplots_adjust(0.02, 0.03, 0.98, 0.97, hspace=0.06)

@@ -31,14 +31,16 @@ def question(about: str, classes: Sequence[str], *, extension: bool = False, bri
     )
 
 
-def answer(think: str, label: str, extension: str = "") -> str:
-    """An answer as the model should write it; without an insight if that is empty. Raises `InvalidValue` for text that
-    is empty where it must not be, or holds a tag."""
+def answer(think: str, label: str, extension: str = "", *, before: str = "") -> str:
+    """An answer as the model should write it; without an insight if that is empty.
+
+    before: stands before each text: a space makes a word one token where a small vocabulary knows no others.
+    Raises `InvalidValue` for text that is empty where it must not be, or holds a tag."""
     said = {"think": think, "class": label, "extension": extension}
     for tag, text in said.items():
         if (tag != "extension" and not text.strip()) or any(f"{end}{one}>" in text for one in TAGS for end in "</"):
             raise InvalidValue(f"The {tag} part of an answer is empty or holds a tag: {text!r}.")
-    return "".join(f"<{tag}>{text}</{tag}>" for tag, text in said.items() if text)
+    return "".join(f"<{tag}>{before}{text}</{tag}>" for tag, text in said.items() if text)
 
 
 @dataclass(frozen=True)
