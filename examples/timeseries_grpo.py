@@ -44,7 +44,7 @@ class Setting:
     kl: float
 
 
-TINY = Setting(tm.small(128, 64), True, 5e-4, 2e-4, 8, 4, 40, 0.0)
+TINY = Setting(tm.small(128, 64), True, 7e-4, 3e-4, 8, 4, 32, 0.0)
 PAPER = Setting(tm.Plot(), False, 1e-5, 1e-6, 8, 8, 1024, 0.01)
 
 
@@ -156,6 +156,9 @@ def grpo(model: Any, processor: Any, rows: Any, o: Any, how: Setting, folder: Pa
         loss_type="bnpo",  # the mean over a batch's tokens
         log_completions=False,
     )
+    # TRL keeps the model from writing placeholders of pictures, but not of clips.
+    named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+    args.generation_kwargs = {"suppress_tokens": [token for token in named if token is not None]}
     trainer = GRPOTrainer(model, reward, args, rows, processing_class=processor, peft_config=lora(o.lora))
     if trainer.ref_model is not None and o.method != "none":  # TRL loads it anew, so it is dense
         vtok.patch(trainer.accelerator.unwrap_model(trainer.ref_model), o.method, keep=o.keep)
@@ -250,7 +253,7 @@ def main(
     grpo_steps: int = 150,
     sft_lr: Annotated[float, typer.Option(help="0: that of the setting.")] = 0.0,
     grpo_lr: Annotated[float, typer.Option(help="0: that of the setting.")] = 0.0,
-    generations: Annotated[int, typer.Option(help="Answers to a prompt.")] = 8,
+    generations: Annotated[int, typer.Option(help="Answers to a prompt.")] = 6,
     extension: Annotated[bool, typer.Option(help="Ask for an insight, too, and judge it.")] = False,
     rules: Annotated[str, typer.Option(help="The form of an answer: paper or code.")] = "paper",
     one_scale: Annotated[bool, typer.Option(help="One y scale for all pictures of the set.")] = False,

@@ -26,8 +26,7 @@ def describe(values: np.ndarray, label: str = "") -> tuple[str, str]:
     third = lambda at: ACROSS[min(2, 3 * int(at) // len(row))]
     low, span = row.min(), np.ptp(row) or 1.0
     level = lambda value: UP[min(2, int(3 * (value - low) / span))]
-    think = f"highest in the {third(row.argmax())}, lowest in the {third(row.argmin())}"
-    return think, f"starts in the {level(row[0])}, ends in the {level(row[-1])}"
+    return f"highest in the {third(row.argmax())}", f"starts in the {level(row[0])}, ends in the {level(row[-1])}"
 
 
 def stated(said: Answer, row: Mapping[str, Any]) -> float:
