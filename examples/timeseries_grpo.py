@@ -12,13 +12,14 @@ import resource
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from accelerate import PartialState
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -181,8 +182,11 @@ def prepared(o: Any, how: Setting) -> tuple[Any, Any, tm.TimeMasterReward]:
     train, test = tm.load(o.data, label=o.label, share=o.share, seed=o.seed)
     if o.model in zoo.names():
         train, test = unseen(train, test)
-    if len(test) > o.test_items:
-        test = test.take(np.random.default_rng(o.seed).permutation(len(test))[: o.test_items])
+    drawn = np.random.default_rng(o.seed)
+    train, test = (
+        part.take(drawn.permutation(len(part))[:most]) for part, most in ((train, o.train_items), (test, o.test_items))
+    )
+    tm.check_split(train, test)
     scale = tm.limits(train) if o.one_scale else None
     shared = {"classes": train.classes, "extension": o.extension, "brief": how.brief, "scale": scale}
     judge = tm.stated if o.extension else None
@@ -213,12 +217,14 @@ def stage(name: str, o: Any, how: Setting, data: tuple[Any, Any, Any], result: d
         model, log = run(trainer, folder)
         result[name] = accuracy(model, processor, held_out, reward, how.tokens) | {"log": log}
         result[name]["seconds_a_step"] = float(np.median([row["seconds"] for row in log]))
-    model.save_pretrained(o.out / name)
-    processor.save_pretrained(o.out / name)
     gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result[name]["memory_mib"] = peak / 2**20
-    (o.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not PartialState().is_main_process:
+        return
+    model.save_pretrained(o.out / name)
+    processor.save_pretrained(o.out / name)
+    (o.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")  # last: says that the stage is done
     typer.echo(f"{name}: held-out accuracy {100 * result[name]['accuracy']:.1f} %")
 
 
@@ -259,6 +265,7 @@ def main(
     one_scale: Annotated[bool, typer.Option(help="One y scale for all pictures of the set.")] = False,
     label: Annotated[str, typer.Option(help="Column of a CSV file with the class.")] = "label",
     share: Annotated[float, typer.Option(help="Share of a CSV file to train on.")] = 0.7,
+    train_items: Annotated[int, typer.Option(help="Train on at most so many.")] = 1000,
     test_items: Annotated[int, typer.Option(help="Test on at most so many.")] = 300,
     lora: Annotated[int, typer.Option(help="Rank of LoRA; 0 trains all below the vision tower.")] = 0,
     save_steps: int = 25,
@@ -266,6 +273,7 @@ def main(
 ) -> None:
     o = type("Options", (), dict(locals()))
     how = TINY if model in zoo.names() else PAPER
+    here = PartialState()  # each process of `accelerate launch` has its own GPU
     set_seed(seed)
     rows, held_out, reward = prepared(o, how)
     tm.check_reward(reward, rows["label"][0], **({"insight": rows["insight"][0]} if extension else {}))
@@ -280,7 +288,9 @@ def main(
     for name in ("sft", "grpo"):
         if name not in result:
             stage(name, o, how, (rows, held_out, reward), result)
-    draw(result, out / "results.png")
+        here.wait_for_everyone()  # the first has written the model
+    if here.is_main_process:
+        draw(result, out / "results.png")
 
 
 if __name__ == "__main__":

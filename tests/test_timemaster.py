@@ -147,10 +147,10 @@ def test_a_judge_without_a_number_counts_0_with_one_warning(says):
         return says
 
     judge = tm.Guarded(broken, retries=2)
+    twice = lambda: [judge([(tm.Answer("a", True, "t", "e"), {})]) for _ in range(2)]
     with pytest.warns(UserWarning, match="counts 0") as warned:
-        assert judge([(tm.Answer("a", True, "t", "e"), {})]) == [0.0]
-        assert judge([(tm.Answer("a", True, "t", "e"), {})]) == [0.0]  # no score is remembered for it
-    assert len(calls) == 6 and len(warned) == 1
+        assert twice() == [[0.0], [0.0]]
+    assert len(calls) == 6 and len(warned) == 1  # no score was remembered
 
 
 def test_a_judge_that_hangs_is_left():
@@ -252,7 +252,7 @@ def test_a_class_that_is_never_seen(tmp_path):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def ink(image):
-    """Height of the curve in each column, pixels from the top, of a picture of one blue line; NaN where there is none."""
+    """Height of the blue curve in each column of a picture, pixels from the top; NaN where there is none."""
     pixels = np.asarray(image, dtype=int)
     blue = (pixels[..., 2] - pixels[..., 0]) > 60
     rows = np.arange(len(pixels))[:, None]

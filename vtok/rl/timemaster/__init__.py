@@ -13,7 +13,7 @@ from vtok.rl.timemaster.data import check_length, dataset, describe, limits, sta
 from vtok.rl.timemaster.picture import Plot, render, small
 from vtok.rl.timemaster.prompts import TAGS, Answer, answer, parse, question
 from vtok.rl.timemaster.reward import Guarded, JudgeFailed, TimeMasterReward, Weights, check_reward
-from vtok.rl.timemaster.series import Series, load, read_csv, read_ts, shipped, split
+from vtok.rl.timemaster.series import Series, check_split, load, read_csv, read_ts, shipped, split
 
 __all__ = [
     "TAGS",
@@ -27,6 +27,7 @@ __all__ = [
     "answer",
     "check_length",
     "check_reward",
+    "check_split",
     "dataset",
     "describe",
     "limits",

@@ -45,7 +45,7 @@ def limits(series: Series) -> tuple[tuple[float, float], ...]:
 
 def dataset(
     series: Series,
-    plot: Plot = Plot(),
+    plot: Plot | None = None,
     *,
     classes: tuple[str, ...] | None = None,
     extension: bool = False,
@@ -56,21 +56,24 @@ def dataset(
     """A `datasets.Dataset` with a row a series: `prompt` and `completion` (conversations, without the picture's
     placeholder, which TRL puts in), `image`, `label` and, with an extension, `insight`.
 
-    SFTTrainer takes it as it is, GRPOTrainer ignores the completion. classes: those of the prompt, by default the
-    set's own: give the training set's to the tested one. brief: see `question` and `answer`. scale: `limits` of the training set
-    where heights must be comparable; else each picture has its own. traces: what the answers to imitate say.
+    SFTTrainer takes it as it is, GRPOTrainer ignores the completion.
+    plot: see `Plot`, whose defaults are the paper's. classes: those of the prompt, by default the set's own: give the training set's to the tested one.
+    brief: see `question` and `answer`. scale: `limits` of the training set where heights must be comparable; else each
+        picture has its own. traces: what the answers to imitate say.
     Raises `InvalidValue` for a class that the prompt does not list."""
     from datasets import Dataset, Features, Image, Value
 
     classes = series.classes if classes is None else classes
     if unknown := set(series.labels) - set(classes):
-        raise InvalidValue(f"{series.name}: the class {min(unknown)!r} is not among the prompt's: {', '.join(classes)}.")
+        raise InvalidValue(
+            f"{series.name}: the class {min(unknown)!r} is not among the prompt's: {', '.join(classes)}."
+        )
     asked = [{"role": "user", "content": question(series.about, classes, extension=extension, brief=brief)}]
     columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "completion", "image", "label", "insight")}
     for values, label in zip(series.values, series.labels):
         think, insight = traces(values, label)
         said = answer(think, label, insight if extension else "", before=" " if brief else "")
-        row = (asked, [{"role": "assistant", "content": said}], render(values, plot, series.channels, scale))
+        row = (asked, [{"role": "assistant", "content": said}], render(values, plot or Plot(), series.channels, scale))
         for name, value in zip(columns, (*row, label, insight)):
             columns[name].append(value)
     turns = [{"role": Value("string"), "content": Value("string")}]
@@ -100,5 +103,7 @@ def check_length(rows: Any, processor: Any, room: int, answer_tokens: int) -> in
     said = max((row["completion"][-1]["content"] for row in rows), key=len)
     count = len(processor.tokenizer(said)["input_ids"])
     if count >= answer_tokens:  # its end is a token, too
-        raise InvalidValue(f"An answer to imitate has {count} tokens and one more to end, above the {answer_tokens} allowed.")
+        raise InvalidValue(
+            f"An answer to imitate has {count} tokens and one more to end, above the {answer_tokens} allowed."
+        )
     return longest

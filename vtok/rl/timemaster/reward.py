@@ -92,7 +92,7 @@ class Guarded:
             self._failed = self._failed + 1 if key in failed else 0
             if self._failed >= self.patience:
                 raise JudgeFailed(
-                    f"The judge failed on {self._failed} answers in a row, each {self.retries + 1} times; the last time: "
+                    f"The judge failed on {self._failed} answers in a row, each {self.retries + 1} times; at last: "
                     f"{reason}. Repair it and resume from the last checkpoint."
                 )
         if failed and not self._warned:
@@ -205,9 +205,12 @@ def check_reward(reward: Callable[..., Any], label: str, **columns: Any) -> None
     name = getattr(reward, "__name__", type(reward).__name__)
     said = [[{"role": "assistant", "content": text}] for text in (f"<think>.</think><class>{label}</class>", "?")]
     prompts = [[{"role": "user", "content": ""}]] * 2
-    got = reward(prompts=prompts, completions=said, label=[label] * 2, **{key: [one] * 2 for key, one in columns.items()})
+    got = reward(
+        prompts=prompts, completions=said, label=[label] * 2, **{key: [one] * 2 for key, one in columns.items()}
+    )
     whole = isinstance(got, list | tuple) and len(got) == 2
     if not whole or not all(isinstance(one, int | float) and math.isfinite(one) for one in got):
         raise InvalidValue(
-            f"The reward {name} must return a list with a finite number for each completion; for two it returned {got!r}."
+            f"The reward {name} must return a list with a finite number for each completion, but for two it returned "
+            f"{got!r}."
         )
