@@ -67,9 +67,10 @@ def unseen(train: tm.Series, test: tm.Series) -> tuple[tm.Series, tm.Series]:
 
 
 def accuracy(model: Any, processor: Any, rows: Any, reward: tm.TimeMasterReward, tokens: int) -> dict[str, Any]:
-    """Greedy answers to the rows of a data set, as the reward reads them."""
+    """Greedy answers to the rows of a data set, as the reward reads them; `bare`: right answers that are the class alone,
+    as the bundled model gives them before it knows the form."""
     model.eval()
-    answers = []
+    answers, bare = [], 0
     for start in range(0, len(rows), 20):
         some = rows[start : start + 20]
         asked = [ask(prompt[-1]["content"], image) for prompt, image in zip(some["prompt"], some["image"])]
@@ -78,8 +79,10 @@ def accuracy(model: Any, processor: Any, rows: Any, reward: tm.TimeMasterReward,
             out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         said = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers += [reward.read(text) for text in said]
+        bare += sum(text.strip() == label for text, label in zip(said, some["label"]))
     right = np.array([answer.label == label for answer, label in zip(answers, rows["label"])])
     found = {"accuracy": right.mean().item(), "interval": interval(right, np.ones_like(right)), "n": len(rows)}
+    found["bare"] = bare / len(rows)
     return found | {"form": sum(answer.well for answer in answers) / len(rows), "example": said[-1]}
 
 

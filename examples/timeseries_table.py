@@ -23,7 +23,7 @@ def read(folder: Path) -> dict:
     row = {"run": folder.name, "title": found["title"], "options": found["options"], "train": found["train"]}
     row |= {"majority": found["majority"], "memory_mib": round(found["grpo"]["memory_mib"])}
     for stage in STAGES:
-        row[stage] = {key: found[stage][key] for key in ("accuracy", "interval", "n", "form")}
+        row[stage] = {key: found[stage][key] for key in ("accuracy", "interval", "n", "form", "bare")}
     for stage in STAGES[1:]:
         row[stage]["seconds_a_step"] = round(found[stage]["seconds_a_step"], 3)
     return row | {"reward": [round(step["reward"], 4) for step in log]}

@@ -57,7 +57,8 @@ def dataset(
     placeholder, which TRL puts in), `image`, `label` and, with an extension, `insight`.
 
     SFTTrainer takes it as it is, GRPOTrainer ignores the completion.
-    plot: see `Plot`, whose defaults are the paper's. classes: those of the prompt, by default the set's own: give the training set's to the tested one.
+    plot: by default the paper's, see `Plot`. classes: those of the prompt, by default the set's own: give the training
+        set's to the tested one.
     brief: see `question` and `answer`. scale: `limits` of the training set where heights must be comparable; else each
         picture has its own. traces: what the answers to imitate say.
     Raises `InvalidValue` for a class that the prompt does not list."""
