@@ -41,12 +41,13 @@ class Setting:
     grpo_lr: float
     batch: int  # of SFT
     prompts: int  # different ones in a step of GRPO
+    together: int  # of these in one forward
     tokens: int  # of an answer at most
     kl: float
 
 
-TINY = Setting(tm.small(128, 64), True, 7e-4, 3e-4, 8, 4, 32, 0.0)
-PAPER = Setting(tm.Plot(), False, 1e-5, 1e-6, 8, 8, 1024, 0.01)
+TINY = Setting(tm.small(128, 64), True, 7e-4, 3e-4, 8, 4, 4, 32, 0.0)
+PAPER = Setting(tm.Plot(), False, 1e-5, 1e-6, 8, 8, 1, 1024, 0.01)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -67,8 +68,8 @@ def unseen(train: tm.Series, test: tm.Series) -> tuple[tm.Series, tm.Series]:
 
 
 def accuracy(model: Any, processor: Any, rows: Any, reward: tm.TimeMasterReward, tokens: int) -> dict[str, Any]:
-    """Greedy answers to the rows of a data set, as the reward reads them; `bare`: right answers that are the class alone,
-    as the bundled model gives them before it knows the form."""
+    """Greedy answers to the rows of a data set, as the reward reads them; `bare`: right ones that are the class alone, as
+    the bundled model gives them before it knows the form."""
     model.eval()
     answers, bare = [], 0
     for start in range(0, len(rows), 20):
@@ -152,7 +153,8 @@ def grpo(model: Any, processor: Any, rows: Any, o: Any, how: Setting, folder: Pa
 
     args = GRPOConfig(
         **common(folder, o.grpo_steps, o.seed, o.grpo_lr or how.grpo_lr, o.save_steps),
-        per_device_train_batch_size=how.prompts * o.generations,
+        per_device_train_batch_size=how.together * o.generations,
+        gradient_accumulation_steps=how.prompts // how.together,
         num_generations=o.generations,
         max_completion_length=how.tokens,
         beta=how.kl,
@@ -206,8 +208,9 @@ def stage(name: str, o: Any, how: Setting, data: tuple[Any, Any, Any], result: d
         teach_tags(model, processor)
     room = model.config.get_text_config().max_position_embeddings
     tm.check_length(rows, processor, room, how.tokens)
-    if not o.lora:  # as is usual, and the tower of the bundled model knows charts
-        model.model.visual.requires_grad_(False)
+    if not o.lora:  # the vision tower stays as it is, as is usual; that of the bundled models knows charts
+        tower = "visual" if hasattr(model.model, "visual") else "vision_tower"
+        getattr(model.model, tower).requires_grad_(False)
     patched = vtok.patch(model, o.method, keep=o.keep) if o.method != "none" else nullcontext()
     with patched:
         if "before" not in result:
