@@ -35,8 +35,7 @@ from vtok.rl import timemaster as tm
 class Setting:
     """What depends on the size of the model. Learning rates are of full tuning below the vision tower, or of LoRA."""
 
-    plot: tm.Plot
-    brief: bool  # short prompts, and answers of words that the small vocabulary has
+    brief: bool  # bare small pictures, short prompts, and answers of words that the small vocabulary has
     sft_lr: float
     grpo_lr: float
     batch: int  # of SFT
@@ -46,8 +45,8 @@ class Setting:
     kl: float
 
 
-TINY = Setting(tm.small(128, 64), True, 7e-4, 3e-4, 8, 4, 4, 32, 0.0)
-PAPER = Setting(tm.Plot(), False, 1e-5, 1e-6, 8, 8, 1, 1024, 0.01)
+TINY = Setting(True, 7e-4, 3e-4, 8, 4, 4, 32, 0.0)
+PAPER = Setting(False, 1e-5, 1e-6, 8, 8, 1, 1024, 0.01)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -68,8 +67,8 @@ def unseen(train: tm.Series, test: tm.Series) -> tuple[tm.Series, tm.Series]:
 
 
 def accuracy(model: Any, processor: Any, rows: Any, reward: tm.TimeMasterReward, tokens: int) -> dict[str, Any]:
-    """Greedy answers to the rows of a data set, as the reward reads them; `bare`: right ones that are the class alone, as
-    the bundled model gives them before it knows the form."""
+    """Greedy answers to the rows of a data set, as the reward reads them; `bare`: right ones that are the class alone,
+    as the bundled model gives them before it knows the form."""
     model.eval()
     answers, bare = [], 0
     for start in range(0, len(rows), 20):
@@ -195,7 +194,8 @@ def prepared(o: Any, how: Setting) -> tuple[Any, Any, tm.TimeMasterReward]:
     scale = tm.limits(train) if o.one_scale else None
     shared = {"classes": train.classes, "extension": o.extension, "brief": how.brief, "scale": scale}
     judge = tm.stated if o.extension else None
-    rows, held_out = (tm.dataset(part, how.plot, **shared) for part in (train, test))
+    plot = tm.small(128, max(64, 16 * train.values.shape[1])) if how.brief else tm.Plot()
+    rows, held_out = (tm.dataset(part, plot, **shared) for part in (train, test))
     return rows, held_out, tm.TimeMasterReward(train.classes, judge, o.rules)
 
 
