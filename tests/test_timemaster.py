@@ -158,8 +158,12 @@ def test_a_judge_that_hangs_is_left():
     hang = lambda answer, row: calls.append(1) or threading.Event().wait()
     judge = tm.Guarded(hang, timeout=0.02, retries=1, patience=3)
     asked = [(tm.Answer("a", True, "t", f"e{i}"), {}) for i in range(2)]
+    known = tm.Answer("a", True, "t", "known"), {}
+    judge.judge = lambda answer, row: 0.3
+    assert judge([known]) == [0.3]
+    judge.judge = hang
     with pytest.warns(UserWarning, match=r"no answer within 0\.02 s"):
-        assert judge(asked) == [0.0, 0.0]
+        assert judge([*asked, known]) == [0.0, 0.0, 0.3]  # what is known does not say that the judge is well
     with pytest.raises(tm.JudgeFailed, match="3 answers in a row, each 2 times"):
         judge(asked)
     assert len(calls) == 8

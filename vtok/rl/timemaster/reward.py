@@ -54,7 +54,7 @@ class Guarded:
         `workers` answers."""
         keys = [_key(answer, row) for answer, row in asked]
         open_ = {key: one for key, one in zip(keys, asked) if key not in self.known}
-        reason = ""
+        new, reason = list(open_), ""
         for _ in range(self.retries + 1):
             todo = list(open_.items())
             for start in range(0, len(todo), self.workers):
@@ -64,7 +64,7 @@ class Guarded:
                         del open_[key]
                     else:
                         reason = found
-        self._note(keys, open_, reason)
+        self._note(new, open_, reason)
         return [self.known.get(key, 0.0) for key in keys]
 
     def _attempt(self, asked: list[tuple[str, tuple[Answer, Mapping[str, Any]]]]) -> dict[str, float | str]:
@@ -87,8 +87,8 @@ class Guarded:
         late = f"no answer within {self.timeout:g} s"
         return {key: found.get(key, late) for key, _ in asked}
 
-    def _note(self, keys: list[str], failed: Mapping[str, Any], reason: str) -> None:
-        for key in dict.fromkeys(keys):
+    def _note(self, new: list[str], failed: Mapping[str, Any], reason: str) -> None:
+        for key in new:
             self._failed = self._failed + 1 if key in failed else 0
             if self._failed >= self.patience:
                 raise JudgeFailed(
