@@ -45,7 +45,7 @@ class Setting:
     kl: float
 
 
-TINY = Setting(True, 7e-4, 3e-4, 8, 4, 4, 32, 0.0)
+TINY = Setting(True, 7e-4, 1.5e-4, 8, 4, 4, 32, 0.0)
 PAPER = Setting(False, 1e-5, 1e-6, 8, 8, 1, 1024, 0.01)
 
 
