@@ -175,6 +175,13 @@ def test_a_judge_that_comes_back_is_trusted_again():
     assert [judge([(tm.Answer("a", True, "t", text), {})]) for text in "ef"] == [[0.4], [0.8]]
 
 
+def test_generic_advice_is_capped():
+    judge = tm.capped(lambda answer, row: 0.9)
+    score = lambda text: judge(tm.Answer("a", True, "t", text), {})
+    assert score("Refer the patient to a specialist for further tests.") == 0.4
+    assert score("Bursts of 50 ms at 20 Hz fit a lesion of the nerve.") == 0.9
+
+
 def test_the_judge_without_a_model():
     row = {"insight": "starts in the top, ends in the bottom"}
     score = lambda text: tm.stated(tm.Answer("a", True, "t", text), row)
@@ -322,6 +329,19 @@ def test_a_prompt_that_is_too_long():
         tm.check_length(rows, processor, longest + 119, 120)
     with pytest.raises(InvalidValue, match="An answer to imitate has"):
         tm.check_length(rows, processor, 200, 20)
+
+
+@pytest.mark.parametrize("name", ["ArrowHead", "BasicMotions"])
+def test_what_is_tested_did_not_teach_the_bundled_model(name):
+    from vtok.eval.tasks import charts
+
+    train, test = script().unseen(*tm.load(name))
+    assert len(train) + len(test) == sum(map(len, tm.load(name))) and set(test.classes) == set(train.classes)
+    taught = {row.tobytes() for row in sources.series("train")}
+    groups = charts.recordings("train")["BasicMotions"].values()
+    taught |= {rows.tobytes() for group in groups for rows, _ in group}
+    assert not any(rows[: 3 if len(rows) > 1 else 1].tobytes() in taught for rows in test.values)
+    assert any(rows[: 3 if len(rows) > 1 else 1].tobytes() in taught for rows in train.values)
 
 
 # ---- both stages -----------------------------------------------------------------------------------------------------

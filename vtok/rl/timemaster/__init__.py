@@ -12,7 +12,7 @@ Source: TimeMaster: Training Time-Series Multimodal LLMs to Reason via Reinforce
 from vtok.rl.timemaster.data import check_length, dataset, describe, limits, stated
 from vtok.rl.timemaster.picture import Plot, render, small
 from vtok.rl.timemaster.prompts import TAGS, Answer, answer, parse, question
-from vtok.rl.timemaster.reward import Guarded, JudgeFailed, TimeMasterReward, Weights, check_reward
+from vtok.rl.timemaster.reward import Guarded, JudgeFailed, TimeMasterReward, Weights, capped, check_reward
 from vtok.rl.timemaster.series import Series, check_split, load, read_csv, read_ts, shipped, split
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TimeMasterReward",
     "Weights",
     "answer",
+    "capped",
     "check_length",
     "check_reward",
     "check_split",

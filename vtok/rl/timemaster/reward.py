@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import threading
 import time
 import warnings
@@ -109,6 +110,24 @@ def _score(said: Any) -> float:
 def _key(answer: Answer, row: Mapping[str, Any]) -> str:
     text = json.dumps([answer.think, answer.label, answer.extension, row], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+GENERIC = re.compile(
+    r"further (diagnostic )?test|clinical history|physical exam|refer\w* .{0,20}specialist|confirm\w* the diagnosis",
+    re.I,
+)
+
+
+def capped(judge: Judge, most: float = 0.4, generic: re.Pattern[str] = GENERIC) -> Judge:
+    """The judge, giving at most `most` to an insight in which `generic` is found: advice that fits any series.
+
+    Source: the caps of TimeMaster's emg_soft.py, in our words."""
+
+    def limited(answer: Answer, row: Mapping[str, Any]) -> float:
+        score = judge(answer, row)
+        return min(_score(score), most) if generic.search(answer.extension) else score
+
+    return limited
 
 
 # ---- the reward ------------------------------------------------------------------------------------------------------
