@@ -286,11 +286,13 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"
     common = Counter(rows["label"]).most_common(1)[0][0]
-    result = json.loads(file.read_text()) if file.exists() else {
+    result = json.loads(file.read_text()) if file.exists() else {}
+    result |= {
         "title": f"{Path(data).stem}, {'dense' if method == 'none' else f'{method} keep={keep:g}'}",
         "options": {key: str(value) for key, value in vars(o).items() if not key.startswith("_")},
-        "train": len(rows), "majority": sum(one == common for one in held_out["label"]) / len(held_out),
-    }  # fmt: skip
+        "train": len(rows),
+        "majority": sum(one == common for one in held_out["label"]) / len(held_out),
+    }
     for name in ("sft", "grpo"):
         if name not in result:
             stage(name, o, how, (rows, held_out, reward), result)
