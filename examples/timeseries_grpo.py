@@ -26,7 +26,6 @@ from transformers.trainer_utils import get_last_checkpoint
 import vtok
 from vtok import models, zoo
 from vtok.errors import VtokError
-from vtok.eval.results.statistics import interval
 from vtok.prompts import ask, encode
 from vtok.rl import timemaster as tm
 
@@ -81,8 +80,7 @@ def accuracy(model: Any, processor: Any, rows: Any, reward: tm.TimeMasterReward,
         answers += [reward.read(text) for text in said]
         bare += sum(text.strip() == label for text, label in zip(said, some["label"]))
     right = np.array([answer.label == label for answer, label in zip(answers, rows["label"])])
-    found = {"accuracy": right.mean().item(), "interval": interval(right, np.ones_like(right)), "n": len(rows)}
-    found["bare"] = bare / len(rows)
+    found = {"accuracy": right.mean().item(), "n": len(rows), "bare": bare / len(rows)}
     return found | {"form": sum(answer.well for answer in answers) / len(rows), "example": said[-1]}
 
 

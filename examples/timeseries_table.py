@@ -23,16 +23,23 @@ def read(folder: Path) -> dict:
     row = {"run": folder.name, "title": found["title"], "options": found["options"], "train": found["train"]}
     row |= {"majority": found["majority"], "memory_mib": round(found["grpo"]["memory_mib"])}
     for stage in STAGES:
-        row[stage] = {key: found[stage][key] for key in ("accuracy", "interval", "n", "form", "bare")}
+        row[stage] = {key: found[stage][key] for key in ("accuracy", "n", "form", "bare")}
     for stage in STAGES[1:]:
         row[stage]["seconds_a_step"] = round(found[stage]["seconds_a_step"], 3)
     return row | {"reward": [round(step["reward"], 4) for step in log]}
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n."""
+    z = 1.96
+    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
 def line(row: dict) -> str:
     """A row of the table."""
     share = lambda stage: f"{100 * row[stage]['accuracy']:.1f}"
-    low, high = row["grpo"]["interval"]
+    low, high = wilson(row["grpo"]["accuracy"], row["grpo"]["n"])
     first, last = np.mean(row["reward"][:10]), np.mean(row["reward"][-10:])
     cells = [row["title"], f"{row['train']} / {row['grpo']['n']}", f"{100 * row['majority']:.1f}", share("sft")]
     cells += [f"**{share('grpo')}** ({100 * low:.0f} to {100 * high:.0f})", f"{first:.2f} to {last:.2f}"]
