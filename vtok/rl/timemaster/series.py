@@ -18,7 +18,10 @@ LABEL = "label"  # the column of a CSV file that names the class
 ABOUT: dict[str, tuple[str, dict[str, str]]] = {
     "GunPoint": ("the height of a hand that draws a gun or only points", {"1": "gun", "2": "point"}),
     "ItalyPowerDemand": ("the electric power that Italy used in one day", {"1": "winter", "2": "summer"}),
-    "BasicMotions": ("acceleration and turning of a watch in motion", {}),
+    "BasicMotions": (
+        "acceleration and turning of a watch in motion",
+        {name: name.lower() for name in ("Standing", "Running", "Walking", "Badminton")},
+    ),
     "ArrowHead": ("the outline of an arrow head", {}),
     "OSULeaf": ("the outline of a leaf", {}),
     "ACSF1": ("the electric power that an appliance used", {}),
