@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import vtok
 from vtok import models, zoo
-from vtok.errors import VtokError
+from vtok.errors import InvalidValue, VtokError
 from vtok.prompts import ask, encode
 from vtok.rl import timemaster as tm
 
@@ -253,6 +254,36 @@ def draw(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
+def whole(o: Any) -> None:
+    """Both stages, from where an earlier run left them."""
+    how = TINY if o.model in zoo.names() else PAPER
+    here = PartialState()  # each process of `accelerate launch` has its own GPU
+    set_seed(o.seed)
+    rows, held_out, reward = prepared(o, how)
+    tm.check_reward(reward, rows["label"][0], **({"insight": rows["insight"][0]} if o.extension else {}))
+    o.out.mkdir(parents=True, exist_ok=True)
+    file = o.out / "results.json"
+    guess = Counter(rows["label"]).most_common(1)[0][0]
+    result = json.loads(file.read_text()) if file.exists() else {}
+    result |= {
+        "title": f"{Path(o.data).stem}, {'dense' if o.method == 'none' else f'{o.method} keep={o.keep:g}'}",
+        "options": {key: str(value) for key, value in vars(o).items()},
+        "train": len(rows),
+        "majority": sum(one == guess for one in held_out["label"]) / len(held_out),
+    }
+    for name in ("sft", "grpo"):
+        if name not in result:
+            if name == "grpo" and result["sft"]["form"] < 0.5:
+                raise InvalidValue(
+                    f"After SFT only {100 * result['sft']['form']:.0f} % of the answers have the form, so GRPO would have "
+                    f"next to no rewards to compare: delete {o.out} and give more --sft-steps than {o.sft_steps}."
+                )
+            stage(name, o, how, (rows, held_out, reward), result)
+        here.wait_for_everyone()  # the first has written the model
+    if here.is_main_process:
+        draw(result, o.out / "results.png")
+
+
 def main(
     data: Annotated[str, typer.Option(help="A set of aeon's, or a CSV file.")],
     out: Annotated[Path, typer.Option(help="Folder of the results and checkpoints.")],
@@ -275,28 +306,7 @@ def main(
     save_steps: int = 25,
     seed: int = 0,
 ) -> None:
-    o = type("Options", (), dict(locals()))
-    how = TINY if model in zoo.names() else PAPER
-    here = PartialState()  # each process of `accelerate launch` has its own GPU
-    set_seed(seed)
-    rows, held_out, reward = prepared(o, how)
-    tm.check_reward(reward, rows["label"][0], **({"insight": rows["insight"][0]} if extension else {}))
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "results.json"
-    common = Counter(rows["label"]).most_common(1)[0][0]
-    result = json.loads(file.read_text()) if file.exists() else {}
-    result |= {
-        "title": f"{Path(data).stem}, {'dense' if method == 'none' else f'{method} keep={keep:g}'}",
-        "options": {key: str(value) for key, value in vars(o).items() if not key.startswith("_")},
-        "train": len(rows),
-        "majority": sum(one == common for one in held_out["label"]) / len(held_out),
-    }
-    for name in ("sft", "grpo"):
-        if name not in result:
-            stage(name, o, how, (rows, held_out, reward), result)
-        here.wait_for_everyone()  # the first has written the model
-    if here.is_main_process:
-        draw(result, out / "results.png")
+    whole(SimpleNamespace(**locals()))
 
 
 if __name__ == "__main__":

@@ -352,6 +352,10 @@ def test_both_stages_and_resuming(tmp_path):
     run = script()
     options = {"data": str(file), "out": tmp_path, "sft_steps": 1, "generations": 2, "save_steps": 1, "test_items": 2}
     options |= {"extension": True}
+    with pytest.raises(InvalidValue, match="After SFT only 0 % of the answers have the form"):
+        run.main(**options, grpo_steps=1)
+    results = tmp_path / "results.json"
+    results.write_text(results.read_text().replace('"form": 0.0', '"form": 1.0'))  # one step of SFT teaches nothing
     run.main(**options, grpo_steps=1)
     first = json.loads((tmp_path / "results.json").read_text())
     assert first["grpo"]["n"] == 2 and first["majority"] == 0.5 and (tmp_path / "results.png").exists()
