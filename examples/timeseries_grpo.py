@@ -274,9 +274,10 @@ def whole(o: Any) -> None:
     for name in ("sft", "grpo"):
         if name not in result:
             if name == "grpo" and result["sft"]["form"] < 0.5:
+                well = 100 * result["sft"]["form"]
                 raise InvalidValue(
-                    f"After SFT only {100 * result['sft']['form']:.0f} % of the answers have the form, so GRPO would have "
-                    f"next to no rewards to compare: delete {o.out} and give more --sft-steps than {o.sft_steps}."
+                    f"After SFT only {well:.0f} % of the answers have the form, so GRPO would have next to no rewards to "
+                    f"compare: delete {o.out} and give more --sft-steps than {o.sft_steps}."
                 )
             stage(name, o, how, (rows, held_out, reward), result)
         here.wait_for_everyone()  # the first has written the model
