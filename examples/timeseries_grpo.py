@@ -276,8 +276,8 @@ def whole(o: Any) -> None:
             if name == "grpo" and result["sft"]["form"] < 0.5:
                 well = 100 * result["sft"]["form"]
                 raise InvalidValue(
-                    f"After SFT only {well:.0f} % of the answers have the form, so GRPO would have next to no rewards to "
-                    f"compare: delete {o.out} and give more --sft-steps than {o.sft_steps}."
+                    f"After SFT only {well:.0f} % of the answers have the form, so GRPO would have next to no rewards: "
+                    f"delete {o.out} and give more --sft-steps than {o.sft_steps}."
                 )
             stage(name, o, how, (rows, held_out, reward), result)
         here.wait_for_everyone()  # the first has written the model
