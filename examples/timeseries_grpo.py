@@ -292,7 +292,7 @@ def main(
     method: Annotated[str, typer.Option(help="Method of vtok, or none.")] = "divprune",
     keep: Annotated[float, typer.Option(help="Share of the visual tokens.")] = 0.5,
     sft_steps: int = 60,
-    grpo_steps: int = 150,
+    grpo_steps: int = 60,
     sft_lr: Annotated[float, typer.Option(help="0: that of the setting.")] = 0.0,
     grpo_lr: Annotated[float, typer.Option(help="0: that of the setting.")] = 0.0,
     generations: Annotated[int, typer.Option(help="Answers to a prompt.")] = 6,
