@@ -11,7 +11,6 @@ import json
 import resource
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +124,7 @@ def common(folder: Path, steps: int, seed: int, lr: float, every: int) -> dict[s
 
 def run(trainer: Any, folder: Path) -> tuple[Any, list[dict[str, float]]]:
     """Train, from the last checkpoint if there is one: the model, LoRA merged into it, and the log."""
+    vtok.rl.prepare(trainer)  # replay, the reference, checkpoints
     trainer.add_callback(Seconds())
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
@@ -160,13 +160,7 @@ def grpo(model: Any, processor: Any, rows: Any, o: Any, how: Setting, folder: Pa
         loss_type="bnpo",  # the mean over a batch's tokens
         log_completions=False,
     )
-    # TRL keeps the model from writing placeholders of pictures, but not of clips.
-    named = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
-    args.generation_kwargs = {"suppress_tokens": [token for token in named if token is not None]}
-    trainer = GRPOTrainer(model, reward, args, rows, processing_class=processor, peft_config=lora(o.lora))
-    if trainer.ref_model is not None and o.method != "none":  # TRL loads it anew, so it is dense
-        vtok.patch(trainer.accelerator.unwrap_model(trainer.ref_model), o.method, keep=o.keep)
-    return trainer
+    return GRPOTrainer(model, reward, args, rows, processing_class=processor, peft_config=lora(o.lora))
 
 
 def lora(rank: int) -> Any:
@@ -210,8 +204,7 @@ def stage(name: str, o: Any, how: Setting, data: tuple[Any, Any, Any], result: d
     if not o.lora:  # the vision tower stays as it is, as is usual; that of the bundled models knows charts
         tower = "visual" if hasattr(model.model, "visual") else "vision_tower"
         getattr(model.model, tower).requires_grad_(False)
-    patched = vtok.patch(model, o.method, keep=o.keep) if o.method != "none" else nullcontext()
-    with patched:
+    with vtok.patch(model, o.method, keep=o.keep):
         if "before" not in result:
             result["before"] = accuracy(model, processor, held_out, reward, how.tokens)
         folder = o.out / f"{name}-steps"
@@ -266,7 +259,7 @@ def whole(o: Any) -> None:
     guess = Counter(rows["label"]).most_common(1)[0][0]
     result = json.loads(file.read_text()) if file.exists() else {}
     result |= {
-        "title": f"{Path(o.data).stem}, {'dense' if o.method == 'none' else f'{o.method} keep={o.keep:g}'}",
+        "title": f"{Path(o.data).stem}, {o.method} keep={o.keep:g}",
         "options": {key: str(value) for key, value in vars(o).items()},
         "train": len(rows),
         "majority": sum(one == guess for one in held_out["label"]) / len(held_out),
@@ -289,8 +282,8 @@ def main(
     data: Annotated[str, typer.Option(help="A set of aeon's, or a CSV file.")],
     out: Annotated[Path, typer.Option(help="Folder of the results and checkpoints.")],
     model: Annotated[str, typer.Option(help="A bundled model, a folder or a hub repository.")] = "vtok-tiny-qwen2.5-vl",
-    method: Annotated[str, typer.Option(help="Method of vtok, or none.")] = "divprune",
-    keep: Annotated[float, typer.Option(help="Share of the visual tokens.")] = 0.5,
+    method: Annotated[str, typer.Option(help="Method of vtok.")] = "divprune",
+    keep: Annotated[float, typer.Option(help="Share of the visual tokens; 1.0: all.")] = 0.5,
     sft_steps: int = 60,
     grpo_steps: int = 60,
     sft_lr: Annotated[float, typer.Option(help="0: that of the setting.")] = 0.0,
