@@ -263,7 +263,7 @@ run on a tiny random model of four decoder layers, fp32 unless said otherwise, o
 
 - *rollout*: the largest |log-probability in the rollout - in the training forward| of {tokens} sampled tokens a prompt,
   over other batches than the rollout's, what the rollout kept being replayed; in bf16 the median of five rollouts.
-  Dense: {fp32} in fp32, {bf16} in bf16.
+  To be compared with the dense model of the same family.
 - *GRPO*, *RLOO*: |KL to the reference| in the first step, with `beta=0.1`; for GRPO two iterations of a rollout and two
   accumulated batches.
 - *DPO*, *RRPO*: |loss - ln 2| in the first step.
@@ -274,17 +274,17 @@ run on a tiny random model of four decoder layers, fp32 unless said otherwise, o
 
 def page(result: dict[str, dict[str, Any]]) -> str:
     """The page of all cells, with what was refused below."""
-    dense, lines, refused = result["dense"], [], {}
+    lines, refused = [], {}
+    shown = lambda x: f"{x:.1e}" if isinstance(x, float) else "" if x is None else "refused"
     for name, row in result.items():
-        if name != "dense":
-            numbers = [row.get(column) for column in COLUMNS]
-            lines.append([f"`{name}`", *(f"{x:.1e}" if isinstance(x, float) else "refused" for x in numbers)])
-            for column, x in zip(COLUMNS, numbers):
-                if isinstance(x, str):
-                    refused.setdefault((name, x), []).append(column)
-    head = HEAD.format(tokens=TOKENS, fp32=f"{dense['rollout, fp32']:.1e}", bf16=f"{dense['rollout, bf16']:.3f}")
+        numbers = [row.get(column) for column in COLUMNS]
+        lines.append([f"`{name}`", row["family"], *map(shown, numbers)])
+        for column, x in zip(COLUMNS, numbers):
+            if isinstance(x, str):
+                refused.setdefault((name, x), []).append(column)
+    head = HEAD.format(tokens=TOKENS)
     told = [f"- `{name}`, {', '.join(columns)}: {reason}" for (name, reason), columns in refused.items()]
-    return "\n".join([head, table(["method", *COLUMNS], lines), "", *told, ""])
+    return "\n".join([head, table(["method", "on", *COLUMNS], lines), "", *told, ""])
 
 
 @app.command(name="table")
@@ -297,9 +297,11 @@ def write_table(
     found = vtok.available()["compressors"]
     names = methods.split(",") if methods else list(found)
     result = json.loads(out.read_text()) if out.is_file() else {}
-    result.setdefault("dense", {})
-    for column in ("rollout, fp32", "rollout, bf16"):
-        result["dense"].setdefault(column, COLUMNS[column]("qwen2_5_vl", None))
+    for family in FAMILIES:
+        row = result.setdefault(f"dense {family}", {"family": family})
+        for column in ("rollout, fp32", "rollout, bf16"):
+            if column not in row:
+                row[column] = COLUMNS[column](family, None)
     for name, column in track([(name, column) for name in names for column in COLUMNS], description="trainers"):
         row = result.setdefault(name, {})
         if column in row:

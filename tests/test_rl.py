@@ -316,3 +316,17 @@ def test_a_resumed_training_has_its_weights(saved, tmp_path, caplog):
     checkpoint = str(tmp_path / "stopped" / "checkpoint-2")
     assert losses(tmp_path / "stopped", checkpoint)[-1] == pytest.approx(through[-1], abs=1e-5)
     assert losses(tmp_path / "stopped", checkpoint, prepared=False)[-1] != pytest.approx(through[-1], abs=1e-5)
+
+
+def test_weights_of_a_method_are_named_in_a_checkpoint(saved, tmp_path):
+    """No file of choices holds them, and a training must not stop for that."""
+    trainer, patch = dpo(saved, tmp_path)
+    vtok.unpatch(trainer.model)
+    patch = vtok.patch(trainer.model, vtok.TokenFLEX(keep=0.25, **vtok.TokenFLEX.small_weights(trainer.model)))
+    callback = vtok.rl.PatchCallback(trainer)
+    (tmp_path / "checkpoint-0").mkdir()
+    callback.on_save(trainer.args, trainer.state, None)
+    told = json.loads((tmp_path / "checkpoint-0" / "vtok.json").read_text())
+    assert told["compressors"] == [repr(patch.compressors[0])]
+    assert vtok.rl.patch_reference(trainer).compressors[0].weights is not patch.compressors[0].weights
+    assert vtok.rl.patch_reference(trainer) is not patch  # patched already, with a copy of the weights

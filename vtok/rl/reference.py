@@ -23,9 +23,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+import vtok
 from vtok import config as configs
 from vtok.engine.replay import Kept
-from vtok.errors import InvalidValue, Unsupported, VtokError
+from vtok.errors import InvalidValue, Unsupported
 from vtok.patching import Patch, patch, patches_on
 from vtok.rl import rollouts
 
@@ -91,7 +92,7 @@ def patch_reference(trainer: Any, dense: bool = False) -> Patch | None:
     if dense:
         return None
     if found:
-        if found[0].compressors != mine.compressors:
+        if repr(found[0].compressors) != repr(mine.compressors):  # a method's weights may be copies
             raise Unsupported(f"The reference is patched otherwise than the model: {found[0]!r} and {mine!r}.")
         return found[0]
     return patch(reference, [copy.deepcopy(part) for part in mine.compressors])  # weights of a method would be trained
@@ -141,7 +142,12 @@ class PatchCallback(TrainerCallback):
 
     def _now(self) -> dict[str, Any]:
         found = patches_on(self._trainer().model)
-        return {**configs.describe(found[0].compressors if found else ()), "reference": self.reference}
+        parts = found[0].compressors if found else ()
+        try:
+            told = configs.describe(parts)
+        except InvalidValue:  # a method's own weights, which no such file holds
+            told = {"vtok": vtok.__version__, "compressors": [repr(part) for part in parts]}
+        return {**told, "reference": self.reference}
 
     def _compare(self, checkpoint: Path) -> None:
         file, now = checkpoint / FILE, self._now()
@@ -195,8 +201,6 @@ def _has_reference(trainer: Any) -> bool:
 
 
 def _told(config: dict[str, Any]) -> str:
-    try:
-        parts = ", ".join(repr(part) for part in configs.load(config))
-    except VtokError:
-        parts = "no compressor"
-    return f"{parts} (reference: {config.get('reference') or 'not chosen'})"
+    named = config["compressors"]
+    parts = named if all(isinstance(part, str) for part in named) else map(repr, configs.load(config))
+    return f"{', '.join(parts) or 'no compressor'} (reference: {config.get('reference') or 'not chosen'})"
