@@ -415,7 +415,7 @@ def test_help_has_an_example_that_is_understood(path):
     assert examples
     for words in map(shlex.split, examples):
         command = typer.main.get_command(cli.app)
-        while hasattr(command, "commands"):
+        while words and words[0] in getattr(command, "commands", {}):
             name = words.pop(0)
             command = command.commands[name]
         context = command.make_context(name, words)
@@ -430,7 +430,7 @@ def test_one_word_for_one_thing():
         command = typer.main.get_command(cli.app)
         for name in path:
             command = command.commands[name]
-        if hasattr(command, "commands"):
+        if hasattr(command, "commands") and not command.invoke_without_command:
             continue
         named = {option: parameter.help for parameter in command.params for option in parameter.opts}
         if {"--model", "--workload"} & named.keys():

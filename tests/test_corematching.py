@@ -1001,7 +1001,7 @@ def test_adapters_on_the_ffn():
 
 
 def test_compile_after_patch():
-    model, processor = tiny("llava", layers=2)
+    model, processor = tiny("llava", layers=3)
     inputs = questions(processor, False)
     options = {"max_new_tokens": 3, "do_sample": False}
     with vtok.patch(model, [vtok.CoreMatching(layer=1, min_tokens=1)]):
