@@ -1,8 +1,9 @@
 """`vtok bench rl`: one step of GRPO, phase by phase, dense and on compressed tokens.
 
 The phases are what TRL's trainer runs: `generate` (rollout), the prompts and answers again without gradient (old
-log-probabilities), the same with gradient (forward), and backward; its fused head and the replay of what the rollout
-kept included. Rewards and the optimiser, which no compressor changes, are left out. Variants take turns.
+log-probabilities), the same with gradient (forward), and backward, with the replay of what the rollout kept. Logits are
+made of the answers alone, as TRL's fused head does on a GPU; on a CPU it makes those of the whole row, which costs the
+same with and without a compressor. Rewards and the optimiser are left out. Variants take turns.
 """
 
 from __future__ import annotations
@@ -104,10 +105,7 @@ def bars(results: Sequence[dict[str, Any]]) -> list[tuple[bool, str]]:
 
 
 def _measured(n: int, variants: dict[str, tuple[str | None, float]], step: Step) -> dict[str, Any]:
-    from trl.trainer.utils import add_fused_lm_head
-
     model, inputs = llava(LLAMA[step.decoder], SIDES[n], False, step.answers, step.device, getattr(torch, step.dtype))
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     model.train()
     once = partial(_step, model, inputs, step)
     once(None, 1.0)  # warms up
@@ -154,14 +152,15 @@ def _step(
         counts = None if handle is None else handle.trace.counts()["compressed"]
         marks.append(now())
         full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        labels = ids.clone()
-        labels[:, : -step.tokens] = -100
+        prompt, answers = ids.shape[1] - step.tokens, ids[:, -step.tokens :, None]
 
         def log_probs() -> Tensor:
             with ExitStack() as inner:
                 if handle is not None:
+                    inner.enter_context(handle.prompt(prompt))
                     inner.enter_context(handle.replaying(kept))
-                return model(**full, labels=labels, fused_lm_head=True).log_probs[:, -step.tokens :]
+                logits = model(**full, use_cache=False, logits_to_keep=step.tokens + 1).logits[:, :-1]
+            return logits.log_softmax(-1).gather(2, answers)
 
         with torch.no_grad():
             old = log_probs()
@@ -172,7 +171,7 @@ def _step(
         marks.append(now())
         model.zero_grad(set_to_none=True)
     seconds = {phase: end - begin for phase, begin, end in zip(PHASES, marks, marks[1:])}
-    return seconds, _flops(model, ids.shape[1] - step.tokens, counts, step)
+    return seconds, _flops(model, prompt, counts, step)
 
 
 def _flops(model: nn.Module, prompt: int, counts: list[list[int]] | None, step: Step) -> int:
