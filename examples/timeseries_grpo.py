@@ -260,7 +260,7 @@ def whole(o: Any) -> None:
     result = json.loads(file.read_text()) if file.exists() else {}
     result |= {
         "title": f"{Path(o.data).stem}, {o.method} keep={o.keep:g}",
-        "options": {key: str(value) for key, value in vars(o).items()},
+        "options": {key: str(value) for key, value in vars(o).items() if key != "out"},
         "train": len(rows),
         "majority": sum(one == guess for one in held_out["label"]) / len(held_out),
     }

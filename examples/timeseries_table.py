@@ -67,8 +67,8 @@ def draw(rows: list[dict], file: Path) -> None:
         panels[1, column].axhline(100 * mine[0]["majority"], color="black", linestyle=":", label="majority guess")
     panels[0, 0].set_ylabel("reward, mean of the last 10")
     panels[1, 0].set_ylabel("held-out accuracy, %")
-    for row in panels:
-        row[0].legend(fontsize="small")
+    panels[0, 0].legend(fontsize="small")
+    panels[1, 0].legend(fontsize="small", loc="lower left")
     figure.savefig(file, dpi=80)
 
 

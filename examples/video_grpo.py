@@ -81,7 +81,7 @@ def main(
     held_out: Annotated[int, typer.Option(help="Held-out clips, of 720.")] = 720,
     threads: int = 1,
 ) -> None:
-    settings = {**locals(), "out": str(out)}
+    settings = {name: value for name, value in locals().items() if name != "out"}
     torch.set_num_threads(threads)
     set_seed(0)
     model, processor = zoo.load(NAME)

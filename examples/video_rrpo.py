@@ -102,7 +102,7 @@ def main(
     held_out: Annotated[int, typer.Option(help="Held-out clips, of 720.")] = 90,
     threads: int = 2,
 ) -> None:
-    settings = {**locals(), "out": str(out)}
+    settings = {name: value for name, value in locals().items() if name != "out"}
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
