@@ -11,7 +11,6 @@ is given again.
 
 import json
 import time
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +25,7 @@ from trl import GRPOConfig
 
 import vtok
 from vtok import zoo
-from vtok.eval.results.statistics import interval
-from vtok.eval.tasks.answers import answer
+from vtok.eval.results import judge
 from vtok.eval.tasks.video import FRAMES, TASK
 from vtok.media import Sampling
 
@@ -54,18 +52,8 @@ def right(completions: list, answer: list[str], **columns: object) -> list[float
 def tested(model: torch.nn.Module, processor: object, clips: int, categories: set[str]) -> dict:
     """Accuracy on these questions of the first held-out clips, with its interval, and that of each category."""
     model.eval()
-    asked = [[q for q in item.questions if q.category in categories] for item in TASK.held_out(clips)]
-    items = [replace(item, questions=tuple(qs)) for item, qs in zip(TASK.held_out(clips), asked) if qs]
-    found = [(item, answer(model, processor, item)) for item in items]
-    each = defaultdict(list)
-    for item, said in found:
-        for q, text in zip(item.questions, said):
-            each[q.category].append(TASK.score(q.answer, text))
-    hits = [sum(TASK.score(q.answer, text) for q, text in zip(item.questions, said)) for item, said in found]
-    asked = [len(said) for _, said in found]
-    low, high = interval(np.array(hits), np.array(asked))
-    shares = {category: round(float(np.mean(some)), 3) for category, some in each.items()}
-    return {"accuracy": sum(hits) / sum(asked), "low": low, "high": high, "n": sum(asked), "categories": shares}
+    some = replace(TASK, chances={name: chance for name, chance in TASK.chances.items() if name in categories})
+    return judge.summary(judge.run(model, processor, some, clips))
 
 
 def main(

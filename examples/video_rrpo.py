@@ -23,8 +23,7 @@ from transformers import set_seed
 
 import vtok
 from vtok import zoo
-from vtok.eval.results.statistics import interval
-from vtok.eval.tasks.answers import answer
+from vtok.eval.results import judge
 from vtok.eval.tasks.video import TASK
 from vtok.media import Clip
 from vtok.patching import patches_on
@@ -57,16 +56,7 @@ def pairs(model, processor, split, count):
 
 def tested(model, processor, clips):
     """Accuracy on the first held-out clips, its interval, and each category's."""
-    hits = defaultdict(list)
-    items = [(item, answer(model, processor, item)) for item in TASK.held_out(clips)]
-    for item, said in items:
-        for question, text in zip(item.questions, said):
-            hits[question.category].append(TASK.score(question.answer, text))
-    right = [sum(TASK.score(q.answer, text) for q, text in zip(item.questions, said)) for item, said in items]
-    asked = [len(said) for _, said in items]
-    low, high = interval(np.array(right), np.array(asked))
-    share = {category: round(float(np.mean(some)), 3) for category, some in hits.items()}
-    return {"accuracy": sum(right) / sum(asked), "low": low, "high": high, "n": sum(asked), "categories": share}
+    return judge.summary(judge.run(model, processor, TASK, clips))
 
 
 def trained(model, processor, train, val, lora, **how):

@@ -109,7 +109,7 @@ def _rl(file: Path, run: dict[str, Any]) -> str:
     )
     for result in run["rl"]:
         size = f"{result['visual_tokens']:,} visual tokens, {result['parameters'] / 1e6:.0f} M parameters"
-        text += f"\n### {size}\n\n{table(rl.HEAD, rl.rows_of(result))}\n"
+        text += f"\n### {size}\n\n{table(rl.HEAD, [[f'`{name}`', *cells] for name, *cells in rl.rows_of(result)])}\n"
     fits = ", ".join(f"`{name}` {tokens:,}" for name, tokens in run["fits"].items())
     if fits:
         text += f"\nVisual tokens of the largest step that fits in {run['memory_gib']:g} GiB, on a line through the "

@@ -207,7 +207,7 @@ def _table(result: dict[str, Any]) -> Table:
     for head in HEAD:
         table.add_column(head, justify="left" if head == "variant" else "right")
     for cells in rows_of(result):
-        table.add_row(*(cell.strip("`") for cell in cells))
+        table.add_row(*cells)
     return table
 
 
@@ -215,7 +215,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
     """The cells of a result's table."""
     return [
         [
-            f"`{name}`",
+            name,
             *(f"{1e3 * row['seconds'][phase]['median']:.0f}" for phase in PHASES),
             f"{row['share']:.2f}",
             f"{row['ideal_share']:.2f}",

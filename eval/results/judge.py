@@ -53,7 +53,7 @@ def run(
     records = []
     for item in progress(task.held_out(count)):
         seen = replace(item, images=tuple(map(change, item.images)))
-        for q, said in zip(item.questions, answer(model, processor, seen)):
+        for q, said in zip(item.questions, answer(model, processor, seen) if item.questions else ()):
             said = q.answer if task.score(q.answer, said) else said
             records.append(Record(item.index, q.category, q.text, q.answer, said))
     return records
@@ -169,6 +169,15 @@ def _redrawn(hits: np.ndarray) -> dict[str, Any]:
     low, high = interval(hits[:, 0], hits[:, 1])
     right, n = hits.sum(0).tolist()
     return {"n": n, "accuracy": right / n, "low": low, "high": high}
+
+
+def summary(records: list[Record]) -> dict[str, Any]:
+    """Share of right answers with its interval, items redrawn whole, and the share of each category."""
+    each: dict[str, list[bool]] = defaultdict(list)
+    for r in records:
+        each[r.category].append(r.predicted == r.answer)
+    shares = {category: round(float(np.mean(hits)), 3) for category, hits in each.items()}
+    return {**_redrawn(_per_item(records)), "categories": shares}
 
 
 def mistakes(confusion: list[list], count: int = 3) -> list[tuple[str, str, int]]:

@@ -34,6 +34,7 @@ from vtok.errors import PatchStateError, Unsupported
 if TYPE_CHECKING:
     from vtok.stages.stage import Stage
 
+LOG = logging.getLogger(__name__)
 PIXELS = ("pixel_values", "pixel_values_videos")  # keywords that bring pictures
 UNFILLED = (
     "The prompt has placeholders of pictures or clips that nothing fills: pass the processor's whole output "
@@ -48,9 +49,6 @@ UNKNOWN_PROMPT = (
     "labels with -100 on the prompt (TRL: completion_only_loss=True); or use_cache=True, where all of the input is "
     "prompt; or say how long prompts are, `with patch.prompt(length):`{hint}."
 )
-
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass

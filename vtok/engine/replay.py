@@ -88,6 +88,11 @@ class Replay:
         recorded = self.samples[sample].parts.get(stage)
         return None if recorded is None else recorded[number]
 
+    def mask(self, picture: int, layer: int) -> Tensor:
+        """[n] bool, the tokens of a picture of this forward that are present at a decoder layer. On the CPU."""
+        sample, number = self.of[picture]
+        return self.samples[sample].present_at(layer)[number]
+
     def layers(self) -> list[int]:
         """Decoder layers, but the first, from which on less is present in some sample."""
         return sorted({first for sample in self.samples for first in sample.layers if first})
@@ -96,8 +101,8 @@ class Replay:
         """[B, S] bool, the visual tokens present at a decoder layer, on the device; and how many a sample has."""
         flat = torch.zeros(prefill.batch * prefill.length, dtype=torch.bool, device=prefill.device)
         counts = [0] * prefill.batch
-        for picture, (sample, number) in zip(prefill.pictures, self.of):
-            mask = self.samples[sample].present_at(layer)[number]
-            counts[sample] += int(mask.sum())
+        for i, picture in enumerate(prefill.pictures):
+            mask = self.mask(i, layer)
+            counts[self.of[i][0]] += int(mask.sum())
             flat[picture.tokens] = mask.to(prefill.device)
         return flat.view(prefill.batch, prefill.length), counts

@@ -9,6 +9,7 @@ recorded with its sample and replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -99,11 +100,9 @@ class _Replayed:
             self.kept = None
 
     def get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        theirs = self.theirs[LOGPS]
-        if self.kept is None or not patches_on(model):  # a dense reference
-            return theirs(model, *args, **kwargs)
-        with handle(model).replaying(self.kept):
-            return theirs(model, *args, **kwargs)
+        found = patches_on(model) if self.kept is not None else []
+        with found[0].replaying(self.kept) if found else nullcontext():  # a dense reference has none
+            return self.theirs[LOGPS](model, *args, **kwargs)
 
 
 def _trace(patch: Patch) -> Trace | None:

@@ -140,14 +140,15 @@ class PreLLMStage(Stage[PreLLM]):
 
     def _again(self, prefill: Prefill, members: list[int], tokens: Tensor) -> Selection:
         """What is recorded of pictures of one layout, tokens [G, n] flat positions."""
-        present, device = prefill.replay.present(prefill, 0)[0].view(-1), tokens.device
+        device = tokens.device
+        keep = torch.stack([prefill.replay.mask(i, 0) for i in members]).to(device)
         recorded = [prefill.replay.part(self.name, i) for i in members]
         if recorded[0] is None:
-            return Selection(present[tokens])
+            return Selection(keep)
         into, weight = (None if x[0] is None else torch.stack(x).to(device) for x in zip(*recorded))
         x = prefill.flat[tokens]
         features = mean_of_members(x, into) if weight is None else sum_of_members(x, into, weight)
-        return Selection(present[tokens], features=features, merged_into=into, weight=weight)
+        return Selection(keep, features=features, merged_into=into, weight=weight)
 
     def count(self, prefill: Prefill, keep: Tensor, droppable: Tensor) -> None:
         prefill.positions = self._shifted(prefill.cache, prefill.positions)
