@@ -207,9 +207,9 @@ def supervised(family: str, name: str, folder: Any = None, resume: Any = None, *
     """Losses of SFTTrainer, one a step."""
     from trl import SFTConfig, SFTTrainer
 
-    lora = settings.pop("peft_config", None)
+    lora, answers = settings.pop("peft_config", None), settings.pop("answers", ("a red cat",) * 4)
     model, processor = patched(family, name)
-    chat = rows(completion=said(*["a red cat"] * 4))
+    chat = rows(completion=said(*answers))
     how = {"max_length": None, "completion_only_loss": True, "seed": 0, "max_steps": 3}
     args = SFTConfig(folder or tempfile.mkdtemp(), **QUIET | SMALL | how | settings)
     trainer = SFTTrainer(model, args=args, train_dataset=chat, processing_class=processor, peft_config=lora)
@@ -318,11 +318,16 @@ def write_table(
 
 
 @app.command()
-def losses(method: str, batch: Annotated[int, typer.Option(help="Rows of each process, of four in all.")] = 4) -> None:
+def losses(
+    method: str,
+    batch: Annotated[int, typer.Option(help="Rows of each process, of four in all.")] = 4,
+    ragged: Annotated[bool, typer.Option("--ragged", help="Answers of unequal length.")] = False,
+) -> None:
     """The losses of three steps of SFT, to be compared between one process and two."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    found = supervised(FAMILIES[0], method, per_device_train_batch_size=batch)
+    answers = ("a red cat", "blue", "a dog", "it") if ragged else ("a red cat",) * 4
+    found = supervised(FAMILIES[0], method, per_device_train_batch_size=batch, answers=answers)
     if int(os.environ.get("RANK", 0)) == 0:
         print(method, found)
 
