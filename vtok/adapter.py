@@ -75,8 +75,13 @@ class Adapter(ABC):
         """The module that joins text and vision and calls `language_model`."""
         return model.model
 
-    def layers(self, language_model: nn.Module) -> nn.ModuleList:
-        return language_model.layers
+    def language_model(self, core: nn.Module) -> nn.Module:
+        """The decoder, without its head."""
+        return core.language_model
+
+    def layers(self, core: nn.Module) -> nn.ModuleList:
+        """Those of the decoder."""
+        return self.language_model(core).layers
 
     def encoder_layers(self, core: nn.Module) -> Sequence[nn.Module]:
         return self.tower(core.config).blocks(core.get_submodule(self.encoder))
@@ -212,18 +217,22 @@ def _families() -> str:
 
 
 def find(model: nn.Module) -> tuple[nn.Module, Adapter]:
-    """The vision-language model inside `model` (itself, or wrapped by PEFT and the like) and its adapter."""
+    """The vision-language model or language model inside `model` (itself, or wrapped by PEFT and the like) and its
+    adapter."""
+    from vtok.adapters.causal_lm import CausalLM
+
     load_all()
     for module in model.modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
-        if model_type in _REGISTRY and "lm_head" in module._modules:  # wrappers answer for it, but do not hold it
+        known = model_type in _REGISTRY and "lm_head" in module._modules  # wrappers answer for it, but do not hold it
+        if known or CausalLM.describes(module):
             if not type(module).__module__.startswith("transformers."):
                 raise Unsupported(
                     f"{type(module).__name__} is remote code. Load the checkpoint with transformers' own class "
                     f"(trust_remote_code=False; for many there is a converted '-hf' repository)."
                 )
-            return module, _REGISTRY[model_type]()
+            return module, _REGISTRY[model_type]() if known else CausalLM()
     raise Unsupported(
         f"{type(model).__name__} is no vision-language model that vtok knows. Supported families: {_families()}. "
-        f"Pass the ...ForConditionalGeneration model."
+        f"Pass the ...ForConditionalGeneration model (or a ...ForCausalLM, for methods of the cache)."
     )

@@ -51,6 +51,7 @@ Fraction = Annotated[float, In("(0, 1]", ints=False), "a fraction"]
 Count = Annotated[int, In(">= 1"), "a count"]
 Keep = Fraction | Count
 Share = Annotated[float, In("(0, 1]")]
+Part = Annotated[float, In("[0, 1]")]
 Positive = Annotated[float, In("> 0")]
 AtLeast0 = Annotated[int, In(">= 0")]
 AtLeast1 = Annotated[int, In(">= 1")]

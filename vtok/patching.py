@@ -76,7 +76,7 @@ def patch(
             f"This model is already patched: {_PATCHES[core]!r}. Call swap() on that handle, or vtok.unpatch(model)."
         )
     adapter.check(vlm.config)
-    return Patch(vlm, adapter, _chosen(adapter, method, options, budget, len(adapter.layers(core.language_model))))
+    return Patch(vlm, adapter, _chosen(adapter, method, options, budget, len(adapter.layers(core))))
 
 
 def unpatch(model: nn.Module) -> None:
@@ -207,7 +207,7 @@ class Patch(Handle):
         """Let another method act on the model, as `patch` takes it. Where it cannot, the former goes on."""
         self._must_be_on("swap the method of")
         core = self._target()
-        n_layers = len(self._adapter.layers(core.language_model))
+        n_layers = len(self._adapter.layers(core))
         parts = _chosen(self._adapter, method, options, budget, n_layers)
         self._refuse_compiled("is compiled, and would not see another method")
         before, old = self._seams, self.compressors
@@ -299,13 +299,16 @@ class Patch(Handle):
                 raise Unsupported(
                     f"{stage.compressor.name} makes shapes of what it finds in the picture, which cannot be compiled."
                 )
-        compiled = torch.compile(core.language_model.forward, **{"fullgraph": True, **options})
+            if not stage.compiles:
+                raise Unsupported(f"{stage.compressor.name} changes the cache in its layers, which cannot be compiled.")
+        decoder = self._adapter.language_model(core)
+        compiled = torch.compile(decoder.forward, **{"fullgraph": True, **options})
 
-        @functools.wraps(type(core.language_model).forward)
+        @functools.wraps(type(decoder).forward)
         def forward(language_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return compiled(*args, **kwargs)
 
-        self._seams.stand_in(core.language_model, "forward", forward)
+        self._seams.stand_in(decoder, "forward", forward)
         self._compiled = True
 
     def _must_be_on(self, wish: str) -> None:

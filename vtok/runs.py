@@ -76,7 +76,7 @@ class Asked:
     def run(self, method: str = DENSE) -> Run:
         """The answer with one method, patched for this run alone, or of the dense model."""
         vlm, adapter = adapters.find(self.model)
-        language_model, now = adapter.core(vlm).language_model, clock(vlm.device)
+        language_model, now = adapter.language_model(adapter.core(vlm)), clock(vlm.device)
         with ExitStack() as stack:
             # The patch's own hooks lie between these two, so that its work is counted.
             before = Marks(language_model, now, first=True)

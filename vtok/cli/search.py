@@ -86,7 +86,7 @@ def _open(
     if known := len(evaluations.known):
         say(f"going on after {known} evaluations in {out / 'trace.json'}")
     resumable(ctx)
-    return Session(network, processor, evaluations, out, len(family.layers(family.core(vlm).language_model)))
+    return Session(network, processor, evaluations, out, len(family.layers(family.core(vlm))))
 
 
 def _close(session: Session, rates: schedules.Rates, compare: int, floor: float | None, **result: Any) -> None:

@@ -164,10 +164,10 @@ def decode_flops(shape: TextShape, cached_counts: Sequence[int], neurons: Mappin
     return sum(_layer(shape, 1, n + 1, i, computed.get(i)) for i, n in layers) + shape.hidden * shape.vocab
 
 
-def kv_bytes(shape: TextShape, counts: Sequence[int], bytes_per_value: int) -> int:
+def kv_bytes(shape: TextShape, counts: Sequence[float], bytes_per_value: int) -> int:
     """Bytes of one sample's key-value cache. `counts`: tokens in each layer's cache; `bytes_per_value`: 2 in
     half precision. A sliding-window cache that drops tokens holds less."""
-    return sum(2 * shape.kv_width * n * bytes_per_value for n in _checked(shape, counts))
+    return round(sum(2 * shape.kv_width * n * bytes_per_value for n in _checked(shape, counts)))
 
 
 def encoder_flops(

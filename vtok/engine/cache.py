@@ -121,7 +121,7 @@ class CompressedCache(DynamicCache):
             return cache
         if type(cache) is not DynamicCache or any(cache.is_sliding):
             raise Unsupported(
-                f"Visual tokens can be dropped from a DynamicCache without sliding windows, not from a "
+                f"Columns can be dropped from a DynamicCache without sliding windows, not from a "
                 f"{type(cache).__name__}. Leave `past_key_values` and `cache_implementation` unset."
             )
         cache.__class__ = cls
@@ -171,13 +171,16 @@ class CompressedCache(DynamicCache):
             self.valid[layer_idx] = torch.cat([old, new], -1)
         return self.valid[layer_idx]
 
-    def keep(self, layer_idx: int, index: Tensor) -> None:
+    def keep(self, layer_idx: int, index: Tensor, valid: Tensor | None = None) -> None:
         """Hold these columns of a layer alone, and free the others.
 
         layer_idx: a layer with a record of its own (`split`), as that of the next. index: [B, K] long, or [B, G, K]
-        where each of the layer's G key-value heads keeps columns of its own. Ascending, so that time order stays."""
+        where each of the layer's G key-value heads keeps columns of its own. Ascending, so that time order stays.
+        valid: [B, K] or [B, G, K] bool, where rows or heads keep fewer than K; false ones are padding on the left. Else
+        a column is padding that was."""
         if layer_idx not in self.valid or (layer_idx + 1 < len(self.layers) and layer_idx + 1 not in self.valid):
             raise PatchStateError(f"Layer {layer_idx} shares its record of columns with others: split the cache first.")
+        of_index = valid
         layer, valid = self.layers[layer_idx], self.valid[layer_idx]
         heads = layer.keys.shape[1]
         places = index if index.ndim == 3 else index[:, None].expand(-1, heads, -1)  # [B, G, K]
@@ -185,7 +188,9 @@ class CompressedCache(DynamicCache):
             held = getattr(layer, name)  # [B, G, L, d]
             at = places.to(held.device)[..., None].expand(-1, -1, -1, held.shape[3])
             setattr(layer, name, held.gather(2, at))
-        if valid is not None:
+        if of_index is not None:
+            self.valid[layer_idx] = of_index
+        elif valid is not None:
             if valid.ndim < index.ndim:
                 valid = valid[:, None].expand(-1, heads, -1)
             self.valid[layer_idx] = valid.gather(-1, (index if valid.ndim == index.ndim else places).to(valid.device))
@@ -222,6 +227,8 @@ def causal_mask(config, hidden: Tensor, valid: Tensor | None, cache: DynamicCach
 
     hidden: [B, Q, D]; valid: [B, columns + Q] bool or None; [B, G, columns + Q] where each head group has columns of
     its own, for which transformers knows no mask: [B, H, Q, columns + Q], for SDPA and eager attention."""
+    if valid is None and hidden.shape[1] == 1:
+        return None  # one token, which sees all
     if valid is None or valid.ndim == 2:
         how = {"config": config, "inputs_embeds": hidden, "attention_mask": valid, "layer_idx": layer_idx, NAME: cache}
         return create_causal_mask(**how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vtok.engine.cache import CompressedCache, Rows, causal_mask, gather
-from vtok.engine.prompt import Prompts
+from vtok.engine.prompt import Prompts, Told
 from vtok.engine.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from vtok.engine.trace import Part
     from vtok.stages.stage import Stage
 
 
@@ -40,7 +42,8 @@ class Pass:
     columns: first layer -> [B, L'] the columns of `rows[0]` that are present from there on.
     groups: the first layers of runs of layers that hold the same columns, of this forward and of the cache.
     prompts: where a forward that brings pictures says its prompts end; None for one that brings none.
-    state: stage -> what it keeps for this forward.
+    state: stage -> what it keeps for this forward. parts: what the trace is told by stages that act in it.
+    told: what the forward is told about its prompts.
     """
 
     config: Any
@@ -57,8 +60,14 @@ class Pass:
     steps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, L'] columns of its input to gather
     masks: dict[int, Any] = field(default_factory=dict)
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    told: Told = field(default_factory=Told)
     late: dict[int, Tensor] = field(default_factory=dict)  # see `Adapter.late_features`
     late_row: Tensor | None = None  # [B, S] each position's row of them, -1 for text
+
+    def timing(self) -> AbstractContextManager:
+        """Within, what stages do is timed, where the forward brings a prompt that has a clock."""
+        return nullcontext() if self.stopwatch is None else self.stopwatch
 
     def group(self, layer: int) -> int:
         """The first layer of the run in which `layer` is."""

@@ -32,6 +32,7 @@ from vtok.engine.trace import Shapes, Trace
 from vtok.errors import PatchStateError, Unsupported
 
 if TYPE_CHECKING:
+    from vtok.engine.trace import Part
     from vtok.stages.stage import Stage
 
 LOG = logging.getLogger(__name__)
@@ -248,11 +249,17 @@ class Engine:
         if call is not None and any(encoded.layouts for encoded in call.encoded.values()):
             cache = self._cache(module, kwargs)
             return args, self._opened(cache, prefill(self, module, call, kwargs, cache))
-        if isinstance(cache, CompressedCache):
-            return args, self._opened(cache, self._continue(module, dict(kwargs), cache))
-        if call is not None and (cache is None or (type(cache) is DynamicCache and not cache.get_seq_length())):
-            self._note_text(kwargs)
-        return None
+        parts: dict[str, Part] = {}
+        if not isinstance(cache, CompressedCache):
+            if call is None:
+                return None
+            if cache is None or (type(cache) is DynamicCache and not cache.get_seq_length()):
+                self._note_text(module, args, kwargs, parts)
+            if not any(stage.on_text for stage in self.stages):
+                return None
+            cache = self._cache(module, kwargs)
+        going_on = self._continue(module, args, dict(kwargs), cache, parts)
+        return None if going_on is None else ((), self._opened(cache, going_on))
 
     def _opened(self, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if isinstance(cache, CompressedCache):
@@ -301,11 +308,14 @@ class Engine:
             return given
         return torch.arange(length, device=device)[None] + (cache.seen if cache is not None else 0)
 
-    def _continue(self, module: nn.Module, kwargs: dict[str, Any], cache: CompressedCache) -> dict[str, Any]:
-        """Text on a cache that holds a compressed prompt: decoding, or another turn."""
+    def _continue(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], cache: CompressedCache | None, parts: dict
+    ) -> dict[str, Any] | None:
+        """Text on a cache that holds a compressed prompt: decoding, or another turn; or a prompt of text alone, on an
+        empty cache, or on none, where nothing is left to change. parts: of its trace."""
         hidden, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if hidden is None:
-            hidden = module.get_input_embeddings()(kwargs.pop("input_ids"))
+            hidden = module.get_input_embeddings()(kwargs.pop("input_ids", None) if not args else args[0])
             kwargs["inputs_embeds"] = hidden
         batch, length, _ = hidden.shape
         check_mask(mask)
@@ -313,11 +323,14 @@ class Engine:
         if length > 1 and mask is not None and not bool(mask[:, -length:].all()):
             new = mask[:, -length:].bool()
         p = Pass(module.config, self.stages or self.installed, cache, batch, length)
+        p.parts, p.told = parts, self.local.call.told if self.local.call is not None else Told()
         if new is not None:
             p.rows[0] = Rows(torch.arange(length, device=hidden.device).expand(batch, -1), new, padded=True)
         positions = self.positions(kwargs.get("position_ids"), cache, length, hidden.device)
         for stage in p.stages:
             positions = stage.resume(p, positions)
+        if cache is None:
+            return None
         return self.run_on(p, {**kwargs, "position_ids": positions})
 
     def run_on(self, p: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +366,7 @@ class Engine:
 
     def _cache(self, module: nn.Module, kwargs: dict[str, Any]) -> CompressedCache | None:
         """The cache in which a prefill leaves less than it was given, or None where it leaves nothing."""
-        cache, mask, length = cache_in(kwargs), kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1]
+        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         if not self.active and not isinstance(cache, CompressedCache):
             return None
         if cache is None:
@@ -363,8 +376,10 @@ class Engine:
             if not use_cache or (module.training and getattr(module, "gradient_checkpointing", False)):
                 return None
             return CompressedCache.adopt(DynamicCache(config=module.config), None)
-        past = mask[:, :-length] if mask is not None and mask.shape[1] > length else None
-        if isinstance(cache, CompressedCache) or past is None or bool(past.all()):
+        check_mask(mask)
+        held = 0 if isinstance(cache, CompressedCache) or mask is None else cache.get_seq_length()
+        past = mask[:, :held] if held else None
+        if past is not None and bool(past.all()):
             past = None
         return CompressedCache.adopt(cache, past)
 
@@ -397,12 +412,11 @@ class Engine:
                 LOG.warning(UNSTEADY, part.name, str(dtype).removeprefix("torch."))
                 self.warned = True
 
-    def _note_text(self, kwargs: dict[str, Any]) -> None:
-        """A prompt without pictures is a prefill too: its trace says that there was nothing to keep."""
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None:
-            return
-        batch, length, _ = embeds.shape
+    def _note_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], parts: dict[str, Part]) -> None:
+        """A prompt without pictures is a prefill too: its trace says that no picture was there. parts: what stages will
+        add to it."""
+        embeds = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
+        batch, length = embeds.shape[:2]
         if self.local.recorded is not None:
             self.local.recorded.next(batch)
         index = torch.arange(length, device=embeds.device).expand(batch, -1)
@@ -410,7 +424,8 @@ class Engine:
         whole = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
         valid = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else whole
         rows = {0: Rows(index, valid, padded=True)}
-        self.note(Trace(self.shapes, (), (), batch, length, rows, embeds.itemsize, None, {}))
+        size = module.get_input_embeddings().weight.itemsize
+        self.note(Trace(self.shapes, (), (), batch, length, rows, size, None, parts))
 
 
 def check_mask(mask: Any) -> None:

@@ -24,7 +24,7 @@ from vtok.stages.stage import Site
 def install(vlm: nn.Module, engine: Engine, site: Site, lock: Any) -> Seams:
     """Put all seams of an engine on a model. lock: held by each call of `generate`, or None."""
     seams, core, adapter = Seams(), site.core, site.adapter
-    language_model = core.language_model
+    language_model = adapter.language_model(core)
     probes = {}  # found before the first hook, as there may be no such layer
     if engine.reads:
         tower, layers = adapter.tower(core.config), adapter.encoder_layers(core)
@@ -176,4 +176,4 @@ def adapter_site(vlm: nn.Module, adapter: Adapter, parts: tuple) -> Site:
     """Where the stages of a patch are to act."""
     core = adapter.core(vlm)
     acting = tuple(part for part in parts if not part.is_identity)
-    return Site(adapter, vlm.config, core, adapter.layers(core.language_model), acting)
+    return Site(adapter, vlm.config, core, adapter.layers(core), acting)

@@ -168,6 +168,7 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
         present[0] = Rows.of(keep, lengths)
         return kwargs
     p = Pass(module.config, engine.stages, cache, seen.batch, seen.length, present, seen.prompts)
+    p.parts, p.told = parts, call.told
     p.stopwatch, p.late, p.late_row = seen.stopwatch, seen.late, seen.late_row.view(seen.batch, seen.length)
     index, there, embeds, positions, may_go = compact_sequence(
         keep, max(lengths), seen.flat.view_as(seen.embeds), seen.positions, droppable

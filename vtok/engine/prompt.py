@@ -28,6 +28,13 @@ class Told:
     whole: bool = False
     on_pictures: Tensor | None = None
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the most of `length`. Waits for the device where that is a tensor."""
+        if isinstance(self.length, int):
+            return self.length, self.length
+        return int(self.length.min()), int(self.length.max())
+
 
 @dataclass(frozen=True)
 class Prompts:

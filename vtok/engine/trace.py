@@ -95,8 +95,9 @@ class Part:
         """For how many prompts weights of these neurons are copied."""
         return 0
 
-    def cached(self, layer: int, tokens: int) -> int:
-        """How many columns a decoder layer's cache holds of a prompt of which so many tokens entered the layer."""
+    def cached(self, layer: int, sample: int, tokens: float) -> float:
+        """How many columns a decoder layer's cache holds of a sample's prompt, of which so many tokens entered the layer:
+        the mean over its key-value heads."""
         return tokens
 
     def recorded(self, sample: int, pictures: Sequence[int]) -> Any:
@@ -262,14 +263,16 @@ class Trace:
         """{"dense", "compressed"} -> {"encoder", "prefill", "decode"}: operations of the whole batch by formula
         (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill. Raises
         `Unsupported` for a tower or a decoder that cannot be counted."""
-        text, vision = self.shapes.text, self.shapes.vision
+        text, vision = self.shapes.text, self.shapes.vision if self.pictures else None
         views = {"dense": self.layouts, "compressed": [self._seen_as(picture) for picture in self.pictures]}
         merged_at = {"dense": None, "compressed": self._merged_at}
         neurons = {"dense": {}, "compressed": self.neurons}
         cached = self.cached()
         return {
             kind: {
-                "encoder": encoder_flops(
+                "encoder": 0
+                if vision is None
+                else encoder_flops(
                     vision, (view for x in views[kind] for view in _views(x, vision.merge)), merged_at[kind]
                 ),
                 "prefill": sum(prefill_flops(text, counts, causal) for counts in samples),
@@ -278,15 +281,18 @@ class Trace:
             for kind, samples in self.counts().items()
         }
 
-    def cached(self) -> dict[str, list[list[int]]]:
-        """{"dense", "compressed"}: for each sample the columns of its prompt that each decoder layer's cache holds."""
+    def cached(self) -> dict[str, list[list[float]]]:
+        """{"dense", "compressed"}: for each sample the columns of its prompt that each decoder layer's cache holds, the
+        mean over key-value heads."""
         counts = self.counts()
-        held = [[self._cached(layer, n) for layer, n in enumerate(sample)] for sample in counts["compressed"]]
+        held = [
+            [self._cached(layer, b, n) for layer, n in enumerate(sample)] for b, sample in enumerate(counts["compressed"])
+        ]
         return {"dense": counts["dense"], "compressed": held}
 
-    def _cached(self, layer: int, tokens: int) -> int:
+    def _cached(self, layer: int, sample: int, tokens: float) -> float:
         for part in self.parts.values():
-            tokens = part.cached(layer, tokens)
+            tokens = part.cached(layer, sample, tokens)
         return tokens
 
     def _seen_as(self, picture: Picture) -> Layout:

@@ -106,7 +106,7 @@ def train(
     try:
         model.requires_grad_(False)
         if decoder:
-            for module in (adapter.core(vlm).language_model, vlm.lm_head):
+            for module in (adapter.language_model(adapter.core(vlm)), vlm.lm_head):
                 module.requires_grad_(True)
         projector.requires_grad_(True)
         callback.attach(model)

@@ -49,6 +49,8 @@ class Stage(Generic[C]):
     name: ClassVar[str]
     in_layers: ClassVar[bool] = False  # whether it acts between decoder layers, or in them
     behind_prompt: ClassVar[bool] = False  # whether it acts on what comes behind the prompt, in one forward with it
+    on_text: ClassVar[bool] = False  # whether it acts on prompts without pictures, too
+    compiles: ClassVar[bool] = True  # whether what it does in layers can be part of a compiled graph
     alone: ClassVar[bool] = False  # whether one thread at a time may encode where it acts
 
     def __init__(self, compressor: C, site: Site) -> None:
@@ -94,7 +96,8 @@ class Stage(Generic[C]):
         """These numbers are told (`prefill.told`); the language model is about to run."""
 
     def resume(self, p: Pass, positions: Tensor) -> Tensor:
-        """A forward of text on a cache that holds a compressed prompt begins. Returns the positions of its tokens."""
+        """A forward of text begins: on a cache that holds a compressed prompt, or for a stage that acts on text a prompt
+        without pictures. Returns the positions of its tokens."""
         return positions
 
     def before_layer(self, p: Pass, layer: int) -> None:

@@ -1,0 +1,44 @@
+"""StreamingLLM: a sliding window over the cache, behind the first columns, which take up attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtok.errors import InvalidValue
+from vtok.options import AtLeast0
+from vtok.stages.kv import KV, Columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(KV):
+    """The first `sinks` columns and the latest ones (Section 3.2). While answering, each new column pushes one out.
+
+    sinks: columns at the beginning that stay.
+    Differs from the paper: columns keep their positions, where the paper counts them within the cache.
+    Not good for: anything that is said in the middle of a prompt.
+    """
+
+    name = "streaming_llm"
+    paper = "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
+    bounded = True
+    by_grid = True
+    examples = ({}, {"keep": 6, "sinks": 2})
+
+    sinks: AtLeast0 = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.keep, int) and self.keep <= self.sinks:
+            raise InvalidValue(f"keep must be above sinks, {self.sinks}, got {self.keep}: the window would be empty.")
+
+    @property
+    def least(self) -> int:
+        return self.sinks + 1
+
+    def score(self, seen: Columns) -> Tensor:
+        return seen.place.float()
+
+    def stays(self, seen: Columns) -> Tensor:
+        return seen.place < self.sinks
