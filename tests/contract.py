@@ -125,14 +125,17 @@ def run(model: nn.Module, inputs, **extra):
         return model(**inputs, **{"use_cache": True, **extra})
 
 
+BEHIND = ("kv", "attend", "decode")  # stages that leave the prompt's own forward as it is
+
+
 def masks(parts: tuple) -> bool:
     """Whether a cell is dense masking throughout; text behind the prompt is not where its neurons are dropped."""
-    return all(part.stage != "decode" for part in parts)
+    return all(part.stage not in BEHIND for part in parts)
 
 
 def drops(parts: tuple) -> bool:
     """Whether fewer tokens enter the language model's last layer."""
-    return not all(part.stage == "decode" or (part.stage == "blocks" and not part.scatters) for part in parts)
+    return not all(part.stage in BEHIND or (part.stage == "blocks" and not part.scatters) for part in parts)
 
 
 def cells(scope: str = "all", only=lambda parts: True) -> list:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vtok.engine.columns import Columns
 from vtok.options import AtLeast0, Keep, Part
-from vtok.stages.kv import KV, Columns
+from vtok.stages.kv import KV
 
 
 @dataclass(frozen=True, kw_only=True)

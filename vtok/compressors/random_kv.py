@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtok.stages.kv import KV, Columns, uniform
+from vtok.engine.columns import Columns, uniform
+from vtok.stages.kv import KV
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from vtok.engine.columns import Columns
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
 from vtok.options import AtLeast1, In, Keep
-from vtok.stages.kv import KV, Columns
+from vtok.stages.kv import KV
 
 
 @dataclass(frozen=True, kw_only=True)

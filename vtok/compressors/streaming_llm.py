@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vtok.engine.columns import Columns
 from vtok.errors import InvalidValue
 from vtok.options import AtLeast0
-from vtok.stages.kv import KV, Columns
+from vtok.stages.kv import KV
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ sees or caches. Compacting keeps the order, and puts the padding that ragged bat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -194,6 +195,20 @@ class CompressedCache(DynamicCache):
             if valid.ndim < index.ndim:
                 valid = valid[:, None].expand(-1, heads, -1)
             self.valid[layer_idx] = valid.gather(-1, (index if valid.ndim == index.ndim else places).to(valid.device))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, forwards of the engine's own add columns, which are gone at the end."""
+        valid, seen, held = dict(self.valid), self.seen, [self.columns(i) for i in range(len(self.layers))]
+        self.open = True
+        try:
+            yield
+        finally:
+            del self.layers[len(held) :]
+            for i, layer in enumerate(self.layers):
+                if more := self.columns(i) - held[i]:
+                    layer.crop(-more)
+            self.valid, self.seen, self.open = valid, seen, False
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.valid = {first: None if v is None else change(v) for first, v in self.valid.items()}

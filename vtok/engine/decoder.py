@@ -43,7 +43,7 @@ class Pass:
     groups: the first layers of runs of layers that hold the same columns, of this forward and of the cache.
     prompts: where a forward that brings pictures says its prompts end; None for one that brings none.
     state: stage -> what it keeps for this forward. parts: what the trace is told by stages that act in it.
-    told: what the forward is told about its prompts.
+    told: what the forward is told about its prompts. embeds, positions: what enters the first layer.
     """
 
     config: Any
@@ -62,6 +62,8 @@ class Pass:
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
+    embeds: Tensor | None = None
+    positions: Tensor | None = None
     late: dict[int, Tensor] = field(default_factory=dict)  # see `Adapter.late_features`
     late_row: Tensor | None = None  # [B, S] each position's row of them, -1 for text
 

@@ -32,7 +32,6 @@ from vtok.engine.trace import Shapes, Trace
 from vtok.errors import PatchStateError, Unsupported
 
 if TYPE_CHECKING:
-    from vtok.engine.trace import Part
     from vtok.stages.stage import Stage
 
 LOG = logging.getLogger(__name__)
@@ -61,7 +60,8 @@ class Call:
     told: Told
     placeholders: dict[str, Tensor] = field(default_factory=dict)  # modality -> [B, S] bool, where there are no ids
     encoded: dict[str, Encoded] = field(default_factory=dict)
-    passing: Pass | None = None
+    passing: Pass | None = None  # of a forward that brings a prompt
+    running: Pass | None = None  # of any, while the language model runs
 
     def places(self, modality: str) -> Tensor:
         """[B, S] bool: the placeholders of a modality."""
@@ -246,20 +246,20 @@ class Engine:
     # ---- language model ----------------------------------------------------------------------------------------
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         call, cache = self.local.call, cache_in(kwargs)
-        if call is not None and any(encoded.layouts for encoded in call.encoded.values()):
-            cache = self._cache(module, kwargs)
-            return args, self._opened(cache, prefill(self, module, call, kwargs, cache))
-        parts: dict[str, Part] = {}
-        if not isinstance(cache, CompressedCache):
+        brings = call is not None and any(encoded.layouts for encoded in call.encoded.values())
+        if not brings and not isinstance(cache, CompressedCache):
             if call is None:
                 return None
-            if cache is None or (type(cache) is DynamicCache and not cache.get_seq_length()):
-                self._note_text(module, args, kwargs, parts)
+            begins = cache is None or (type(cache) is DynamicCache and not cache.get_seq_length())
             if not any(stage.on_text for stage in self.stages):
+                if begins:
+                    self._note_text(kwargs)
                 return None
-            cache = self._cache(module, kwargs)
-        going_on = self._continue(module, args, dict(kwargs), cache, parts)
-        return None if going_on is None else ((), self._opened(cache, going_on))
+            brings = begins
+        kwargs = embedded(module, args, kwargs)
+        cache = self._cache(module, kwargs)
+        run = prefill(self, module, call, kwargs, cache) if brings else self._continue(module, kwargs, cache)
+        return (), self._opened(cache, run)
 
     def _opened(self, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if isinstance(cache, CompressedCache):
@@ -269,8 +269,14 @@ class Engine:
     def after_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if isinstance(cache := cache_in(kwargs), CompressedCache):
             cache.open = False
-        p = self.local.call.passing if self.local.call is not None else None
-        return None if p is None or output is None else p.restore(output)
+        call = self.local.call
+        if call is None or output is None:
+            return None
+        running, call.running = call.running, None
+        if running is not None:
+            for stage in running.stages:
+                stage.finished(self, module, running)
+        return None if call.passing is None else call.passing.restore(output)
 
     def before_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         p: Pass | None = kwargs.get(KEYWORD)
@@ -308,39 +314,32 @@ class Engine:
             return given
         return torch.arange(length, device=device)[None] + (cache.seen if cache is not None else 0)
 
-    def _continue(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], cache: CompressedCache | None, parts: dict
-    ) -> dict[str, Any] | None:
-        """Text on a cache that holds a compressed prompt: decoding, or another turn; or a prompt of text alone, on an
-        empty cache, or on none, where nothing is left to change. parts: of its trace."""
-        hidden, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        if hidden is None:
-            hidden = module.get_input_embeddings()(kwargs.pop("input_ids", None) if not args else args[0])
-            kwargs["inputs_embeds"] = hidden
+    def _continue(self, module: nn.Module, kwargs: dict[str, Any], cache: CompressedCache) -> dict[str, Any]:
+        """Text on a cache that holds a prompt: decoding, or another turn."""
+        hidden, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         batch, length, _ = hidden.shape
         check_mask(mask)
         new = None
         if length > 1 and mask is not None and not bool(mask[:, -length:].all()):
             new = mask[:, -length:].bool()
         p = Pass(module.config, self.stages or self.installed, cache, batch, length)
-        p.parts, p.told = parts, self.local.call.told if self.local.call is not None else Told()
+        p.told = self.local.call.told if self.local.call is not None else Told()
         if new is not None:
             p.rows[0] = Rows(torch.arange(length, device=hidden.device).expand(batch, -1), new, padded=True)
         positions = self.positions(kwargs.get("position_ids"), cache, length, hidden.device)
         for stage in p.stages:
             positions = stage.resume(p, positions)
-        if cache is None:
-            return None
+        self.check_cache(p)
         return self.run_on(p, {**kwargs, "position_ids": positions})
 
     def run_on(self, p: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keywords of a pass that is about to run: its mask, its cache, and the pass itself."""
         cache, embeds = p.cache, kwargs["inputs_embeds"]
+        p.embeds, p.positions = embeds, kwargs["position_ids"]
         rows = p.rows_at(0)
         if cache is None:  # without a mask and a cache, gaps in the positions would be read as packed sequences
             kwargs["attention_mask"] = rows.valid.long()
         else:
-            self._check_cache(p, cache)
             new = rows.valid if rows is not None and rows.padded else None
             valid = cache.extend(0, new, p.batch, embeds.shape[1], embeds.device)
             if valid is not None and valid.ndim == 3:
@@ -349,12 +348,15 @@ class Engine:
                 kwargs["attention_mask"] = None if valid is None else valid.long()
             cache.seen += p.length
             kwargs = with_cache(kwargs, cache)
+        if self.local.call is not None:
+            self.local.call.running = p
         if self.watches_layers:  # leave the pass in the keywords only where layer hooks will take it out again
             kwargs[KEYWORD] = p
         return kwargs
 
-    def _check_cache(self, p: Pass, cache: CompressedCache) -> None:
+    def check_cache(self, p: Pass) -> None:
         """The cache's layers are this patch's, and have a record each where they hold columns of their own."""
+        cache = p.cache
         p.groups |= cache.valid.keys() if p.prompts is None else set()
         names = {stage.name for stage in p.stages}
         if not p.groups >= cache.valid.keys() or not names >= cache.states.keys():
@@ -412,11 +414,12 @@ class Engine:
                 LOG.warning(UNSTEADY, part.name, str(dtype).removeprefix("torch."))
                 self.warned = True
 
-    def _note_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], parts: dict[str, Part]) -> None:
-        """A prompt without pictures is a prefill too: its trace says that no picture was there. parts: what stages will
-        add to it."""
-        embeds = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
-        batch, length = embeds.shape[:2]
+    def _note_text(self, kwargs: dict[str, Any]) -> None:
+        """A prompt without pictures is a prefill too: its trace says that there was nothing to keep."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            return
+        batch, length, _ = embeds.shape
         if self.local.recorded is not None:
             self.local.recorded.next(batch)
         index = torch.arange(length, device=embeds.device).expand(batch, -1)
@@ -424,8 +427,16 @@ class Engine:
         whole = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
         valid = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else whole
         rows = {0: Rows(index, valid, padded=True)}
-        size = module.get_input_embeddings().weight.itemsize
-        self.note(Trace(self.shapes, (), (), batch, length, rows, size, None, parts))
+        self.note(Trace(self.shapes, (), (), batch, length, rows, embeds.itemsize, None, {}))
+
+
+def embedded(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a language model's call, with embeddings in place of ids."""
+    kwargs = dict(kwargs)
+    ids = kwargs.pop("input_ids", args[0] if args else None)
+    if kwargs.get("inputs_embeds") is None:
+        kwargs["inputs_embeds"] = module.get_input_embeddings()(ids)
+    return kwargs
 
 
 def check_mask(mask: Any) -> None:

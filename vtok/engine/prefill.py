@@ -1,4 +1,4 @@
-"""A forward that brings pictures: what is visual, where prompts end, what stages keep, the sequence made compact."""
+"""A forward that brings a prompt: what is visual, where prompts end, what stages keep, the sequence made compact."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Prefill:
             x for encoded in call.encoded.values() for x in encoded.probed or [{}] * len(encoded.layouts)
         ]
         seen = cache.get_seq_length() if cache is not None else 0
-        self.prompts = prompt.locate(call.told, self.valid, self.visual, seen, len(self.pictures))
+        self.prompts = prompt.locate(call.told, self.valid, self.visual, seen, max(1, len(self.pictures)))
+        self.stages = engine.stages if self.pictures else [stage for stage in engine.stages if stage.on_text]
         self.flat = self.embeds.reshape(self.batch * self.length, width)
         self.kept = (self.valid & (~self.visual | self.prompts.needed)).view(-1)
         self.countable = torch.zeros_like(self.kept)
@@ -89,19 +90,20 @@ class Prefill:
 
     def select(self) -> tuple[Tensor, Tensor]:
         """Stages choose. Returns keep and droppable, each [B, S] bool."""
-        for stage in self.engine.stages:
+        for stage in self.stages:
             stage.select(self)
         if not self.chosen:
             self.keep_all()
         keep = self.kept.view(self.batch, self.length) & self.valid
         droppable = self.countable.view(self.batch, self.length) & ~self.prompts.needed
         self.ask("lengths", keep.sum(1))
-        self.ask("owners", torch.stack([picture.tokens[0] for picture in self.pictures]) // self.length)
+        first = [picture.tokens[0] for picture in self.pictures]
+        self.ask("owners", torch.stack(first) // self.length if first else self.prompts.turns.new_empty(0))
         self.ask("unclear", self.prompts.unclear)
         self.ask("turns", self.prompts.turns)
         call, absent = self.call, self.engine.token_ids.keys() - self.call.encoded.keys()
         self.ask("unfilled", torch.stack([torch.zeros_like(keep).any(), *(call.places(m).any() for m in absent)]))
-        for stage in self.engine.stages:
+        for stage in self.stages:
             stage.count(self, keep, droppable)
         self.wait()
         return keep, droppable
@@ -149,7 +151,7 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
     if engine.active and (kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)):
         raise Unsupported("output_attentions is not available while tokens are dropped: its shape would change.")
     present: dict[int, Rows] = {}  # grows as decoder layers prune
-    parts = {stage.name: part for stage in engine.stages if (part := stage.part(seen)) is not None}
+    parts = {stage.name: part for stage in seen.stages if (part := stage.part(seen)) is not None}
     engine.note(
         Trace(
             engine.shapes,
@@ -167,15 +169,17 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
     if not engine.active and cache is None:
         present[0] = Rows.of(keep, lengths)
         return kwargs
-    p = Pass(module.config, engine.stages, cache, seen.batch, seen.length, present, seen.prompts)
+    p = Pass(module.config, seen.stages, cache, seen.batch, seen.length, present, seen.prompts)
     p.parts, p.told = parts, call.told
     p.stopwatch, p.late, p.late_row = seen.stopwatch, seen.late, seen.late_row.view(seen.batch, seen.length)
     index, there, embeds, positions, may_go = compact_sequence(
         keep, max(lengths), seen.flat.view_as(seen.embeds), seen.positions, droppable
     )
     present[0] = Rows(index, there, min(lengths) < max(lengths), may_go)
-    for stage in engine.stages:
+    for stage in seen.stages:
         stage.begin(seen, p)
+    if cache is not None:
+        engine.check_cache(p)
     call.passing = p
     return engine.run_on(p, {**kwargs, "inputs_embeds": embeds, "position_ids": positions})
 

@@ -11,7 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtok.errors import Unsupported
+
 IGNORE = -100  # transformers' label of a token that is not supervised
+ANSWERS = (
+    "{name} acts behind the prompt, so an answer in one forward with its prompt would be read otherwise than when it "
+    "is generated. Let the prompt be one forward (use_cache=True, or generate) and the answer others on its cache; to "
+    "train, take a method that acts before the cache, or `with patch.paused():`."
+)
+CHUNKS = "{name} cannot act on a prompt that comes in chunks: leave prefill_chunk_size unset."
+DRAFTS = (
+    "{name} acts after each token of an answer, so that several at once (drafts of assisted decoding, prompt lookup) "
+    "would give another answer: leave them out, or take a method that lets answers be."
+)
+UNKNOWN = (
+    "{name} acts behind the prompt, and this forward does not say whether it is one. Call generate; or pass "
+    "use_cache=True, where all of the input is prompt; or say how long prompts are, `with patch.prompt(length):`."
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +44,29 @@ class Told:
     whole: bool = False
     on_pictures: Tensor | None = None
 
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """The least and the most of `length`. Waits for the device where that is a tensor."""
-        if isinstance(self.length, int):
-            return self.length, self.length
-        return int(self.length.min()), int(self.length.max())
+    def answers(self, seen: int, length: int, name: str, one_by_one: bool) -> bool:
+        """Whether a forward of `length` tokens behind `seen` is part of an answer, for a method that acts behind the
+        prompt. one_by_one: it acts on each token of an answer.
+
+        Raises `Unsupported` where nobody says, and where it is both. Waits for the device where the prompt's length is
+        a tensor."""
+        answering, refused = bool(seen) and length == 1, None
+        if self.labels is not None:
+            refused = ANSWERS
+        elif self.length is not None:
+            ends = [self.length] if isinstance(self.length, int) else self.length.tolist()
+            answering = seen >= max(ends)
+            if not answering and seen + length > min(ends):
+                refused = ANSWERS
+            elif seen + length < min(ends):
+                refused = CHUNKS
+        elif not self.whole:
+            refused = UNKNOWN
+        if answering and one_by_one and length > 1:
+            refused = DRAFTS
+        if refused is not None:
+            raise Unsupported(refused.format(name=name))
+        return answering
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vtok.engine.accounting import (
     decode_flops,
     encoder_flops,
     kv_bytes,
+    layer_flops,
     prefill_flops,
 )
 from vtok.engine.cache import Rows
@@ -96,9 +97,13 @@ class Part:
         return 0
 
     def cached(self, layer: int, sample: int, tokens: float) -> float:
-        """How many columns a decoder layer's cache holds of a sample's prompt, of which so many tokens entered the layer:
-        the mean over its key-value heads."""
+        """How many columns a layer's cache holds of a sample's prompt, of which so many tokens entered the layer. The
+        mean over its key-value heads."""
         return tokens
+
+    def aside(self, sample: int) -> Sequence[int]:
+        """Of each of the first decoder layers, the tokens of a sample that went through it once more, to be read."""
+        return ()
 
     def recorded(self, sample: int, pictures: Sequence[int]) -> Any:
         """What the stage needs to do the same again for a sample of the batch, whose pictures these are; on the CPU."""
@@ -267,7 +272,9 @@ class Trace:
         views = {"dense": self.layouts, "compressed": [self._seen_as(picture) for picture in self.pictures]}
         merged_at = {"dense": None, "compressed": self._merged_at}
         neurons = {"dense": {}, "compressed": self.neurons}
-        cached = self.cached()
+        cached, once_more = self.cached(), [part.aside(b) for part in self.parts.values() for b in range(self.batch)]
+        more = sum(layer_flops(text, n, causal, i) for counts in once_more for i, n in enumerate(counts))
+        aside = {"dense": 0, "compressed": more}
         return {
             kind: {
                 "encoder": 0
@@ -275,7 +282,7 @@ class Trace:
                 else encoder_flops(
                     vision, (view for x in views[kind] for view in _views(x, vision.merge)), merged_at[kind]
                 ),
-                "prefill": sum(prefill_flops(text, counts, causal) for counts in samples),
+                "prefill": sum(prefill_flops(text, counts, causal) for counts in samples) + aside[kind],
                 "decode": sum(decode_flops(text, counts, neurons[kind]) for counts in cached[kind]),
             }
             for kind, samples in self.counts().items()
@@ -286,7 +293,8 @@ class Trace:
         mean over key-value heads."""
         counts = self.counts()
         held = [
-            [self._cached(layer, b, n) for layer, n in enumerate(sample)] for b, sample in enumerate(counts["compressed"])
+            [self._cached(layer, b, n) for layer, n in enumerate(sample)]
+            for b, sample in enumerate(counts["compressed"])
         ]
         return {"dense": counts["dense"], "compressed": held}
 

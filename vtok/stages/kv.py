@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vtok.compressor import Compressor
+from vtok.engine.aside import Watch, run_aside
+from vtok.engine.cache import Rows, gather
+from vtok.engine.columns import Columns, Held, Layer, chosen, columns, counted
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
-from vtok.errors import InvalidValue, Unsupported
-from vtok.kernels.attention_column_sums import attention_column_sums
+from vtok.errors import InvalidValue
 from vtok.kernels.compact_sequence import kept_last
 from vtok.options import Keep
 from vtok.stages.stage import Site, Stage
-from vtok.types import keep_count, ranks
+from vtok.types import keep_count
 
-CHUNKS = "{name} cannot act on a prompt that comes in chunks: leave prefill_chunk_size unset."
-DRAFTS = (
-    "{name} drops columns after each token of an answer, so that several at once (drafts of assisted decoding, prompt "
-    "lookup) would give another answer: leave them out, or use a method that keeps what is answered."
-)
-ANSWERS = (
-    "{name} drops columns behind the prompt, so an answer in one forward with its prompt would see what it does not see "
-    "when it is generated. Let the prompt be one forward (use_cache=True, or generate) and the answer others on its "
-    "cache; to train, use a method that acts before the cache, or `with patch.paused():`."
-)
-UNKNOWN = (
-    "{name} drops columns behind the prompt, and this forward does not say whether it is one. Call generate; or pass "
-    "use_cache=True, where all of the input is prompt; or say how long prompts are, `with patch.prompt(length):`."
-)
+if TYPE_CHECKING:
+    from vtok.engine.forward import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +41,7 @@ class KV(Compressor):
     needs = frozenset({"attention"})
     text_guided = True
     bounded: ClassVar[bool] = False  # whether the cache holds no more while answering than behind the prompt
+    rereads: ClassVar[bool] = False  # whether it scores columns as the model repeats its prompt, and not while it reads
 
     keep: Keep = 0.5
     visual: Keep | None = None
@@ -80,117 +70,30 @@ class KV(Compressor):
         return 1
 
     def budget(self, tokens: Tensor, visual: Tensor | None) -> Tensor:
-        """[B, 1] how many columns stay of a prompt of so many tokens [B]; or [B, 2] of its `visual` [B] and the rest."""
+        """[B, 1] how many columns stay of a prompt of so many tokens [B]; or [B, 2] of its `visual` [B] and others."""
         if visual is None:
             return counted(tokens, self.keep).clamp(min=self.least)[:, None]
         return torch.stack([counted(n, share) for n, share in zip((visual, tokens - visual), self._shares())], 1)
 
     @abstractmethod
     def score(self, seen: Columns) -> Tensor:
-        """[B, G, L] the importance of each column to each head group. Of a bounded method it is `seen.before` in the next
-        forward."""
+        """[B, G, L] the importance of each column to each head group. It is `seen.before` in the next forward that asks
+        for scores."""
 
     def stays(self, seen: Columns) -> Tensor:
         """[B, G, L] bool: the columns that stay whatever their score, no more than `seen.budget`."""
         return torch.zeros_like(seen.valid)
 
     def with_budget(self, budget: float, n_layers: int) -> KV:
-        raise InvalidValue(f"{self.name} drops no visual tokens, but columns of the cache: give keep instead of budget.")
-
-
-def counted(n: Tensor, keep: float | int) -> Tensor:
-    """What `keep` means of each of n [B]: see `vtok.types.keep_count`."""
-    if isinstance(keep, int):
-        return torch.full_like(n, keep)
-    return (n.double() * keep + 1e-9).floor().long().clamp(min=1)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What a compressor sees of one layer's cache, its last columns those of this forward, after RoPE.
-
-    query: [B, H, Q, d]. key, value: [B, G, L, d], Q of them new. scaling: of the logits. valid: [B, G, L] bool.
-    place: [B, G, L] long, the how-manieth token of its row a column was, from 0. rows: [B, Q] the columns of the
-    queries, -1 for padding. budget: [B] long, columns that will stay. before: [B, G, L] the scores so far, 0 for new
-    columns. layer: of the decoder. step: tokens of the answer so far, 0 for the prompt.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scaling: float
-    valid: Tensor
-    place: Tensor
-    rows: Tensor
-    budget: Tensor
-    before: Tensor
-    layer: int
-    step: int
-
-    @property
-    def age(self) -> Tensor:
-        """[B, G, L] how many valid columns are behind each, 0 for the newest."""
-        return self.valid.flip(2).cumsum(2).flip(2) - 1
-
-    def last(self, count: Tensor) -> Tensor:
-        """[B, G, L] bool: the newest columns of each row, count [B] of them."""
-        return self.valid & (self.age < count[:, None, None])
-
-    @cached_property
-    def apart(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query, key, rows and valid with head groups as rows of the batch: [B * G, ...]."""
-        batch, groups, length, width = self.key.shape
-        query = self.query.reshape(batch * groups, -1, *self.query.shape[2:])
-        key = self.key.reshape(batch * groups, 1, length, width)
-        return query, key, self.rows.repeat_interleave(groups, 0), self.valid.reshape(batch * groups, length)
-
-    def attention_sums(self) -> Tensor:
-        """[B, G, L] the attention that each column gets in this forward, summed over queries and heads of a group."""
-        query, key, rows, valid = self.apart
-        sums = attention_column_sums(query, key, rows, self.scaling, valid)
-        return (sums * query.shape[1]).view(self.valid.shape)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What the stage keeps of one layer of a sequence.
-
-    tokens: [B] how many columns of each row the layer was ever given. most: of any row, at most. place, before: see
-    `Columns`. budget: [B, 1] columns that stay, or [B, 2] of pictures and of the rest. width: the most of a row.
-    visual: [B, G, L] bool, the columns of pictures, where these have a budget of their own.
-    """
-
-    tokens: Tensor
-    most: int
-    place: Tensor
-    before: Tensor
-    budget: Tensor
-    width: int
-    visual: Tensor | None = None
-
-    def each(self, change: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> Layer:
-        """The same with other rows, or other columns."""
-        place, before, visual = (None if x is None else columns(x) for x in (self.place, self.before, self.visual))
-        return replace(
-            self, tokens=change(self.tokens), budget=change(self.budget), place=place, before=before, visual=visual
+        raise InvalidValue(
+            f"{self.name} drops no visual tokens, but columns of the cache: give keep instead of budget."
         )
 
 
 @dataclass
-class Held:
-    """What the stage keeps for a sequence. steps: tokens of the answer so far."""
-
-    layers: dict[int, Layer] = field(default_factory=dict)
-    steps: int = 0
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Held:
-        return Held({i: layer.each(change, change) for i, layer in self.layers.items()}, self.steps)
-
-
-@dataclass
 class Cutting:
-    """What it keeps for one forward. answering: whether the prompt is over. scores: layer -> scores and which stay in any case,
-    [B, G, L] each, until the layer is cut."""
+    """What it keeps for one forward. answering: whether the prompt is over. scores: layer -> scores and which stay in
+    any case, [B, G, L] each, until the layer is cut."""
 
     held: Held
     answering: bool
@@ -213,43 +116,19 @@ class KVStage(Stage[KV]):
 
     # ---- a forward begins ------------------------------------------------------------------------------------------
     def begin(self, prefill: Prefill, p: Pass) -> None:
-        self._enter(p, ANSWERS if prefill.prompts.completed else None)
+        self.resume(p, prefill.positions)
 
     def resume(self, p: Pass, positions: Tensor) -> Tensor:
-        self._enter(p, None)
+        seen = 0 if p.cache is None else p.cache.seen
+        answering = p.told.answers(seen, p.length, self.compressor.name, one_by_one=self.compressor.bounded)
+        if p.cache is not None:  # else nothing is cached, and a prompt's own forward is dense
+            held: Held = p.cache.states.setdefault(self.name, Held())
+            held.steps = held.steps + p.length if answering else 0
+            p.state[self.name] = Cutting(held, answering, Evicted())
+            if not answering:
+                p.parts[self.name] = p.state[self.name].part
+            p.groups |= set(self.layers)
         return positions
-
-    def _enter(self, p: Pass, refused: str | None) -> None:
-        answering = self._answers(p, 0 if p.cache is None else p.cache.seen, refused)
-        if p.cache is None:  # nothing is cached, and a prompt's own forward is dense
-            return
-        held: Held = p.cache.states.setdefault(self.name, Held())
-        held.steps = held.steps + p.length if answering else 0
-        p.state[self.name] = Cutting(held, answering, Evicted())
-        if not answering:
-            p.parts[self.name] = p.state[self.name].part
-        p.groups |= set(self.layers)
-
-    def _answers(self, p: Pass, seen: int, refused: str | None) -> bool:
-        """Whether a forward is part of an answer. Raises `Unsupported` where nobody says, and where it is both."""
-        told, name = p.told, self.compressor.name
-        answering = bool(seen) and p.length == 1
-        if told.labels is not None:
-            refused = ANSWERS
-        elif told.length is not None:
-            shortest, longest = told.bounds
-            answering = seen >= longest
-            if not answering and seen + p.length > shortest:
-                refused = ANSWERS
-            elif seen + p.length < shortest:
-                refused = CHUNKS
-        elif not told.whole:
-            refused = UNKNOWN
-        if answering and self.compressor.bounded and p.length > 1:
-            refused = DRAFTS
-        if refused is not None:
-            raise Unsupported(refused.format(name=name))
-        return answering
 
     # ---- in its layers ---------------------------------------------------------------------------------------------
     def watches(self, p: Pass, layer: int) -> bool:
@@ -263,20 +142,8 @@ class KVStage(Stage[KV]):
         with p.timing(), torch.no_grad():
             valid = self._valid(p, layer, seen.key)
             record = state.held.layers[layer] = self._record(p, state, layer, valid, seen.query.shape[2])
-            told = Columns(
-                seen.query.detach(),
-                seen.key.detach(),
-                seen.value.detach(),
-                seen.scaling,
-                valid,
-                record.place,
-                _rows(valid, seen.query.shape[2]),
-                record.budget.sum(1),
-                record.before,
-                layer,
-                state.held.steps,
-            )
-            if self.compressor.bounded or record.width < valid.shape[2]:
+            if not self.compressor.rereads and (self.compressor.bounded or record.width < valid.shape[2]):
+                told = columns(seen, valid, record, layer, state.held.steps)
                 state.scores[layer] = self.compressor.score(told).float(), self.compressor.stays(told)
 
     def _valid(self, p: Pass, layer: int, key: Tensor) -> Tensor:
@@ -288,26 +155,17 @@ class KVStage(Stage[KV]):
 
     def _record(self, p: Pass, state: Cutting, layer: int, valid: Tensor, queries: int) -> Layer:
         """The layer's record, with the columns that came since the last eviction."""
-        batch, groups, length = valid.shape
         old = state.held.layers.get(layer)
-        held = 0 if old is None else min(old.place.shape[2], length - queries)
-        new = valid[:, 0, held:]  # head groups differ in what was dropped alone
-        tokens = new.new_zeros(batch, dtype=torch.long)
-        place, before = tokens.new_zeros(batch, groups, 0), torch.zeros(batch, groups, 0, device=valid.device)
-        if old is not None:  # columns may have been cropped since
-            tokens = old.tokens - (old.place.shape[2] - held)
-            place, before = old.place[..., :held], old.before[..., :held]
-        added = (tokens[:, None] + new.cumsum(1) - 1)[:, None].expand(-1, groups, -1)
-        place = torch.cat([place, added], 2)
-        before = torch.cat([before, before.new_zeros(added.shape)], 2)
-        tokens = tokens + new.sum(1)
-        most = length - held + (0 if old is None else old.most)
-        visual = self._visual(p, layer, valid, queries, old) if self.compressor.apart else None
+        record = Layer.of(valid) if old is None else old.grown(valid, queries)
+        if self.compressor.apart:
+            record = replace(record, visual=self._visual(p, layer, valid, queries, old))
         if state.answering:
-            return replace(old, tokens=tokens, most=most, place=place, before=before, visual=visual)
-        budget = self.compressor.budget(tokens, None if visual is None else (visual & valid)[:, 0].sum(1))
-        width = length - 1 if visual is not None else max(self.compressor.least, keep_count(most, self.compressor.keep))
-        return Layer(tokens, most, place, before, budget, width, visual)
+            return record
+        budget = self.compressor.budget(record.tokens, record.pictures(valid))
+        width = valid.shape[2] - 1  # not known on the host
+        if not self.compressor.apart:
+            width = max(self.compressor.least, keep_count(record.most, self.compressor.keep))
+        return replace(record, budget=budget, width=width)
 
     def _visual(self, p: Pass, layer: int, valid: Tensor, queries: int, old: Layer | None) -> Tensor:
         """[B, G, L] bool: the columns of pictures."""
@@ -321,7 +179,7 @@ class KVStage(Stage[KV]):
 
     def attended(self, p: Pass, layer: int) -> None:
         state: Cutting | None = p.state.get(self.name)
-        if state is None or not self.watches(p, layer):
+        if state is None or self.compressor.rereads or not self.watches(p, layer):
             return
         with p.timing(), torch.no_grad():
             record, found = state.held.layers[layer], state.scores.pop(layer, None)
@@ -330,36 +188,97 @@ class KVStage(Stage[KV]):
                 state.part.note(p, layer, valid, None)
                 return
             score, stays = found
-            record = replace(record, before=score)
             keep = chosen(score.masked_fill(stays, torch.inf), valid, record.budget, record.visual)
             width = int(keep.sum(2).max()) if self.compressor.apart else min(record.width, keep.shape[2])
-            index = kept_last(keep.flatten(0, 1), width).view(*keep.shape[:2], width)
-            there = keep.gather(2, index)
-            state.part.note(p, layer, there, index)
-            if width < keep.shape[2]:
-                even = p.cache.valid[layer] is None and (p.batch == 1 or not self.compressor.apart)
-                p.cache.keep(layer, index, None if even else there[:, 0])  # head groups hold equally many
-                record = record.each(lambda x: x, lambda x: x.gather(2, index))
-            state.held.layers[layer] = record
+            self._cut(p, state, layer, score, keep, width, even=True)
+
+    def _cut(self, p: Pass, state: Cutting, layer: int, score: Tensor, keep: Tensor, width: int, even: bool) -> None:
+        """Let a layer hold the columns of keep [B, G, L], at most `width`. even: all head groups hold equally many."""
+        record = replace(state.held.layers[layer], before=score)
+        index = kept_last(keep.flatten(0, 1), width).view(*keep.shape[:2], width)
+        there = keep.gather(2, index)
+        state.part.note(p, layer, there, index)
+        if width < keep.shape[2]:
+            full = p.cache.valid[layer] is None and even and (p.batch == 1 or not self.compressor.apart)
+            p.cache.keep(layer, index, None if full else there[:, 0] if even else there)
+            record = record.each(lambda x: x, lambda x: x.gather(2, index))
+        state.held.layers[layer] = record
+
+    # ---- behind the layers -----------------------------------------------------------------------------------------
+    def finished(self, engine: Engine, module: nn.Module, p: Pass) -> None:
+        state: Cutting | None = p.state.get(self.name)
+        if state is None or state.answering or not self.compressor.rereads:
+            return
+        layers = state.held.layers
+        with p.timing(), torch.no_grad():
+            valid = {i: self._valid(p, i, layers[i].place) for i in self.layers}
+            scores = self._reread(engine, module, p, layers, valid)
+            stays = {i: columns(None, valid[i], layers[i], i, 0) for i in self.layers}
+            ranked = {i: scores[i].masked_fill(self.compressor.stays(stays[i]), torch.inf) for i in self.layers}
+            keep = self._chosen(ranked, valid, layers)
+            widths = torch.stack([keep[i].sum(2).max() for i in self.layers]).tolist()
+            for i in self.layers:
+                self._cut(p, state, i, scores[i], keep[i], widths[i], self.compressor.even)
+
+    def _chosen(self, score: dict, valid: dict, layers: dict[int, Layer]) -> dict[int, Tensor]:
+        """Layer -> [B, G, L] bool, what stays: of each layer and head group as much, or the best of all."""
+        if self.compressor.even:
+            return {i: chosen(score[i], valid[i], layers[i].budget, layers[i].visual) for i in self.layers}
+        flat = lambda each: torch.cat([each[i].flatten(1).to(each[0].device) for i in self.layers], 1)[:, None]
+        groups = valid[0].shape[1]
+        budget = sum(layers[i].budget.to(valid[0].device) for i in self.layers) * groups
+        visual = flat({i: layers[i].visual for i in self.layers}) if self.compressor.apart else None
+        keep = (
+            chosen(flat(score), flat(valid), budget, visual).squeeze(1).split([valid[i][0].numel() for i in valid], 1)
+        )
+        return {i: keep[i].view(valid[i].shape).to(valid[i].device) for i in self.layers}
+
+    def _reread(self, engine: Engine, module: nn.Module, p: Pass, layers: dict, valid: dict) -> dict[int, Tensor]:
+        """Layer -> [B, G, L] the scores that columns of this forward get as the model repeats it, chunk by chunk."""
+        method, (batch, length, _), device = self.compressor, p.embeds.shape, p.embeds.device
+        ask = module.get_input_embeddings()(torch.tensor(method.ask, dtype=torch.long, device=device))
+        ask = ask.to(p.embeds.dtype).expand(batch, -1, -1)
+        last = p.positions.amax(-1, keepdim=True)  # text goes on behind the largest position
+        last = last.amax(0) if last.ndim == 3 else last
+        padding = _padding(p)
+        scores = {i: layers[i].before.clone() for i in self.layers}
+        for start in range(0, length, method.chunk):
+            end, lead = start + method.chunk, max(0, start - method.overlap)
+            index = padding + torch.arange(lead, min(end, length), device=device)  # [B, q] each row's own chunk
+            embeds = torch.cat([ask, gather(p.embeds, index.clamp(max=length - 1))], 1)
+            there = torch.cat([index.new_ones(ask.shape[:2]), index < length], 1).bool()
+            rows = Rows(torch.arange(embeds.shape[1], device=device).expand(batch, -1), there, padded=True)
+            positions = last + there.cumsum(1)
+            positions = positions.expand(3, *positions.shape) if p.positions.ndim == 3 else positions
+
+            def watch(i: int, seen: Seen, start: int = start, end: int = end) -> None:
+                record, mine = layers[i], self._in_chunk(p, i, layers[i], start, end)
+                sees = (mine | (record.place < method.sinks)) & valid[i]
+                sees = F.pad(sees, (0, seen.query.shape[2]), value=True) & self._valid(p, i, seen.key)
+                told = columns(seen, sees, record.grown(sees, seen.query.shape[2]), i, 0)
+                scores[i] = torch.where(mine, method.score(told)[..., : mine.shape[2]], scores[i])
+
+            aside = Pass(module.config, [Watch(watch)], p.cache, *embeds.shape[:2], {0: rows}, groups=set(p.groups))
+            if p.late:
+                aside.late, there = p.late, p.rows[0].index.gather(1, index.clamp(max=length - 1))
+                aside.late_row = F.pad(p.late_row.gather(1, there), (ask.shape[1], 0), value=-1)
+            run_aside(engine, module, aside, embeds, positions)
+        return scores
+
+    def _in_chunk(self, p: Pass, layer: int, record: Layer, start: int, end: int) -> Tensor:
+        """[B, G, L] bool: the columns of a layer that are some of those from start to end which entered the first."""
+        first = max((begin for begin in p.columns if begin <= layer), default=None)
+        place = torch.arange(p.embeds.shape[1], device=record.place.device)[None]
+        place = place if first is None else p.columns[first].to(place.device)
+        place = place - _padding(p).to(place.device)
+        mine = F.pad((place >= start) & (place < end), (record.place.shape[2] - place.shape[1], 0))
+        return mine[:, None].expand_as(record.place)
 
 
-def chosen(score: Tensor, valid: Tensor, budget: Tensor, visual: Tensor | None = None) -> Tensor:
-    """[B, G, L] bool: the columns that stay, those with the best scores, ties to the earlier.
-
-    score, valid: [B, G, L]. budget: [B, 1] of each row; or [B, 2] of `visual` ones [B, G, L] and of the others."""
-    score = score.nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    kinds = [valid] if visual is None else [valid & visual, valid & ~visual]
-    keep = torch.zeros_like(valid)
-    for kind, most in zip(kinds, budget.unbind(1)):
-        keep |= kind & (ranks(score.masked_fill(~kind, -torch.inf)) < most[:, None, None])
-    return keep
-
-
-def _rows(valid: Tensor, queries: int) -> Tensor:
-    """[B, Q] the columns of the queries, -1 for padding. valid: [B, G, L]."""
-    length = valid.shape[2]
-    rows = torch.arange(length - queries, length, device=valid.device).expand(len(valid), -1)
-    return torch.where(valid[:, 0, length - queries :], rows, -1)
+def _padding(p: Pass) -> Tensor:
+    """[B, 1] how many columns of padding each row has in front."""
+    rows = p.rows_at(0)
+    return p.embeds.new_zeros(p.batch, 1).long() if rows is None else (~rows.valid).sum(1, keepdim=True)
 
 
 @dataclass
@@ -394,13 +313,3 @@ class Evicted(Part):
 
     def to_dict(self) -> dict[str, Any]:
         return {"kv_columns": {str(layer): counts.tolist() for layer, counts in self.counts.items()}}
-
-
-def uniform(seed: int, index: Tensor) -> Tensor:
-    """A number in (0, 1) for each index [...] long: always the same, whatever the batch and the device.
-
-    The mixing function of SplitMix64 (Steele, Lea and Flood, 2014), which draws from a counter."""
-    x = index * -7046029254386353131 + seed * -4658895280553007687 + 1  # odd 64-bit constants; overflow wraps
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    return ((x >> 40 & 0xFFFFFF) + 0.5) / (1 << 24)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vtok.engine.decoder import Pass, Seen
     from vtok.engine.encode import EncoderCall
     from vtok.engine.ffn import Visit
+    from vtok.engine.forward import Engine
     from vtok.engine.prefill import Prefill
     from vtok.engine.trace import Part
 
@@ -96,8 +97,7 @@ class Stage(Generic[C]):
         """These numbers are told (`prefill.told`); the language model is about to run."""
 
     def resume(self, p: Pass, positions: Tensor) -> Tensor:
-        """A forward of text begins: on a cache that holds a compressed prompt, or for a stage that acts on text a prompt
-        without pictures. Returns the positions of its tokens."""
+        """A forward of text on a cache that holds a prompt begins. Returns the positions of its tokens."""
         return positions
 
     def before_layer(self, p: Pass, layer: int) -> None:
@@ -115,6 +115,9 @@ class Stage(Generic[C]):
 
     def attended(self, p: Pass, layer: int) -> None:
         """A layer's attention is done: what its cache holds may be cut (`p.cache.keep`)."""
+
+    def finished(self, engine: Engine, module: nn.Module, p: Pass) -> None:
+        """The language model `module` has run, and its cache may still be added to (`engine.run_on`)."""
 
     def feed_forward(self, p: Pass, visit: Visit) -> None:
         """Looks into a layer's FFN, in the layers of `ffn_layers`."""

@@ -1,0 +1,67 @@
+"""TokenSelect: each token of an answer attends to the columns that its heads vote for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vtok.engine.columns import counted
+from vtok.engine.decoder import Seen
+from vtok.options import AtLeast0, AtLeast1, In, Keep
+from vtok.stages.attend import Attend
+from vtok.types import keep_count, ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSelect(Attend):
+    """Votes: each head's softmax of q k over the candidate columns, summed over heads (Equation 7). All heads of a
+    layer attend to the first columns, the best candidates and the latest columns. Nothing leaves the cache.
+
+    keep: how many of the candidates, a count, or a fraction of all columns.
+    initial: first columns, in any case. latest: newest ones, in any case, the token itself among them.
+    theta: a choice is used again for the next tokens while the cosine of their query to its own is at least this,
+        for all rows of a batch; to know costs a wait for the device in each layer. none: choose for each token.
+    Differs from the paper: the prompt is read whole, not in chunks of which each selects; columns keep their positions;
+        query heads share keys as transformers lays them out, where the official kernel mixes groups up.
+    Not good for: memory, as the cache stays whole; short prompts, which are attended to whole.
+    """
+
+    name = "tokenselect"
+    paper = "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs, arXiv 2411.02886"
+    examples = ({"keep": 4, "initial": 2, "latest": 3}, {"keep": 0.2, "initial": 1, "latest": 2, "theta": None})
+
+    keep: Keep = 2048
+    initial: AtLeast0 = 128
+    latest: AtLeast1 = 512
+    theta: Annotated[float, In("[-1, 1]")] | None = 0.9
+
+    def select(self, seen: Seen, valid: Tensor, before: tuple | None) -> tuple[Tensor | None, int, tuple | None]:
+        length, query = seen.key.shape[2], seen.query.flatten(1).float()  # [B, H * d]
+        ends = self.initial + self.latest
+        most = ends + keep_count(length, self.keep)
+        if most >= length:
+            return None, length, None
+        place, behind = valid.cumsum(1) - 1, valid.flip(1).cumsum(1).flip(1) - 1
+        always = valid & ((place < self.initial) | (behind < self.latest))
+        if before is not None and bool((F.cosine_similarity(query, before[0]) >= self.theta).all()):
+            query, vote = before[0], F.pad(before[1], (0, length - before[1].shape[1]))
+        else:
+            vote = votes(seen.query, seen.key, valid & ~always)
+        total = ends + counted(valid.sum(1), self.keep)  # [B]
+        score = vote.masked_fill(always, torch.inf).masked_fill(~valid, -torch.inf)
+        again = (query, vote) if self.theta is not None else None
+        return valid & (ranks(score) < total[:, None]), most, again
+
+
+def votes(query: Tensor, key: Tensor, candidates: Tensor) -> Tensor:
+    """[B, L] the sum over heads of softmax(q k) over the candidates [B, L] bool, 0 for others; no scaling (Equation 7).
+
+    query: [B, H, 1, d]. key: [B, G, L, d]."""
+    batch, groups = key.shape[:2]
+    logits = query.reshape(batch, groups, -1, query.shape[3]).float() @ key.float().transpose(2, 3)  # [B, G, H / G, L]
+    logits = logits.flatten(1, 2).masked_fill(~candidates[:, None], -torch.inf)
+    return logits.softmax(-1).nan_to_num(0.0).sum(1)
