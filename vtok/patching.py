@@ -404,6 +404,8 @@ def _chosen(
 ) -> tuple[Compressor, ...]:
     """The compressors of a call; the family's default where no method is named."""
     if method is None:
+        if not adapter.default:
+            raise InvalidValue('A language model has no default method: name one, as in patch(model, "snapkv").')
         method = adapter.default["method"]
         options = {**({"keep": adapter.default["keep"]} if budget is None else {}), **options}
     return _parts(method, options, budget, n_layers)
@@ -477,6 +479,8 @@ def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
             raise Unsupported(f"At most one compressor a stage: {same} all act at {stage!r}.")
     available = site.adapter.available(site.config)
     for part in parts:
+        if not site.adapter.encoders and not stages.find(part.stage).on_text:
+            raise Unsupported(f"{part.name} acts on pictures, and {type(site.core).__name__} takes none.")
         if missing := sorted(part.needs_now - available):
             hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
             raise Unsupported(

@@ -163,7 +163,8 @@ def uniform(seed: int, index: Tensor) -> Tensor:
     """A number in (0, 1) for each index [...] long: always the same, whatever the batch and the device.
 
     The mixing function of SplitMix64 (Steele, Lea and Flood, 2014), which draws from a counter."""
-    x = index * -7046029254386353131 + seed * -4658895280553007687 + 1  # odd 64-bit constants; overflow wraps
+    start = (seed * 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63)  # as a signed number of 64 bits
+    x = index * -7046029254386353131 + start  # overflow wraps
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return ((x >> 41 & 0x7FFFFF) + 0.5) / (1 << 23)

@@ -162,9 +162,9 @@ class KVStage(Stage[KV]):
         if state.answering:
             return record
         budget = self.compressor.budget(record.tokens, record.pictures(valid))
-        width = valid.shape[2] - 1  # not known on the host
+        width, keep = valid.shape[2] - 1, self.compressor.keep  # with budgets apart not known on the host
         if not self.compressor.apart:
-            width = max(self.compressor.least, keep_count(record.most, self.compressor.keep))
+            width = max(self.compressor.least, keep if isinstance(keep, int) else keep_count(record.most, keep))
         return replace(record, budget=budget, width=width)
 
     def _visual(self, p: Pass, layer: int, valid: Tensor, queries: int, old: Layer | None) -> Tensor:

@@ -131,6 +131,11 @@ def of(compressor: Compressor, site: Site) -> Stage:
     return _REGISTRY[compressor.stage](compressor, site)
 
 
+def find(name: str) -> type[Stage]:
+    """The stage of that name."""
+    return _REGISTRY[name]
+
+
 def load_all() -> tuple[str, ...]:
     """Import every stage, and return their names in order."""
     import vtok.stages
