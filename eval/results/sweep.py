@@ -82,7 +82,9 @@ def run_cell(
                     trace = handle.trace
                     flops = trace.flops()
                     sums = {kind: sum(flops[kind][phase] for phase in ("encoder", "prefill")) for kind in flops}
-                    line |= {"mean_keep": trace.mean_keep, "selection_seconds": trace.selection_seconds}
+                    kept = trace.mean_keep if trace.pictures else trace.mean_attended
+                    line |= {"mean_keep": kept, "selection_seconds": trace.selection_seconds}
+                    line |= {"cache": trace.kv_bytes()["compressed"] / trace.kv_bytes()["dense"]}
                     line |= {"flops": sums["compressed"] / sums["dense"]}
                 with own.open("a") as file:
                     file.write(json.dumps(line) + "\n")

@@ -16,7 +16,10 @@ TOKENS = 16  # of an answer at most
 
 
 def media(processor: Any) -> tuple[str, ...]:
-    """What a processor takes: "image", and "video" if it reads clips, be it as pictures, as InternVL's does."""
+    """What a processor takes: "image", and "video" if it reads clips, be it as pictures, as InternVL's does; of a
+    tokenizer "text" alone."""
+    if not hasattr(processor, "tokenizer"):
+        return ("text",)
     return ("image",) if getattr(processor, "video_processor", None) is None else ("image", "video")
 
 
@@ -32,7 +35,8 @@ def answer(model: Any, processor: Any, item: Item, instruction: str = "", tokens
             raise Unsupported(f"{type(processor).__name__} takes no clips.")
         seen = [Clip(item.images, item.fps)]
     asked = [ask(f"{q.text} {instruction}".strip(), *seen) for q in item.questions]
-    inputs = encode(processor, asked).to(model.device, model.dtype)
+    inputs = encode(processor, asked).to(model.device)
+    inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

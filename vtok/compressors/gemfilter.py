@@ -38,7 +38,7 @@ class GemFilter(OfPrompt):
     examples = ({}, {"keep": 9, "depth": 1, "first": 1, "last": 2})
 
     keep: Keep = 0.5
-    depth: Depth = 0.4
+    depth: Depth = 0.45
     kernel: Annotated[int, In(">= 1"), "an odd number"] = 5
     first: AtLeast0 = 4
     last: AtLeast1 = 4
@@ -67,10 +67,11 @@ class GemFilter(OfPrompt):
 
 
 def scores(query: Tensor, key: Tensor, valid: Tensor, end: Tensor, kernel: int, heads: str) -> Tensor:
-    """[B, L] fp32. query: [B, H, L, d]. key: [B, G, L, d]. valid: [B, L] bool. end: [B] the column whose query counts."""
+    """[B, L] fp32. query: [B, H, L, d]. key: [B, G, L, d]. valid: [B, L] bool. end: [B] column whose query counts."""
     batch, groups, _, width = key.shape
     last = query.gather(2, end[:, None, None, None].expand(-1, query.shape[1], 1, width))  # [B, H, 1, d]
-    products = last.view(batch, groups, -1, width).float() @ key.float().transpose(2, 3)  # [B, G, H / G, L]
+    last = last.view(batch, groups, -1, width).float()
+    products = last @ key.float().transpose(2, 3)  # [B, G, H / G, L]
     if heads == "softmax":
         products = products.masked_fill(~valid[:, None, None], -torch.inf).softmax(-1)
     score = products.sum((1, 2)).masked_fill(~valid, 0.0)

@@ -39,10 +39,12 @@ class TokenSelect(Attend):
     latest: AtLeast1 = 512
     theta: Annotated[float, In("[-1, 1]")] | None = 0.9
 
+    def most(self, length: float) -> int:
+        return self.initial + keep_count(int(length), self.keep) + self.latest
+
     def select(self, seen: Seen, valid: Tensor, before: tuple | None) -> tuple[Tensor | None, int, tuple | None]:
         length, query = seen.key.shape[2], seen.query.flatten(1).float()  # [B, H * d]
-        ends = self.initial + self.latest
-        most = ends + keep_count(length, self.keep)
+        ends, most = self.initial + self.latest, self.most(length)
         if most >= length:
             return None, length, None
         place, behind = valid.cumsum(1) - 1, valid.flip(1).cumsum(1).flip(1) - 1

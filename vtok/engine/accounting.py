@@ -157,7 +157,7 @@ def prefill_flops(shape: TextShape, counts: Sequence[int], causal: bool = False)
     return sum(layer_flops(shape, n, causal, i) for i, n in layers) + shape.hidden * shape.vocab
 
 
-def decode_flops(shape: TextShape, cached_counts: Sequence[int], neurons: Mapping[int, int] | None = None) -> int:
+def decode_flops(shape: TextShape, cached_counts: Sequence[float], neurons: Mapping[int, int] | None = None) -> int:
     """Operations of one decoding step. `cached_counts`: tokens in each layer's cache before the step. `neurons`: layer
     -> how many neurons of the MLP are computed, all where it does not say."""
     layers, computed = enumerate(_checked(shape, cached_counts)), neurons or {}

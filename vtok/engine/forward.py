@@ -427,7 +427,7 @@ class Engine:
         whole = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
         valid = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else whole
         rows = {0: Rows(index, valid, padded=True)}
-        self.note(Trace(self.shapes, (), (), batch, length, rows, embeds.itemsize, None, {}))
+        self.note(Trace(self.shapes, (), (), batch, length, valid.sum(1), rows, embeds.itemsize, None, {}))
 
 
 def embedded(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
             tuple(seen.told["owners"]),
             seen.batch,
             seen.length,
+            seen.valid.sum(1),
             present,
             seen.embeds.itemsize,
             seen.stopwatch,

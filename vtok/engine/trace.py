@@ -101,6 +101,10 @@ class Part:
         mean over its key-value heads."""
         return tokens
 
+    def attended(self, layer: int, sample: int, columns: float) -> float:
+        """To how many of the columns of a sample's prompt in a layer's cache the first token of the answer attends."""
+        return columns
+
     def aside(self, sample: int) -> Sequence[int]:
         """Of each of the first decoder layers, the tokens of a sample that went through it once more, to be read."""
         return ()
@@ -126,6 +130,7 @@ class Trace:
     samples: tuple[int, ...]  # of each picture, the sample (row of the batch) it belongs to
     batch: int
     length: int  # S, of the padded input
+    tokens: Tensor  # [B] of each sample's prompt, before anything was dropped
     rows: dict[int, Rows]  # first layer -> positions present
     bytes_per_value: int  # of the embeddings, and so of keys and values
     _stopwatch: Stopwatch | None
@@ -254,10 +259,7 @@ class Trace:
 
     def counts(self) -> dict[str, list[list[int]]]:
         """{"dense", "compressed"}: for each sample the tokens that enter each decoder layer."""
-        valid = self.present_at(0)
-        for picture in self.pictures:
-            valid.view(-1)[picture.rows.cpu()] = True
-        dense = [[n] * self.shapes.layers for n in valid.sum(1).tolist()]
+        dense = [[n] * self.shapes.layers for n in self.tokens.tolist()]
         per_layer: list[list[int]] = [[] for _ in range(self.batch)]
         for first, layers in self._groups():
             for sample, n in enumerate(self.present_at(first).sum(1).tolist()):
@@ -272,7 +274,8 @@ class Trace:
         views = {"dense": self.layouts, "compressed": [self._seen_as(picture) for picture in self.pictures]}
         merged_at = {"dense": None, "compressed": self._merged_at}
         neurons = {"dense": {}, "compressed": self.neurons}
-        cached, once_more = self.cached(), [part.aside(b) for part in self.parts.values() for b in range(self.batch)]
+        attended = self.attended()
+        once_more = [part.aside(b) for part in self.parts.values() for b in range(self.batch)]
         more = sum(layer_flops(text, n, causal, i) for counts in once_more for i, n in enumerate(counts))
         aside = {"dense": 0, "compressed": more}
         return {
@@ -283,7 +286,7 @@ class Trace:
                     vision, (view for x in views[kind] for view in _views(x, vision.merge)), merged_at[kind]
                 ),
                 "prefill": sum(prefill_flops(text, counts, causal) for counts in samples) + aside[kind],
-                "decode": sum(decode_flops(text, counts, neurons[kind]) for counts in cached[kind]),
+                "decode": sum(decode_flops(text, counts, neurons[kind]) for counts in attended[kind]),
             }
             for kind, samples in self.counts().items()
         }
@@ -297,6 +300,25 @@ class Trace:
             for b, sample in enumerate(counts["compressed"])
         ]
         return {"dense": counts["dense"], "compressed": held}
+
+    def attended(self) -> dict[str, list[list[float]]]:
+        """The same as `cached`, of columns to which the first token of the answer attends."""
+        cached = self.cached()
+        return {
+            "dense": cached["dense"],
+            "compressed": [self._attended(b, x) for b, x in enumerate(cached["compressed"])],
+        }
+
+    def _attended(self, sample: int, held: list[float]) -> list[float]:
+        for part in self.parts.values():
+            held = [part.attended(layer, sample, n) for layer, n in enumerate(held)]
+        return held
+
+    @property
+    def mean_attended(self) -> float:
+        """Mean over layers and samples of these, over those of the dense model: 1.0 where nothing is spared."""
+        sums = {kind: sum(map(sum, samples)) for kind, samples in self.attended().items()}
+        return sums["compressed"] / sums["dense"]
 
     def _cached(self, layer: int, sample: int, tokens: float) -> float:
         for part in self.parts.values():

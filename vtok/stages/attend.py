@@ -13,6 +13,7 @@ from torch import Tensor
 from vtok.compressor import Compressor
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
+from vtok.engine.trace import Part
 from vtok.kernels.compact_sequence import kept_last
 from vtok.stages.stage import Stage
 
@@ -27,10 +28,15 @@ class Attend(Compressor):
     stage = "attend"
     needs = frozenset({"attention"})
     text_guided = True
+    of_pictures = False
 
     @property
     def replays(self) -> bool:
         return False
+
+    @abstractmethod
+    def most(self, length: float) -> int:
+        """To how many of so many columns a token attends at most."""
 
     @abstractmethod
     def select(self, seen: Seen, valid: Tensor, before: tuple | None) -> tuple[Tensor | None, int, tuple | None]:
@@ -38,6 +44,14 @@ class Attend(Compressor):
         and tensors [B, ...] that the method wants to be given as `before` in this layer for the next token, or None.
 
         seen: of one token, its column the last. valid: [B, L] bool, which columns are no padding."""
+
+
+@dataclass(frozen=True)
+class Attended(Part):
+    compressor: Attend
+
+    def attended(self, layer: int, sample: int, columns: float) -> float:
+        return min(columns, self.compressor.most(columns))
 
 
 @dataclass
@@ -61,6 +75,7 @@ class AttendStage(Stage[Attend]):
 
     def begin(self, prefill: Prefill, p: Pass) -> None:
         self.resume(p, prefill.positions)
+        p.parts[self.name] = Attended(self.compressor)
 
     def resume(self, p: Pass, positions: Tensor) -> Tensor:
         seen = 0 if p.cache is None else p.cache.seen

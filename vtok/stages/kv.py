@@ -17,7 +17,6 @@ from vtok.engine.columns import Columns, Held, Layer, chosen, columns, counted
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
-from vtok.errors import InvalidValue
 from vtok.kernels.compact_sequence import kept_last
 from vtok.options import Keep
 from vtok.stages.stage import Site, Stage
@@ -40,6 +39,7 @@ class KV(Compressor):
     stage = "kv"
     needs = frozenset({"attention"})
     text_guided = True
+    of_pictures = False
     bounded: ClassVar[bool] = False  # whether the cache holds no more while answering than behind the prompt
     rereads: ClassVar[bool] = False  # whether it scores columns as the model repeats its prompt, and not while it reads
 
@@ -83,11 +83,6 @@ class KV(Compressor):
     def stays(self, seen: Columns) -> Tensor:
         """[B, G, L] bool: the columns that stay whatever their score, no more than `seen.budget`."""
         return torch.zeros_like(seen.valid)
-
-    def with_budget(self, budget: float, n_layers: int) -> KV:
-        raise InvalidValue(
-            f"{self.name} drops no visual tokens, but columns of the cache: give keep instead of budget."
-        )
 
 
 @dataclass

@@ -14,7 +14,6 @@ from vtok.engine.cache import Rows, gather
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
-from vtok.errors import InvalidValue
 from vtok.kernels.compact_sequence import kept_last
 from vtok.options import Keep
 from vtok.stages.stage import Site, Stage
@@ -31,6 +30,7 @@ class OfPrompt(Compressor):
     stage = "prompt"
     needs = frozenset({"attention"})
     text_guided = True
+    of_pictures = False
 
     keep: Keep = 0.5
 
@@ -48,11 +48,8 @@ class OfPrompt(Compressor):
 
     @abstractmethod
     def choose(self, seen: Seen, rows: Rows, end: Tensor) -> Tensor:
-        """[B, L] bool: what stays of the columns `rows`, the last L of those in `seen`. end: [B] the column among them of
-        the prompt's last token, which stays."""
-
-    def with_budget(self, budget: float, n_layers: int) -> OfPrompt:
-        raise InvalidValue(f"{self.name} drops text as well as pictures: give keep instead of budget.")
+        """[B, L] bool: what stays of the columns `rows`, the last L of those in `seen`. end: [B] among them the column
+        of the prompt's last token, which stays."""
 
 
 class PromptStage(Stage[OfPrompt]):
