@@ -128,6 +128,11 @@ def run(model: nn.Module, inputs, **extra):
 BEHIND = ("kv", "attend", "decode")  # stages that leave the prompt's own forward as it is
 
 
+def trains(parts: tuple) -> bool:
+    """Whether a forward may hold an answer behind its prompt."""
+    return not any(part.stage in ("kv", "attend") for part in parts)
+
+
 def masks(parts: tuple) -> bool:
     """Whether a cell is dense masking throughout; text behind the prompt is not where its neurons are dropped."""
     return all(part.stage not in BEHIND for part in parts)

@@ -525,7 +525,7 @@ def test_assisted_decoding_where_answers_are_left_whole():
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", [vtok.H2O(), vtok.TokenSelect(keep=2, initial=1, latest=1), vtok.GemFilter()])
+@pytest.mark.parametrize("method", [vtok.H2O(), vtok.TokenSelect(keep=2, initial=1, latest=1)])
 def test_a_forward_must_say_that_it_is_a_prompt(method):
     model, one, _ = model_of(TEXT)
     ids = one["input_ids"]
@@ -544,14 +544,39 @@ def test_a_forward_must_say_that_it_is_a_prompt(method):
             model(ids)
 
 
+def test_gemfilter_trains_on_answers():
+    """An answer in one forward with its prompt has the log-probabilities of the answer on the prompt's cache."""
+    model, one, _ = model_of(TEXT)
+    ids, answer = one["input_ids"], torch.tensor([[40, 41, 42]])
+    whole = torch.cat([ids, answer], 1)
+    labels = whole.clone()
+    labels[:, :33] = -100
+    with vtok.patch(model, vtok.GemFilter(keep=0.4, first=1, last=2)) as patch:
+        out = run(model, one)
+        rolled = [out.logits[:, -1]]
+        for step in range(2):
+            out = forward(model, one, step, answer, cache_in(out))
+            rolled.append(out.logits[:, -1])
+        logits = model(whole, labels=labels).logits
+        assert len(patch.trace.positions[0]) == 13 + 3
+        torch.testing.assert_close(logits[:, 32:35], torch.stack(rolled, 1), atol=1e-5, rtol=1e-5)
+        with pytest.raises(Unsupported, match="begin with the prompt"):
+            model(whole, labels=whole)
+        with pytest.raises(Unsupported, match="does not say"):
+            model(whole)
+        with pytest.raises(Unsupported, match="in chunks"):
+            model.generate(ids, max_new_tokens=2, prefill_chunk_size=8)
+
+
 def test_what_cannot_be():
     model, one, _ = model_of(TEXT)
     with pytest.raises(Unsupported, match="Llama"):
         vtok.patch(model, "divprune")
     with pytest.raises(InvalidValue, match="no default"):
         vtok.patch(model)
-    with pytest.raises(InvalidValue, match="give keep instead of budget"):
-        vtok.patch(model, "h2o", budget=0.3)
+    with pytest.raises(InvalidValue, match="one compressor that drops visual tokens, not for h2o"):
+        vtok.patch(tiny("llava")[0], "h2o", budget=0.3)
+    vtok.patch(model, "h2o", budget=0.3).remove()  # of the cache
     with pytest.raises(InvalidValue, match="above sinks"):
         vtok.StreamingLLM(keep=4)
     with pytest.raises(InvalidValue, match="odd"):

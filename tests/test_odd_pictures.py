@@ -18,7 +18,7 @@ from vtok.adapters.llava_next import anyres_layout
 from vtok.cli import app
 from vtok.errors import InvalidValue, Unsupported
 
-METHODS = [name for name, cls in compressors.load_all().items() if not cls.trained]
+METHODS = [name for name, cls in compressors.load_all().items() if not cls.trained and cls.of_pictures]
 COUNTED = ["aim", "aim_merge", "dart", "divprune", "fastv", "globalcom2", "pool", "random", "tcc", "tome", "uniform"]
 COUNTED += ["visionzip"]
 LINES = [(8, 2000), (2000, 8), (3, 900), (31, 1024)]  # of which LLaVA-NeXT's crops have no row (or column) left

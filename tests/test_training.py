@@ -15,12 +15,13 @@ from contract import (
     placeholder_ids,
     run,
     tiny,
+    trains,
 )
 
 import vtok
 import vtok.errors
 
-CELLS = cells("some")
+CELLS = cells("some", trains)
 ORACLE = cells("some", lambda parts: masks(parts) and drops(parts))
 
 
@@ -107,7 +108,9 @@ def test_gradient_checkpointing(family, method):
 
 
 # of the second order, which meets the same code, one family an example
-ORDERS = [(*cell.values, "peft first") for cell in CELLS] + [(*cell.values, "patch first") for cell in cells("each")]
+ORDERS = [(*cell.values, "peft first") for cell in CELLS] + [
+    (*cell.values, "patch first") for cell in cells("each", trains)
+]
 
 
 @pytest.mark.parametrize(("family", "method", "order"), ORDERS)

@@ -18,7 +18,7 @@ _HOMES = {
     "Trace": "vtok.engine.trace",
     "VisualTokens": "vtok.types",
     "VtokError": "vtok.errors",
-    "available": "vtok.patching",
+    "available": "vtok.methods",
     "load": "vtok.config",
     "patch": "vtok.patching",
     "unpatch": "vtok.patching",

@@ -16,7 +16,7 @@ from vtok import adapter as adapters
 from vtok import config, options
 from vtok.compressor import Compressor, build, find, load_all
 from vtok.errors import InvalidValue, VtokError
-from vtok.patching import available, patch
+from vtok.patching import patch
 
 COMMA = re.compile(r",(?![^\[]*\])")  # none within a tuple
 PLUS = re.compile(r"\+(?=[a-z_]\w*(?:[:+]|$))")  # none within a number or a file's name
@@ -133,10 +133,53 @@ def refusal(model: Any, method: str, **how: Any) -> str | None:
 
 
 def supported(model: Any, wanted: Sequence[str] | None = None, **how: Any) -> list[str]:
-    """Those of the methods that this very model can be patched with; of all that need no training if left out."""
+    """Those of the methods that this very model can be patched with. If left out: of all that need no training and drop
+    visual tokens, or columns of the cache where the model sees no pictures."""
     if wanted is None:
-        wanted = [name for name, cls in load_all().items() if not cls.trained]
+        pictures = bool(adapters.find(model)[1].encoders)
+        wanted = [name for name, cls in load_all().items() if not cls.trained and cls.of_pictures == pictures]
     return [method for method in wanted if refusal(model, method, **how) is None]
+
+
+# ---- what there is -------------------------------------------------------------------------------------------------
+def available() -> dict[str, dict[str, dict[str, Any]]]:
+    """What there is: {"compressors": {name: facts}, "adapters": {family: facts}}.
+
+    "families" of a compressor are those that give all it needs, "lacking" says what the others do not; where that is
+    among its "optional" needs, one of its "hints" says which parameter makes up for it."""
+    families = adapters.load_all()
+    return {
+        "compressors": {
+            name: {
+                "stage": cls.stage,
+                "needs": sorted(cls.needs),
+                "paper": cls.paper,
+                "adaptive": cls.adaptive,
+                "text_guided": cls.text_guided,
+                "of_pictures": cls.of_pictures,
+                "trained": cls.trained,
+                "slow": cls.slow,
+                "optional": sorted(cls.optional),
+                "hints": dict(cls.hints),
+                "families": [family for family, adapter in families.items() if cls.needs <= adapter.provides],
+                "lacking": {
+                    family: missing
+                    for family, adapter in families.items()
+                    if (missing := sorted(cls.needs - adapter.provides))
+                },
+            }
+            for name, cls in load_all().items()
+        },
+        "adapters": {
+            family: {
+                "model_types": list(adapter.model_types),
+                "modalities": list(adapter.encoders),
+                "provides": sorted(adapter.provides),
+                "default": dict(adapter.default),
+            }
+            for family, adapter in families.items()
+        },
+    }
 
 
 # ---- explained -------------------------------------------------------------------------------------------------------

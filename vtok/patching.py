@@ -93,45 +93,6 @@ def patches_on(model: nn.Module) -> list[Handle]:
     return [_PATCHES[module] for module in model.modules() if module in _PATCHES]
 
 
-def available() -> dict[str, dict[str, dict[str, Any]]]:
-    """What there is: {"compressors": {name: facts}, "adapters": {family: facts}}.
-
-    "families" of a compressor are those that give all it needs, "lacking" says what the others do not; where that is
-    among its "optional" needs, one of its "hints" says which parameter makes up for it."""
-    families = adapters.load_all()
-    return {
-        "compressors": {
-            name: {
-                "stage": cls.stage,
-                "needs": sorted(cls.needs),
-                "paper": cls.paper,
-                "adaptive": cls.adaptive,
-                "text_guided": cls.text_guided,
-                "trained": cls.trained,
-                "slow": cls.slow,
-                "optional": sorted(cls.optional),
-                "hints": dict(cls.hints),
-                "families": [family for family, adapter in families.items() if cls.needs <= adapter.provides],
-                "lacking": {
-                    family: missing
-                    for family, adapter in families.items()
-                    if (missing := sorted(cls.needs - adapter.provides))
-                },
-            }
-            for name, cls in compressors.load_all().items()
-        },
-        "adapters": {
-            family: {
-                "model_types": list(adapter.model_types),
-                "modalities": list(adapter.encoders),
-                "provides": sorted(adapter.provides),
-                "default": dict(adapter.default),
-            }
-            for family, adapter in families.items()
-        },
-    }
-
-
 class Handle:
     """What `patch` gives back: a context manager that takes the patch off again."""
 
@@ -442,7 +403,7 @@ def _parts(
         if len(solved) != 1:
             names, what = ", ".join(item.name for item in built), "visual tokens" if pictures else "the cache"
             raise InvalidValue(
-                f"A budget is for one method that drops {what}, not for {names}: give each its own keep."
+                f"A budget is for one compressor that drops {what}, not for {names}: give each its own keep."
             )
         built[solved[0]] = built[solved[0]].with_budget(float(budget), n_layers)
     return tuple(part for item in built for part in item.parts())
@@ -510,4 +471,4 @@ def _check_transformers(version: str) -> None:
         )
 
 
-__all__ = ["Patch", "available", "patch", "unpatch"]
+__all__ = ["Patch", "patch", "unpatch"]

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vtok.eval.bench.measure import JUDGED
-from vtok.methods import facts
-from vtok.patching import available
+from vtok.methods import available, facts
 from vtok.runs import DENSE
 
 LARGE = 2048  # bars on times and memory hold from so many visual tokens on

@@ -23,8 +23,8 @@ from vtok.engine.cache import cache_in
 from vtok.errors import InvalidValue
 from vtok.eval.bench import machine
 from vtok.eval.bench.workloads import Built
-from vtok.methods import call, facts, has_keep, refusal, supported
-from vtok.patching import available, patch
+from vtok.methods import available, call, facts, has_keep, refusal, supported
+from vtok.patching import patch
 from vtok.runs import DENSE
 from vtok.stages import ORDER as STAGES
 from vtok.timing import Marks, clock

@@ -14,7 +14,7 @@ from vtok.eval.results.cells import bare, baselines
 from vtok.eval.results.results import Mean, Results, Several, load
 from vtok.eval.results.verdicts import WORTH, hopeless, tied
 from vtok.markdown import paragraph, percent
-from vtok.patching import available
+from vtok.methods import available
 
 AT = 0.25  # the budget at which engines and families are compared, if it was run; that of the default method
 

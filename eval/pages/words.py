@@ -10,7 +10,7 @@ from vtok import zoo
 from vtok.compressor import load_all
 from vtok.eval.results.results import PATTERNS, Results
 from vtok.eval.results.statistics import FEWEST
-from vtok.patching import available
+from vtok.methods import available
 
 FEW = (
     f"Below {FEWEST['items']} items or {FEWEST['questions']} questions a result has no interval and carries no verdict "

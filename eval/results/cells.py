@@ -15,7 +15,8 @@ from vtok.runs import DENSE
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one budget: the mean over decoder layers of kept over all visual tokens is at most that.
+    """One method at one budget: the mean over decoder layers of kept over all visual tokens is at most that; in models
+    without pictures, of columns that the answer attends to over all of the prompt.
 
     method: a name, with options behind it as `vtok.methods.read` reads them: "fastv:layer=2".
     """
@@ -51,9 +52,11 @@ def smaller_picture() -> str:
     return next(name for name in baselines() if load_all()[name].stage == "pixels")
 
 
-def training_free() -> list[str]:
-    """Names of the compressors that need no weights of their own, baselines first."""
-    names, first = [name for name, cls in load_all().items() if not cls.trained], baselines()
+def training_free(pictures: bool = True) -> list[str]:
+    """Names of the compressors that need no weights of their own and drop visual tokens, or columns of the cache in
+    models without `pictures`; baselines first."""
+    known, first = load_all().items(), baselines()
+    names = [name for name, cls in known if not cls.trained and cls.of_pictures == pictures]
     return sorted(names, key=lambda name: (name not in first, name))
 
 
@@ -68,12 +71,13 @@ def bare(method: str) -> str:
     return method.partition(":")[0]
 
 
-def cells(wanted: Sequence[str] | None, budgets: Sequence[float]) -> list[Cell]:
-    """The dense model and every method at every budget. Raises `UnknownName` and `InvalidValue`."""
+def cells(wanted: Sequence[str] | None, budgets: Sequence[float], pictures: bool = True) -> list[Cell]:
+    """The dense model and every method at every budget; all of `training_free` that fit if none are named. Raises
+    `UnknownName` and `InvalidValue`."""
     for method in wanted or ():
         methods.each(method)
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InvalidValue(f"A budget is a fraction in (0, 1], not {budget}.")
-    chosen = training_free() if wanted is None else wanted
+    chosen = training_free(pictures) if wanted is None else wanted
     return [Cell(DENSE, 1.0), *(Cell(method, budget) for budget in budgets for method in chosen)]

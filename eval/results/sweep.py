@@ -145,7 +145,7 @@ def run(
     commit()  # is remembered as it is now
     about = _claim(model, name, task, out, instruction)
     items = list(task.held_out(count))
-    reasons = {cell: cell.refusal(model) for cell in cells(methods, budgets)}
+    reasons = {cell: cell.refusal(model) for cell in cells(methods, budgets, task.media != "text")}
     wanted = [cell for cell, reason in reasons.items() if reason is None]
     refused = {cell: reason for cell, reason in reasons.items() if reason is not None}
     if share.rank == 0:

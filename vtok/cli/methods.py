@@ -29,8 +29,7 @@ def methods(
       vtok methods visionzip
     """
     with options.working("starting PyTorch", plain=False):
-        from vtok.methods import exceptions, explain, fit
-        from vtok.patching import available
+        from vtok.methods import available, exceptions, explain, fit
 
         known = available()
     if name is not None:

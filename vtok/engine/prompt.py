@@ -44,6 +44,11 @@ class Told:
     whole: bool = False
     on_pictures: Tensor | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether anything says where prompts end."""
+        return self.labels is not None or self.length is not None or self.whole
+
     def answers(self, seen: int, length: int, name: str, one_by_one: bool) -> bool:
         """Whether a forward of `length` tokens behind `seen` is part of an answer, for a method that acts behind the
         prompt. one_by_one: it acts on each token of an answer.

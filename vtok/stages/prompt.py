@@ -13,10 +13,17 @@ from vtok.engine.aside import Enough, Watch, run_aside
 from vtok.engine.cache import Rows, gather
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
+from vtok.engine.prompt import CHUNKS, UNKNOWN
 from vtok.engine.trace import Part
+from vtok.errors import Unsupported
 from vtok.kernels.compact_sequence import kept_last
 from vtok.options import Keep
 from vtok.stages.stage import Site, Stage
+
+LABELS = (
+    "{name} chooses by what the prompt's end attends to, and these labels begin with the prompt: pass labels with -100 "
+    "on it (TRL: completion_only_loss=True)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,7 @@ class OfPrompt(Compressor):
     needs = frozenset({"attention"})
     text_guided = True
     of_pictures = False
+    several_turns = False
 
     keep: Keep = 0.5
 
@@ -66,18 +74,27 @@ class PromptStage(Stage[OfPrompt]):
         return True
 
     def select(self, prefill: Prefill) -> None:
-        name, told, cache = self.compressor.name, prefill.call.told, prefill.cache
-        told.answers(0 if cache is None else cache.seen, prefill.length, name, one_by_one=False)
+        told, prompts, name = prefill.call.told, prefill.prompts, self.compressor.name
+        if not told.known:
+            raise Unsupported(UNKNOWN.format(name=name))
+        seen = 0 if prefill.cache is None else prefill.cache.seen
+        if isinstance(told.length, int) and told.length > seen + prefill.length:
+            raise Unsupported(CHUNKS.format(name=name))
         if not prefill.chosen:
             prefill.keep_all()
             prefill.chosen = True
+        behind = torch.arange(prefill.length, device=prefill.device) > prompts.ends[:, :1]  # answers stay
         keep = prefill.kept.view(prefill.batch, -1) & prefill.valid
+        asked = keep & ~behind
+        longest, at_once = torch.stack([asked.sum(1).max(), (prompts.supervised & ~behind).any().long()]).tolist()
+        if at_once:
+            raise Unsupported(LABELS.format(name=name))
         with prefill.stopwatch:
-            index = kept_last(keep, int(keep.sum(1).max()))  # waits for the device
-            rows = Rows(index, keep.gather(1, index), padded=True)
+            index = kept_last(asked, longest)
+            rows = Rows(index, asked.gather(1, index), padded=True)
             chosen = self._chosen(prefill, rows)
         prefill.state[self.name] = Aside(rows.valid.sum(1), self.layer + 1)
-        present = torch.zeros_like(keep).scatter(1, index, chosen & rows.valid)
+        present = (keep & behind) | torch.zeros_like(keep).scatter(1, index, chosen & rows.valid)
         prefill.kept &= present.view(-1)
         prefill.countable &= present.view(-1)
 
@@ -102,10 +119,6 @@ class PromptStage(Stage[OfPrompt]):
 
     def part(self, prefill: Prefill) -> Part:
         return prefill.state[self.name]
-
-    def resume(self, p: Pass, positions: Tensor) -> Tensor:
-        p.told.answers(p.cache.seen, p.length, self.compressor.name, one_by_one=False)  # raises where nobody says
-        return positions
 
 
 @dataclass(frozen=True)
