@@ -158,7 +158,7 @@ def _limits(every: Several, models: Sequence[Several]) -> str:
 
 
 def _engines(every: Several) -> str:
-    known = available()["compressors"]
+    known = {name: facts for name, facts in available()["compressors"].items() if facts["of_pictures"]}
     parts = {name: facts["stage"].split("+") for name, facts in known.items()}
     anchored = {n for n, cls in load_all().items() if any(f.name == "anchor" for f in dataclasses.fields(cls))}
     kinds: list[tuple[str, str, Callable[[str], bool]]] = [
@@ -193,7 +193,8 @@ def _engines(every: Several) -> str:
         choice = choose(every, _at(every), fits)
         rows.append([engine, which, listed, str(choice) if choice else "not measured"])
     head = ["engine", "methods that go", "they are", f"best at {percent_of(_at(every))}"]
-    return f"## By engine\n\n{_table(head, rows)}\n"
+    cache = "What drops columns of the cache instead stands in [Text](text.md)."
+    return f"## By engine\n\n{_table(head, rows)}\n\n{cache}\n"
 
 
 def _families(every: Several, models: Sequence[Several]) -> str:

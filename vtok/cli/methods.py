@@ -42,7 +42,11 @@ def methods(
         coded = lambda names: ", ".join(f"`{one}`" for one in names)
         words = {"no": "does not go with", "option": "goes by an option with"}
         listed = [f"- `{m}` {words[kind]} {coded(some)}: {why}" for m, kind, some, why in exceptions(known)]
-        every = f"Families: {coded(families)}. Each method goes with each family, except:"
+        stages = dict.fromkeys(about["stage"] for about in found.values() if not about["of_pictures"])
+        every = (
+            f"Those of stage {', '.join(stages)} drop text and columns of the cache as well, and go with any causal "
+            f"language model, too. Families: {coded(families)}. Each method goes with each family, except:"
+        )
         drawn = table(list(facts[0]), [list(_linked(row).values()) for row in facts], left=len(facts[0]))
         typer.echo("\n\n".join([drawn, every, "\n".join(listed)]))
         return
@@ -100,6 +104,8 @@ def _explain(name: str, about: dict[str, Any]) -> None:
         if meaning:
             say(fill(meaning, " " * 6))
     say("\nfamilies:")
+    if not about["of_pictures"]:
+        say("  runs on: any causal language model of transformers")
     for wanted, words in (("yes", "runs on"), ("option", "with an option on"), ("no", "not on")):
         if listed := [family for family, fits in about["fits"].items() if fits.partition(" ")[0] == wanted]:
             say(fill(f"{words}: {', '.join(listed)}", "  "))

@@ -28,7 +28,7 @@ class KVzip(KV):
     overlap: columns before a chunk that are repeated with it, but not scored.
     Differs from the paper: without `ask` the repeated tokens alone do the work, as a model has no tokenizer at hand; a
         prompt's pictures are repeated as their embeddings, which is ours.
-    Not good for: a cache that is asked once. It costs as much as one to two prefills more.
+    Not good for: a cache that is asked once. It costs two to three prefills more.
     """
 
     name = "kvzip"

@@ -22,6 +22,7 @@ class RandomKV(KV):
     name = "random_kv"
     paper = "baseline"
     by_grid = True
+    text_guided = False
 
     seed: int = 0
 

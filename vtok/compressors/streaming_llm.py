@@ -25,6 +25,7 @@ class StreamingLLM(KV):
     paper = "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
     bounded = True
     by_grid = True
+    text_guided = False
     examples = ({}, {"keep": 6, "sinks": 2})
 
     sinks: AtLeast0 = 4

@@ -242,7 +242,8 @@ class KVStage(Stage[KV]):
             index = padding + torch.arange(lead, min(end, length), device=device)  # [B, q] each row's own chunk
             embeds = torch.cat([ask, gather(p.embeds, index.clamp(max=length - 1))], 1)
             there = torch.cat([index.new_ones(ask.shape[:2]), index < length], 1).bool()
-            rows = Rows(torch.arange(embeds.shape[1], device=device).expand(batch, -1), there, padded=True)
+            ragged = p.rows_at(0) is not None and p.rows_at(0).padded
+            rows = Rows(torch.arange(embeds.shape[1], device=device).expand(batch, -1), there, ragged)
             positions = last + there.cumsum(1)
             positions = positions.expand(3, *positions.shape) if p.positions.ndim == 3 else positions
 
