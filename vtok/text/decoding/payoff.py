@@ -112,4 +112,6 @@ class Payoff:
         self.drafted.append((drafts, seconds))
         self.since_plain += 1
         if self.plain:
-            self.lost = max(0.0, self.lost + seconds - emitted * self.step)  # gains pay losses back, and are not saved up
+            self.lost = max(
+                0.0, self.lost + seconds - emitted * self.step
+            )  # gains pay losses back, and are not saved up

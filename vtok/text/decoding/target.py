@@ -140,9 +140,9 @@ def refuse_cache(cache: Any) -> None:
         raise Unsupported("Drafts are checked on a cache: leave use_cache on.")
     plain = isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False)
     if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())}))
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})) or "no"
         raise Unsupported(
-            f"Rejected drafts are taken out of a plain DynamicCache, not of a {type(cache).__name__} with {kinds or 'no'} "
-            f"layers (static, quantized, offloaded, sliding windows, recurrent layers): leave cache_implementation "
-            f"unset, or decode without drafts."
+            f"Rejected drafts are taken out of a plain DynamicCache, not of a {type(cache).__name__} with {kinds} layers "
+            f"(static, quantized, offloaded, sliding windows, recurrent layers): leave cache_implementation unset, or "
+            f"decode without drafts."
         )

@@ -21,18 +21,27 @@ from vtok.text.decoding.tree import Shape, Tree, Verdict, shape
 NONE = -1  # no draft known
 TRUST = 4  # trials at a place that weigh as much as what is believed of it before
 SIZES = (4, 8, 16, 32, 64)  # how many drafts may be asked for, beside all
-# of the paper's code, "2.2.2": below a node, how many children it has
-CHILDREN = {
-    (): 8,
-    **{(i,): n for i, n in enumerate((8, 4, 3, 2, 1, 1, 1, 1))},
-    **{(0, i): n for i, n in enumerate((8, 3, 2, 1, 1, 1, 1, 1))},
-    **{(1, 0): 2, (1, 1): 1, (2, 0): 1, (3, 0): 1, (4, 0): 1, (5, 0): 1},
-    **{(0, 0, 0): 5, (0, 0, 1): 2, (0, 0, 2): 1, (0, 0, 3): 1, (0, 0, 4): 1, (0, 1, 0): 1, (0, 2, 0): 1},
-    **{(1, 0, 0): 1, (2, 0, 0): 1, (3, 0, 0): 1},
-    **{(0, 0, 0, 0): 3, (0, 0, 0, 1): 1, (0, 0, 0, 2): 1, (0, 0, 1, 0): 1, (0, 1, 0, 0): 1, (1, 0, 0, 0): 1},
-    **{(0, 0, 0, 0, 0): 2, (0, 0, 0, 1, 0): 1},
-}
-TEMPLATE = tuple((*path, rank) for path, n in CHILDREN.items() for rank in range(n))
+# The tree "2.2.2" of the paper's code: how many children its nodes have, level by level, the root first.
+COUNTS = (
+    (8,),
+    (8, 4, 3, 2, 1, 1, 1, 1),
+    (8, 3, 2, 1, 1, 1, 1, 1, 2, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 0),
+    (5, 2, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0),
+    (3, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0),
+    (2, 0, 0, 1, 0, 0, 0, 0),
+)
+
+
+def paths(counts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """A template from how many children its nodes have, level by level."""
+    level, found = [()], []
+    for children in counts:
+        level = [(*path, rank) for path, n in zip(level, children, strict=True) for rank in range(n)]
+        found += level
+    return tuple(found)
+
+
+TEMPLATE = paths(COUNTS)
 
 
 class Table:
