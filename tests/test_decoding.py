@@ -20,9 +20,11 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtok
 from vtok.engine.cache import cache_in, tree_mask
+from vtok.text.decoding import attention
 from vtok.text.decoding.loop import Scores
 from vtok.text.decoding.payoff import Payoff
 from vtok.text.decoding.token_recycling import TEMPLATE, Table
@@ -124,6 +126,33 @@ def test_text_models(kind, attention):
     same(model, {"input_ids": prompt()}, decoder(nodes=5, seed=0, template=((0,), (1,), (0, 0))))
 
 
+@pytest.fixture
+def folded(monkeypatch):
+    """Short caches, too, are read by `tree_attention`. Gives the calls of it."""
+    calls, inner = [], attention.tree_attention
+    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(attention, "tree_attention", lambda *args: calls.append(args) or inner(*args))
+    return calls
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_attention_of_their_own(implementation, folded):
+    """All layers of each check go through it, and the registry is what it was."""
+    model = text_model()
+    model.set_attn_implementation(implementation)
+    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    hot = decoder()
+    same(model, {"input_ids": prompt()}, hot, times=1)
+    assert len(folded) == 3 * (hot.stats.steps - 1 - hot.stats.plain) > 0
+    assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == before
+    vlm, processor = tiny("qwen3_vl", implementation)
+    inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
+    with vtok.patch(vlm, "fastv", keep=0.5):
+        folded.clear()
+        same(vlm, inputs, hot := decoder(), max_new_tokens=24, times=1)
+    assert len(folded) == 4 * (hot.stats.steps - 1 - hot.stats.plain) > 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
     """M-RoPE, DeepStack, several pictures; not patched, and patched at each kind of stage."""
@@ -147,7 +176,7 @@ def test_stages(label):
         same(model, processor.tokenizer(["no picture at all"], return_tensors="pt"), hot, max_new_tokens=24)
 
 
-def test_padding_on_the_left():
+def test_padding_on_the_left(folded):
     model = text_model()
     ids = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt()], 1)
     same(model, {"input_ids": ids, "attention_mask": (ids != 0).long()}, decoder())
@@ -426,7 +455,7 @@ def test_what_drafts_cannot_do_is_refused():
     refused("one prompt a call, here are 2", model, prompt().repeat(2, 1))
     refused("one prompt a call, here are 3", model, do_sample=True, num_return_sequences=3)
     refused("not both", model, assistant_model=text_model())
-    refused("plain DynamicCache, not of a StaticCache", model, cache_implementation="static")
+    refused("plain DynamicCache, not a StaticCache", model, cache_implementation="static")
     refused("leave use_cache on", model, use_cache=False)
     refused("output_attentions", model, output_attentions=True, return_dict_in_generate=True)
     refused("sliding windows", text_model("mistral", sliding_window=8))

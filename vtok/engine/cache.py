@@ -255,7 +255,7 @@ def tree_mask(tree: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def settle(cache: DynamicCache, new: int, route: list[int]) -> None:
-    """Of the `new` last columns, a tree of drafts, hold the accepted ones alone: `route`, ascending, in 0 .. new - 1."""
+    """Of the `new` last columns, a tree of drafts, hold the accepted ones alone: `route`, ascending, from 0 on."""
     kept, contiguous = len(route), route == list(range(len(route)))
     pick = lambda x, dim: x.index_select(dim, torch.tensor(route, device=x.device) + x.shape[dim] - new)
     for layer in cache.layers:

@@ -191,7 +191,7 @@ class Run:
         target, payoff = self.target, self.payoff
         payoff.begin()
         logits = target.prefill(self.decoder.prompt_rows)
-        with self.decoder.drafting(target) as drafter, target.model._optimize_model_for_decode():
+        with self.decoder.drafting(target) as drafter, target.checking(), target.model._optimize_model_for_decode():
             done = self._step(drafter, Tree(ROOT, (int(target.ids[0, -1]),)), logits)
             while not done:
                 payoff.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from vtok.engine import probe
 from vtok.engine.cache import CompressedCache, cache_in, settle, tree_mask
+from vtok.engine.probe import TREE
 from vtok.errors import Unsupported
+from vtok.text.decoding.attention import TreeAttention
 from vtok.text.decoding.tree import Tree, Verdict
 
 MASKED = ("sdpa", "eager")  # attention implementations that take a 4-D mask
@@ -32,12 +36,24 @@ class Target:
         self.placeholders = placeholders(model.config)
         self.prompt: Tensor | None = None  # [R, D] hidden states of the last tokens of the prompt
         self._outputs: Any = None
+        parameters = inspect.signature(model.forward).parameters.values()
+        self.hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters)  # keywords that it does not know
         refuse_model(model)
         refuse_cache(cache_in(kwargs))
 
     @property
     def cache(self) -> DynamicCache:
         return cache_in(self.kwargs)
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Within, trees are checked with an attention of their own where that is quicker."""
+        implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
+        probe.acquire(implementation)
+        try:
+            yield
+        finally:
+            probe.release(implementation)
 
     def prefill(self, rows: int = 0) -> Tensor:
         """The prompt, as plain `generate` runs it. Returns the logits [1, V] behind it.
@@ -84,6 +100,9 @@ class Target:
         inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=n, **kwargs)
         if n > 1:
             inputs["attention_mask"] = self._mask(tree)
+            if self.hands_down:
+                padded = isinstance(self.cache, CompressedCache) or self.kwargs.get("attention_mask") is not None
+                inputs[TREE] = TreeAttention(tree.shape.ancestors.to(self.model.device), padded)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = n
         if tree.embeds is not None:
@@ -142,7 +161,7 @@ def refuse_cache(cache: Any) -> None:
     if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})) or "no"
         raise Unsupported(
-            f"Rejected drafts are taken out of a plain DynamicCache, not of a {type(cache).__name__} with {kinds} layers "
+            f"Rejected drafts are taken out of a plain DynamicCache, not a {type(cache).__name__} with {kinds} layers "
             f"(static, quantized, offloaded, sliding windows, recurrent layers): leave cache_implementation unset, or "
             f"decode without drafts."
         )
