@@ -58,7 +58,8 @@ def cases(n: int, device: str, dtype: torch.dtype) -> dict[str, Case]:
     query, key = torch.randn(2, 1, HEADS, n, HEAD, device=device, dtype=dtype)
     valid = torch.ones(1, n, dtype=torch.bool, device=device)
     last, rows = torch.tensor([n - 1], device=device), torch.arange(n - ROWS, n, device=device)[None]
-    grouped, tree = key[:, ::3], torch.ones(DRAFTS, DRAFTS, dtype=torch.bool, device=device).tril()
+    drafts, grouped = query[:, :, -DRAFTS:], key[:, ::3]  # three heads to a group of keys
+    tree = torch.ones(DRAFTS, DRAFTS, dtype=torch.bool, device=device).tril()
     group = torch.arange(n, device=device)[None] // 2
     keep = torch.arange(n, device=device)[None] % 4 == 0
     positions, token = torch.arange(n, device=device)[None], torch.randn(1, 1, WIDTH, device=device, dtype=dtype)
@@ -89,10 +90,8 @@ def cases(n: int, device: str, dtype: torch.dtype) -> dict[str, Case]:
         "compact_sequence": Case(
             lambda b: compact_sequence(keep, quarter, features, positions, keep, backend=b), 0, 0.5 * whole
         ),
-        "tree_attention": Case(  # the last tokens as drafts, three heads to a group of keys
-            lambda b: tree_attention(query[:, :, -DRAFTS:], grouped, grouped, tree, scaling, backend=b),
-            2 * DRAFTS * row,
-            2 * keys / 3,
+        "tree_attention": Case(
+            lambda b: tree_attention(drafts, grouped, grouped, tree, scaling, backend=b), 2 * DRAFTS * row, 2 * keys / 3
         ),
         "sparse_ffn": Case(lambda b: gathered_ffn(token, *neurons, "silu", backend=b), 6 * n * WIDTH, 3 * whole),
     }
