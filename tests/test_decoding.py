@@ -498,6 +498,8 @@ def test_what_came_behind_the_same_words():
     assert index.continuations(2, most=3) == (2, [[5, 7], [4, 1]])
     index.extend([9, 3])
     assert index.continuations(3) == (1, [[5, 7, 2]])  # what begins with a banned token is none
+    index.extend([3, 3])
+    assert index.continuations(4) == (2, [[3, 3, 3, 3]])  # a circle goes on
     assert Index(3).continuations(3) == (0, [])
 
 

@@ -197,7 +197,9 @@ class Run:
         payoff.begin()
         logits = target.prefill(self.decoder.prompt_rows)
         payoff.prefilled()
+        began = payoff.clock()
         with self.decoder.drafting(target) as drafter, target.checking(), target.model._optimize_model_for_decode():
+            payoff.spent(payoff.clock() - began)
             done = self._step(drafter, Tree(ROOT, (int(target.ids[0, -1]),)), logits)
             while not done:
                 drafter.prepare(payoff if self.decoder.adapt else None)

@@ -53,7 +53,8 @@ class Index:
         return 0, []
 
     def _text(self, start: int, length: int) -> list[int]:
-        text = self.tokens[start : start + length]
+        """What stands from a place on, and once the text ends there, again: a circle goes on as one."""
+        text = [self.tokens[start + i % (len(self.tokens) - start)] for i in range(length)]
         stop = next((i for i, token in enumerate(text) if token in self.banned), len(text))
         return text[:stop]
 

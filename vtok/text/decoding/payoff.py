@@ -152,10 +152,11 @@ class Rates:
 
     def sizes(self, most: int) -> list[tuple[int, float]]:
         """(drafts, how many of them are expected to be accepted), for chains of up to `most`."""
-        sizes, through, total = [], 1.0, 0.0
+        sizes, through, total, rate = [], 1.0, 0.0, self.prior
         for depth in range(most):
             tried, accepted = (x[depth] if depth < len(x) else 0.0 for x in (self.tried, self.accepted))
-            through *= (accepted + TRUST * self.prior) / (tried + TRUST)
+            rate = (accepted + TRUST * rate) / (tried + TRUST)  # one below is believed to fare as the one above
+            through *= rate
             total += through
             sizes.append((depth + 1, total))
         return sizes
