@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vtok import options
-from vtok.engine.cache import cache_in, with_cache
+from vtok.engine.cache import NAME, CompressedCache, cache_in, with_cache
 from vtok.errors import Unsupported
 from vtok.options import AtLeast1
 from vtok.patching import patch
@@ -43,7 +43,8 @@ class SelfSpeculation(Decoder):
     the whole: the output is that of the dense model, at nearly the speed of the compressed one. No other model, no
     weights, no training. For a model that is not patched; it is patched for a moment, to see what the compressor keeps.
 
-    draft: a compressor, its name, or several, as `vtok.patch` takes them; None is the family's default.
+    draft: a compressor, its name, or several, as `vtok.patch` takes them; None is the family's default. One that evicts
+        from the cache serves too.
     length: at most so many drafts a step.
     ngram: whether n-gram drafts are taken where the text's last two tokens were there before.
     adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay; the view is
@@ -80,8 +81,8 @@ class SelfSpeculation(Decoder):
 class View(Drafter):
     """Self-speculation for one call of `generate`.
 
-    small: the sequence on a part of the cache, once that was chosen. kept: its columns of the prompt. agreed: behind
-        them, those that are the target's own; then come drafts.
+    small: the sequence on a part of the cache, once that was chosen. kept: of each layer its columns of the prompt.
+        agreed: how many behind them are the target's own; then come drafts.
     """
 
     def __init__(self, decoder: SelfSpeculation, target: Target) -> None:
@@ -90,7 +91,8 @@ class View(Drafter):
         self.prompt = target.cache.get_seq_length()
         self.small: Target | None = None
         self.chosen = False
-        self.kept = self.agreed = 0
+        self.kept: list[int] = []
+        self.agreed = 0
 
     def prepare(self, payoff: Payoff | None) -> None:
         """Choose the view, where that is affordable."""
@@ -105,16 +107,15 @@ class View(Drafter):
             self.learned.choosing = (payoff.clock() - began) / payoff.prefill
 
     def _choose(self) -> None:
-        """Take the columns that the compressor keeps of the prompt out of the cache, the same for all layers."""
+        """Take the part of the prompt's cache that the compressor leaves, and put the answer so far behind it."""
         target, self.chosen = self.target, True
-        kept = kept_columns(target.model, self.method, self._inputs())
-        if len(kept) == self.prompt:  # no picture, or one of which all is kept: drafts would cost what plain steps do
+        cache = compressed(target.model, self.method, self._inputs(), target.cache)
+        if cache is None:  # no picture, or one of which all is kept: drafts would cost what plain steps do
             return
-        self.kept, self.agreed = len(kept), target.cache.get_seq_length() - self.prompt
-        columns, cache = torch.cat([kept, torch.arange(self.prompt, self.prompt + self.agreed)]), DynamicCache()
-        for i, layer in enumerate(target.cache.layers):
-            index = columns.to(layer.keys.device)
-            cache.update(layer.keys.index_select(2, index), layer.values.index_select(2, index), i)
+        self.kept = [layer.keys.shape[2] for layer in cache.layers]
+        attention = target.model.config.get_text_config(decoder=True)._attn_implementation
+        if len(set(self.kept)) > 1 and attention != "sdpa":  # whose mask for one token is none at all
+            raise Unsupported("Layers that hold different numbers of columns need attn_implementation='sdpa' to draft.")
         self.small = Target(target.model, target.ids, target.config, with_cache(target.kwargs, cache))
         self._follow()
 
@@ -128,11 +129,11 @@ class View(Drafter):
         """Go on where the target is: its text, and its own columns in place of those of drafts."""
         small, target = self.small, self.target
         small.ids, small.kwargs = target.ids, with_cache({**target.kwargs, "attention_mask": None}, small.cache)
-        for ours, theirs in zip(small.cache.layers, target.cache.layers):
+        for ours, theirs, kept in zip(small.cache.layers, target.cache.layers, self.kept):
             for name in ("keys", "values"):
                 mine, dense = getattr(ours, name), getattr(theirs, name)
                 new = dense[:, :, self.prompt + self.agreed :]
-                setattr(ours, name, torch.cat([mine[:, :, : self.kept + self.agreed], new], 2))
+                setattr(ours, name, torch.cat([mine[:, :, : kept + self.agreed], new], 2))
         self.agreed = target.cache.get_seq_length() - self.prompt
 
     def sizes(self) -> list[tuple[int, float]]:
@@ -170,24 +171,48 @@ class Enough(Exception):
     """What is kept is known: the language model need not run."""
 
 
-def kept_columns(model: nn.Module, method: Any, inputs: dict[str, Any]) -> Tensor:
-    """[K] long, ascending, on the CPU: the columns of a prompt that a patched model has in its last layer.
+def compressed(model: nn.Module, method: Any, inputs: dict[str, Any], dense: DynamicCache) -> DynamicCache | None:
+    """The part of a prompt's cache that is there under a method; None where that is all of it.
 
-    inputs: of the model's forward, one prompt with its pixels. The patch is gone afterwards, whatever happens. The
-    language model runs only where it is needed for the choice."""
+    inputs: of the model's forward, one prompt with its pixels. dense: the cache behind it. Columns of tokens that a
+    method drops are left out, the same in all layers: those that the last layer does not have. Where a method evicts
+    from the cache itself, the part is what it leaves. The patch is gone afterwards, whatever happens; the language
+    model runs only where it is needed for the choice."""
+    held = DynamicCache()
     with patch(model, method) as handle:
         hook = None
         if not any(stage.in_layers for stage in handle._engine.stages):
             hook = handle._target().language_model.register_forward_pre_hook(_enough)
         try:
-            model(**inputs, use_cache=True, **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {}))
+            last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+            model(**inputs, use_cache=True, **last, **{NAME: held})
         except Enough:
             pass
         finally:
             if hook is not None:
                 hook.remove()
-        trace = handle.trace
-        return trace.positions_at(trace.shapes.layers - 1)[0]
+        kept = handle.trace.positions_at(handle.trace.shapes.layers - 1)[0]
+    if any(len(layer.keys[0, 0]) < len(kept) for layer in held.layers if layer.is_initialized):
+        return _left(held)
+    if len(kept) == inputs["input_ids"].shape[1]:
+        return None
+    part = DynamicCache()
+    for i, layer in enumerate(dense.layers):
+        index = kept.to(layer.keys.device)
+        part.update(layer.keys.index_select(2, index), layer.values.index_select(2, index), i)
+    return part
+
+
+def _left(held: CompressedCache) -> DynamicCache:
+    """What a method that evicts has left, as a plain cache. Raises `Unsupported` where that needs a mask."""
+    if any(valid is not None and not bool(valid.all()) for valid in held.valid.values()):
+        raise Unsupported(
+            "Drafts on a cache whose heads hold different numbers of columns: choose a method of one number."
+        )
+    part = DynamicCache()
+    for i, layer in enumerate(held.layers):
+        part.update(layer.keys, layer.values, i)
+    return part
 
 
 def _enough(module: nn.Module, args: tuple) -> None:
