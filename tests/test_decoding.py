@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from contract import FAMILIES, batch, example, picture, tiny
+from contract import FAMILIES, batch, encoder, example, picture, tiny
 from test_stages import last  # noqa: F401 - a fixture
 from torch import nn
 from transformers import (
@@ -29,9 +29,10 @@ from vtok.text.decoding import attention
 from vtok.text.decoding.loop import Scores
 from vtok.text.decoding.ngram import Index
 from vtok.text.decoding.payoff import Payoff
-from vtok.text.decoding.self_speculation import View, compressed
+from vtok.text.decoding.self_speculation import View
 from vtok.text.decoding.token_recycling import TEMPLATE, Recycler, Table
 from vtok.text.decoding.tree import Shape, Tree, Verdict, follow
+from vtok.text.decoding.view import compressed
 
 VOCABULARY = 97
 TEXT = {
@@ -544,15 +545,21 @@ def view(draft, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_self_speculation(family):
+def test_self_speculation(family, monkeypatch):
     """The dense model's text, and nothing stays on the model."""
     model, processor = tiny(family)
     inputs = batch(processor, ["a # What colour is it? and # no"], [picture(70, 112), picture(56, 56, 1)])
     before = state(model, inputs)
+    views, kept, follow_ = [], [], View._follow
+    monkeypatch.setattr(View, "_follow", lambda self: follow_(self) or views.append(self.kept))
     for draft in ("fastv", [vtok.DivPrune(keep=0.5)]):
         drafted = view(draft, length=3)
         same(model, inputs, drafted, times=1, max_new_tokens=20)
         assert drafted.stats.drafted > 15 and drafted.stats.accepted > 0
+        with vtok.patch(model, draft) as handle, torch.no_grad():
+            model(**inputs, use_cache=True)
+            kept.append(len(handle.trace.positions_at(handle.trace.shapes.layers - 1)[0]))
+        assert views[-1] == [kept[-1]] * 4
         assert state(model, inputs) == before
 
 
@@ -593,6 +600,16 @@ def test_drafts_heed_processors():
     assert drafted.stats.accepted > 5
 
 
+@pytest.mark.parametrize(("method", "runs"), [("divprune", 1), ("fastv", 1), ("downsample", 2), ("visionzip", 2)])
+def test_pictures_are_encoded_anew_only_for_methods_that_look_there(method, runs):
+    model, processor = tiny("llava_next" if method == "visionzip" else "qwen2_5_vl")
+    inputs, calls = batch(processor, ["a # What colour is it?"], [picture(70, 112)]), []
+    hook = encoder(model).register_forward_pre_hook(lambda *args: calls.append(args))
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, custom_generate=view(method))
+    hook.remove()
+    assert len(calls) == runs
+
+
 @pytest.mark.parametrize("method", ["divprune", "fastv"])
 def test_the_view_is_a_part_of_the_cache(method, monkeypatch):
     """The columns that the compressor keeps, and behind them the text's so far: never one of a rejected draft."""
@@ -628,9 +645,9 @@ def test_choosing_a_view_runs_what_it_needs(monkeypatch):
     hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda *args: calls.append(args))
     with torch.no_grad():
         dense = cache_in(model(**inputs, use_cache=True))
-        assert 0 < compressed(model, "divprune", dict(inputs), dense).get_seq_length() < dense.get_seq_length()
+        assert 0 < compressed(model, "divprune", dict(inputs), {}, dense).get_seq_length() < dense.get_seq_length()
         assert len(calls) == 1  # of the dense prompt
-        compressed(model, "fastv", dict(inputs), dense)
+        compressed(model, "fastv", dict(inputs), {}, dense)
     assert len(calls) == 2
     hook.remove()
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
 from vtok import options
-from vtok.engine.cache import NAME, CompressedCache, cache_in, with_cache
+from vtok.engine.cache import cache_in, with_cache
 from vtok.errors import Unsupported
 from vtok.options import AtLeast1
 from vtok.patching import patch
@@ -22,19 +21,19 @@ from vtok.text.decoding.ngram import Lookup
 from vtok.text.decoding.payoff import Payoff, Rates
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Shape, Tree, Verdict
+from vtok.text.decoding.view import compressed, guess
 
 PRIOR = 0.7  # chance that a draft is accepted, before any was
-GUESS = 0.3  # what choosing the view is taken to cost, in prefills, until it was done once
 RUN, SURE = 3, 2  # tokens that n-gram drafts look up; that must have been there before for them to come first
 NOT_INPUTS = ("past_key_values", "cache", "use_cache", "return_dict", "labels", "logits_to_keep", "mm_encoder_outputs")
 
 
 @dataclass
 class Learned:
-    """What stays from request to request. choosing: what choosing the view took, in prefills."""
+    """What stays from request to request. choosing: what choosing the view took, in prefills, once it was done."""
 
     rates: Rates = field(default_factory=lambda: Rates(PRIOR))
-    choosing: float = GUESS
+    choosing: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +67,9 @@ class SelfSpeculation(Decoder):
 
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
-        with patch(target.model, self.draft):
-            pass  # what cannot be patched is refused at once, with the reason
+        with patch(target.model, self.draft) as handle:  # what cannot be patched is refused at once, with the reason
+            if self._learned.choosing is None:
+                self._learned.choosing = guess(handle)
         if cache_in(target.given) is not None or target.given.get("inputs_embeds") is not None:
             raise Unsupported(
                 "SelfSpeculation looks at the whole prompt again: give generate its input_ids and pixels, no cache and "
@@ -109,7 +109,8 @@ class View(Drafter):
     def _choose(self) -> None:
         """Take the part of the prompt's cache that the compressor leaves, and put the answer so far behind it."""
         target, self.chosen = self.target, True
-        cache = compressed(target.model, self.method, self._inputs(), target.cache)
+        encoded = target.kwargs.get("mm_encoder_outputs") or {}
+        cache = compressed(target.model, self.method, self._inputs(), encoded, target.cache)
         if cache is None:  # no picture, or one of which all is kept: drafts would cost what plain steps do
             return
         self.kept = [layer.keys.shape[2] for layer in cache.layers]
@@ -165,55 +166,3 @@ class View(Drafter):
             self.lookup.learn(tree, logits, verdict, mine=self.kind == "ngram")
         if self.small is not None:
             self._follow()
-
-
-class Enough(Exception):
-    """What is kept is known: the language model need not run."""
-
-
-def compressed(model: nn.Module, method: Any, inputs: dict[str, Any], dense: DynamicCache) -> DynamicCache | None:
-    """The part of a prompt's cache that is there under a method; None where that is all of it.
-
-    inputs: of the model's forward, one prompt with its pixels. dense: the cache behind it. Columns of tokens that a
-    method drops are left out, the same in all layers: those that the last layer does not have. Where a method evicts
-    from the cache itself, the part is what it leaves. The patch is gone afterwards, whatever happens; the language
-    model runs only where it is needed for the choice."""
-    held = DynamicCache()
-    with patch(model, method) as handle:
-        hook = None
-        if not any(stage.in_layers for stage in handle._engine.stages):
-            hook = handle._target().language_model.register_forward_pre_hook(_enough)
-        try:
-            last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-            model(**inputs, use_cache=True, **last, **{NAME: held})
-        except Enough:
-            pass
-        finally:
-            if hook is not None:
-                hook.remove()
-        kept = handle.trace.positions_at(handle.trace.shapes.layers - 1)[0]
-    if any(len(layer.keys[0, 0]) < len(kept) for layer in held.layers if layer.is_initialized):
-        return _left(held)
-    if len(kept) == inputs["input_ids"].shape[1]:
-        return None
-    part = DynamicCache()
-    for i, layer in enumerate(dense.layers):
-        index = kept.to(layer.keys.device)
-        part.update(layer.keys.index_select(2, index), layer.values.index_select(2, index), i)
-    return part
-
-
-def _left(held: CompressedCache) -> DynamicCache:
-    """What a method that evicts has left, as a plain cache. Raises `Unsupported` where that needs a mask."""
-    if any(valid is not None and not bool(valid.all()) for valid in held.valid.values()):
-        raise Unsupported(
-            "Drafts on a cache whose heads hold different numbers of columns: choose a method of one number."
-        )
-    part = DynamicCache()
-    for i, layer in enumerate(held.layers):
-        part.update(layer.keys, layer.values, i)
-    return part
-
-
-def _enough(module: nn.Module, args: tuple) -> None:
-    raise Enough
