@@ -13,8 +13,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Compressor": "vtok.compressor",
+    "NGram": "vtok.text.decoding.ngram",
     "Patch": "vtok.patching",
     "Selection": "vtok.types",
+    "SelfSpeculation": "vtok.text.decoding.self_speculation",
+    "TokenRecycling": "vtok.text.decoding.token_recycling",
     "Trace": "vtok.engine.trace",
     "VisualTokens": "vtok.types",
     "VtokError": "vtok.errors",

@@ -37,6 +37,9 @@ from vtok.methods import available as available
 from vtok.patching import Patch as Patch
 from vtok.patching import patch as patch
 from vtok.patching import unpatch as unpatch
+from vtok.text.decoding.ngram import NGram as NGram
+from vtok.text.decoding.self_speculation import SelfSpeculation as SelfSpeculation
+from vtok.text.decoding.token_recycling import TokenRecycling as TokenRecycling
 from vtok.types import Selection as Selection
 from vtok.types import VisualTokens as VisualTokens
 

@@ -315,14 +315,18 @@ class Engine:
         return torch.arange(length, device=device)[None] + (cache.seen if cache is not None else 0)
 
     def _continue(self, module: nn.Module, kwargs: dict[str, Any], cache: CompressedCache) -> dict[str, Any]:
-        """Text on a cache that holds a prompt: decoding, or another turn."""
+        """Text on a cache that holds a prompt: decoding, or another turn. Drafts in a tree bring a mask of themselves
+        alone, [1, 1, Q, Q]: what they see of the cache, the cache knows."""
         hidden, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         batch, length, _ = hidden.shape
+        tree = None
+        if isinstance(mask, Tensor) and mask.shape == (1, 1, length, length):
+            tree, mask = mask[0, 0] == 0, None
         check_mask(mask)
         new = None
         if length > 1 and mask is not None and not bool(mask[:, -length:].all()):
             new = mask[:, -length:].bool()
-        p = Pass(module.config, self.stages or self.installed, cache, batch, length)
+        p = Pass(module.config, self.stages or self.installed, cache, batch, length, tree=tree)
         p.told = self.local.call.told if self.local.call is not None else Told()
         if new is not None:
             p.rows[0] = Rows(torch.arange(length, device=hidden.device).expand(batch, -1), new, padded=True)
@@ -342,8 +346,8 @@ class Engine:
         else:
             new = rows.valid if rows is not None and rows.padded else None
             valid = cache.extend(0, new, p.batch, embeds.shape[1], embeds.device)
-            if valid is not None and valid.ndim == 3:
-                kwargs["attention_mask"] = causal_mask(p.config, embeds, valid, cache, 0)
+            if p.tree is not None or (valid is not None and valid.ndim == 3):
+                kwargs["attention_mask"] = causal_mask(p.config, embeds, valid, cache, 0, p.tree)
             else:
                 kwargs["attention_mask"] = None if valid is None else valid.long()
             cache.seen += p.length
@@ -378,7 +382,8 @@ class Engine:
             if not use_cache or (module.training and getattr(module, "gradient_checkpointing", False)):
                 return None
             return CompressedCache.adopt(DynamicCache(config=module.config), None)
-        check_mask(mask)
+        if not isinstance(cache, CompressedCache):
+            check_mask(mask)
         held = 0 if isinstance(cache, CompressedCache) or mask is None else cache.get_seq_length()
         past = mask[:, :held] if held else None
         if past is not None and bool(past.all()):

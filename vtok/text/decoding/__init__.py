@@ -1,0 +1,1 @@
+"""Decoding with drafts: several tokens a forward, and the tokens of plain `generate`."""
