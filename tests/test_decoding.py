@@ -676,7 +676,7 @@ def test_what_self_speculation_refuses():
     inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
     with vtok.patch(model, "fastv"), pytest.raises(vtok.VtokError, match="already patched"):
         model.generate(**inputs, max_new_tokens=4, custom_generate=view("fastv"))
-    with pytest.raises(vtok.VtokError, match="no vision-language model"):
+    with pytest.raises(vtok.VtokError, match="acts on pictures"):
         text_model().generate(prompt(), max_new_tokens=4, custom_generate=view("fastv"))
     with pytest.raises(vtok.VtokError, match="one of|There is|fastv"):
         model.generate(**inputs, max_new_tokens=4, custom_generate=view("fastw"))
