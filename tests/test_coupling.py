@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from outcomes import outcomes
 from scipy.optimize import linprog
 
 from vtok.errors import InvalidValue
@@ -29,43 +30,6 @@ PAIRS = [
     ((0.2, 0.3, 0.5), (0.2, 0.3, 0.5)),  # the same
     ((1.0, 0.0, 0.0), (0.3, 0.4, 0.3)),  # one token is all that p draws
 ]
-
-
-class Script(Chance):
-    """Takes the decisions of a list, and notes how likely each was and what else there is."""
-
-    def __init__(self, decisions):
-        object.__setattr__(self, "state", {"left": list(decisions), "likely": 1.0, "open": None})
-
-    def decide(self, weights):
-        if self.state["left"]:
-            taken = self.state["left"].pop(0)
-            self.state["likely"] *= weights[taken]
-            return taken
-        self.state["open"] = [i for i, weight in enumerate(weights) if weight > 0]
-        raise StopIteration
-
-    def happens(self, probability):
-        probability = min(1.0, max(0.0, probability))
-        return bool(self.decide([1 - probability, probability]))
-
-    def draw(self, weights):
-        return self.decide((weights / weights.sum()).tolist())
-
-
-def outcomes(rule):
-    """result -> probability, of all ways that a rule's decisions can go."""
-    found, waiting = {}, [[]]
-    while waiting:
-        decisions = waiting.pop()
-        chance = Script(decisions)
-        try:
-            result = rule(chance)
-        except StopIteration:
-            waiting += [[*decisions, i] for i in chance.state["open"]]
-        else:
-            found[result] = found.get(result, 0.0) + chance.state["likely"]
-    return found
 
 
 def vector(x):

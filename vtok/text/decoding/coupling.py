@@ -19,7 +19,8 @@ same ones on both sides. Half precision is computed in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +46,25 @@ class Chance:
     def draw(self, weights: Tensor) -> int:
         """An index of weights [V], by weight."""
         return int(torch.multinomial(weights, 1, generator=self.generator))
+
+    def order(self, logp: Tensor) -> Iterator[tuple[int, float]]:
+        """The tokens of log-probabilities [V] and their probabilities, drawn one behind the other without replacement.
+
+        All at once, by the order of log p + Gumbel noise; what is needed first comes to the host first."""
+        noise = torch.empty(logp.shape, dtype=torch.float64, device=logp.device).exponential_(generator=self.generator)
+        keys = logp.double() - noise.log()  # [V]
+        for first, last in ((0, min(64, len(keys))), (64, len(keys))):
+            if first < last:
+                tokens = keys.topk(last).indices[first:]
+                yield from ((i, math.exp(x)) for i, x in zip(tokens.tolist(), logp[tokens].tolist()) if x > -math.inf)
+
+    def failures(self, success: float) -> int:
+        """How often something fails before it first succeeds, of independent trials: geometric, from 0."""
+        if success >= 1:
+            return 0
+        device = None if self.generator is None else self.generator.device
+        waited = torch.empty((), dtype=torch.float64, device=device).exponential_(generator=self.generator).item()
+        return int(waited / -math.log1p(-success))
 
 
 class Choice(NamedTuple):
