@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.pagerank import pagerank
+from vtok.kernels.tree_attention import tree_attention
 
 
 def heads(b=2, h=4, groups=2, n=11, d=8, seed=0, dtype=torch.float32):
@@ -309,3 +310,45 @@ def test_bipartite_match_ties_zeros_and_blocks(monkeypatch):
     whole = bipartite_match(metric, 6)
     monkeypatch.setattr("vtok.kernels.bipartite_match.BLOCK", 3)
     assert all(torch.equal(a, b) for a, b in zip(bipartite_match(metric, 6), whole))
+
+
+def slow_tree(query, key, value, tree, scaling, valid, b, h, i):
+    """What one draft sees, by hand: the valid cached columns, and of the drafts those that the tree says."""
+    group, n = h // (query.shape[1] // key.shape[1]), len(tree)
+    past = key.shape[2] - n
+    cached = [j for j in range(past) if valid is None or valid.expand(len(key), key.shape[1], -1)[b, group, j]]
+    seen = cached + [past + j for j in range(n) if tree[i, j]]
+    weights = softmax([float(query[b, h, i].double() @ key[b, group, j].double()) * scaling for j in seen])
+    return sum(w * value[b, group, j].double() for w, j in zip(weights, seen))
+
+
+@pytest.mark.parametrize("padded", [None, "rows", "groups"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tree_attention(padded, dtype, monkeypatch):
+    """Several blocks of the cache, one of them all padding; values of another width than keys."""
+    monkeypatch.setattr("vtok.kernels.tree_attention.BLOCK", 4)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda k, n, d: torch.randn(2, k, n, d, generator=generator).to(dtype)
+    query, key, value = draw(6, 4, 8), draw(2, 15, 8), draw(2, 15, 5)
+    tree = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+    valid = None
+    if padded:
+        valid = torch.rand(2, 2, 11, generator=generator) < 0.6
+        valid[0, 1] = False
+        valid[1, :, :4] = False
+        valid = valid[:, 0] if padded == "rows" else valid
+    shown = valid if padded != "rows" else valid[:, None]
+    got = tree_attention(query, key, value, tree, 0.3, valid)
+    assert got.shape == (2, 6, 4, 5) and got.dtype == dtype
+    for b in range(2):
+        for h in range(6):
+            for i in range(4):
+                expected = slow_tree(query, key, value, tree, 0.3, shown, b, h, i).to(dtype)
+                torch.testing.assert_close(got[b, h, i], expected, atol=1e-5, rtol={2: 8e-3, 4: 1e-5}[dtype.itemsize])
+
+
+def test_tree_attention_behind_nothing():
+    query, key, value = torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4)
+    chain = torch.ones(3, 3, dtype=torch.bool).tril()
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(tree_attention(query, key, value, chain, 0.5), expected)

@@ -23,6 +23,7 @@ from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
 from vtok.kernels.sparse_ffn import gathered_ffn
+from vtok.kernels.tree_attention import tree_attention
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -62,6 +63,7 @@ def calls(device="cpu"):
     x, query, key = (torch.randn(shape, device=device) for shape in ((2, 9, 4), (2, 4, 5, 8), (2, 2, 5, 8)))
     rows, valid = torch.tensor([[4], [2]], device=device), torch.ones(2, 5, dtype=torch.bool, device=device)
     place = torch.arange(18, device=device).view(2, 9)
+    tree = torch.ones(3, 3, dtype=torch.bool, device=device).tril()
     return {
         "bipartite_match": lambda **backend: bipartite_match(x, 3, **backend),
         "farthest_points": lambda **backend: farthest_points(x, 3, **backend),
@@ -72,6 +74,9 @@ def calls(device="cpu"):
         "sparse_ffn": lambda **backend: gathered_ffn(x[:, :5], *[x] * 3, "silu", **backend),
         "merge": lambda **backend: merge(x, place % 4 - 1, 4, place % 3 + 1.0, **backend),
         "compact_sequence": lambda **backend: compact_sequence(place % 5 > 2, 4, x, place, place > 9, **backend),
+        "tree_attention": lambda **backend: tree_attention(
+            query[:, :, :3], key, key, tree, 0.5, valid[:, :2], **backend
+        ),
     }
 
 

@@ -17,6 +17,7 @@ from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
 from vtok.kernels.sparse_ffn import ACTIVATIONS, gather_neurons, gathered_ffn, sparse_ffn
+from vtok.kernels.tree_attention import tree_attention
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FULL, HALF, BRAIN = DTYPES = torch.float32, torch.float16, torch.bfloat16
@@ -427,3 +428,32 @@ def test_sequences_of_nothing():
         positions = torch.arange(places, device=DEVICE)[None]
         for a, b in zip(*with_gradient(moved, draw(batch, places, 3), flags, 0, positions, flags)):
             assert torch.equal(a, b)
+
+
+# ---- tree_attention -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("padded", [None, "rows", "groups"])
+@pytest.mark.parametrize(
+    ("heads", "groups", "drafts", "past", "width", "wide", "dtype"),
+    [
+        (2, 2, 1, 3, 5, 5, FULL),
+        (9, 3, 7, 150, 16, 16, HALF),
+        (6, 2, 23, 70, 33, 20, BRAIN),
+        (4, 1, 81, 130, 8, 8, FULL),
+    ],
+)
+def test_trees(heads, groups, drafts, past, width, wide, dtype, padded, poison, monkeypatch):
+    """Parts of several blocks; parts in which nothing is seen; drafts in two parts."""
+    monkeypatch.setattr("vtok.kernels.tree_attention_triton.SPLITS", 2)
+    monkeypatch.setattr("vtok.kernels.tree_attention.BLOCK", 40)
+    query, key = (
+        inside(draw(2, k, n, width, seed=k, dtype=dtype)) for k, n in ((heads, drafts), (groups, past + drafts))
+    )
+    value = inside(draw(2, groups, past + drafts, wide, seed=3, dtype=dtype))
+    generator = torch.Generator().manual_seed(drafts)
+    tree = (torch.rand(drafts, drafts, generator=generator) < 0.3).tril() | torch.eye(drafts, dtype=torch.bool)
+    valid = torch.rand(2, groups, past, generator=generator) < 0.5
+    valid[0] = False
+    valid = {None: None, "rows": turned(valid[:, 0]).to(DEVICE), "groups": turned(valid).to(DEVICE)}[padded]
+    torch_, triton = both(tree_attention, query, key, value, turned(tree).to(DEVICE), width**-0.5, valid)
+    assert triton.dtype == dtype
+    torch.testing.assert_close(triton, torch_, atol={FULL: 2e-6, HALF: 2e-3, BRAIN: 2e-2}[dtype], rtol=1e-2)

@@ -15,6 +15,7 @@ _HOMES = {
     "Compressor": "vtok.compressor",
     "Patch": "vtok.patching",
     "Selection": "vtok.types",
+    "TokenRecycling": "vtok.text.decoding.token_recycling",
     "Trace": "vtok.engine.trace",
     "VisualTokens": "vtok.types",
     "VtokError": "vtok.errors",

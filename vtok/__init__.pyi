@@ -29,6 +29,7 @@ from vtok.patching import Patch as Patch
 from vtok.patching import available as available
 from vtok.patching import patch as patch
 from vtok.patching import unpatch as unpatch
+from vtok.text.decoding.token_recycling import TokenRecycling as TokenRecycling
 from vtok.types import Selection as Selection
 from vtok.types import VisualTokens as VisualTokens
 

@@ -217,23 +217,57 @@ class CompressedCache(DynamicCache):
         self._map(lambda v: v[indices.to(v.device)])
 
 
-def causal_mask(config, hidden: Tensor, valid: Tensor | None, cache: DynamicCache | None, layer_idx: int):
+def causal_mask(
+    config, hidden: Tensor, valid: Tensor | None, cache: DynamicCache | None, layer_idx: int, tree: Tensor | None = None
+):
     """The mask that transformers itself would make for this layer, for the attention implementation in use.
 
     hidden: [B, Q, D]; valid: [B, columns + Q] bool or None; [B, G, columns + Q] where each head group has columns of
-    its own, for which transformers knows no mask: [B, H, Q, columns + Q], for SDPA and eager attention."""
-    if valid is None or valid.ndim == 2:
+    its own, for which transformers knows no mask: [B, H, Q, columns + Q], for SDPA and eager attention. tree: [Q, Q]
+    bool, which new columns see which, where that is not the earlier ones."""
+    if tree is None and (valid is None or valid.ndim == 2):
         how = {"config": config, "inputs_embeds": hidden, "attention_mask": valid, "layer_idx": layer_idx, NAME: cache}
         return create_causal_mask(**how)
     if config._attn_implementation not in ("sdpa", "eager"):
         raise Unsupported(
-            f"Head groups that hold different columns need a mask for each head, which "
+            f"Drafts in a tree and head groups that hold different columns need a mask that "
             f"{config._attn_implementation} does not take: use attn_implementation='sdpa'."
         )
-    queries, columns = hidden.shape[1], valid.shape[2]
-    causal = torch.ones(queries, columns, dtype=torch.bool, device=hidden.device).tril(columns - queries)
-    allowed = causal & valid.to(hidden.device)[:, :, None]  # [B, G, Q, L]
-    allowed = allowed.repeat_interleave(config.num_attention_heads // valid.shape[1], 1)
-    return torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
-        ~allowed, torch.finfo(hidden.dtype).min
-    )
+    batch, queries = hidden.shape[:2]
+    if valid is None:
+        valid = torch.ones(batch, cache.columns(layer_idx) + queries, dtype=torch.bool)
+    if valid.ndim == 3:
+        valid = valid.repeat_interleave(config.num_attention_heads // valid.shape[1], 1)
+    if tree is None:
+        tree = torch.ones(queries, queries, dtype=torch.bool).tril()
+    return tree_mask(tree, valid.to(hidden.device), hidden.dtype)
+
+
+def tree_mask(tree: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive mask of new columns that see the cache, and each other as a tree says.
+
+    tree: [N, N] bool: [i, j], whether the i-th new column sees the j-th. valid: [B, L + N] bool, no padding; or
+    [B, H, L + N] where heads differ. Returns [B, 1 or H, N, L + N]: 0 where it is seen, elsewhere the lowest number."""
+    valid = valid[:, None] if valid.ndim == 2 else valid
+    seen = valid[:, :, None].repeat(1, 1, len(tree), 1)
+    seen[..., -len(tree) :] &= tree.to(valid.device)
+    return torch.zeros(seen.shape, dtype=dtype, device=valid.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def settle(cache: DynamicCache, new: int, route: list[int]) -> None:
+    """Of the `new` last columns, a tree of drafts, hold the accepted ones alone: `route`, ascending, from 0 on."""
+    kept, contiguous = len(route), route == list(range(len(route)))
+    pick = lambda x, dim: x.index_select(dim, torch.tensor(route, device=x.device) + x.shape[dim] - new)
+    for layer in cache.layers:
+        if not layer.is_initialized:  # shares another layer's
+            continue
+        for name in ("keys", "values"):
+            held = getattr(layer, name)  # [B, G, L + new, d]
+            past = held.shape[2] - new
+            if not contiguous:
+                held[:, :, past : past + kept] = pick(held, 2)
+            setattr(layer, name, held[:, :, : past + kept])
+    if isinstance(cache, CompressedCache):
+        cache.seen -= new - kept
+        cut = lambda v: torch.cat([v[..., : v.shape[-1] - new], pick(v, v.ndim - 1)], -1)
+        cache.valid = {first: None if v is None else cut(v) for first, v in cache.valid.items()}

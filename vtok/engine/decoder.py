@@ -59,6 +59,7 @@ class Pass:
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     late: dict[int, Tensor] = field(default_factory=dict)  # see `Adapter.late_features`
     late_row: Tensor | None = None  # [B, S] each position's row of them, -1 for text
+    tree: Tensor | None = None  # [S, S] bool, which of its tokens see which, where they are drafts in a tree
 
     def group(self, layer: int) -> int:
         """The first layer of the run in which `layer` is."""
@@ -139,7 +140,7 @@ class Pass:
             valid = self.cache.extend(start, new, self.batch, hidden.shape[1], hidden.device)
         else:
             valid = new
-        return causal_mask(self.config, hidden, valid, self.cache, start)
+        return causal_mask(self.config, hidden, valid, self.cache, start, self.tree)
 
     def restore(self, output: Any) -> Any:
         """The language model's output at the input's length."""

@@ -302,17 +302,21 @@ class Engine:
         return torch.arange(length, device=device)[None] + (cache.seen if cache is not None else 0)
 
     def _continue(self, module: nn.Module, kwargs: dict[str, Any], cache: CompressedCache) -> dict[str, Any]:
-        """Text on a cache that holds a compressed prompt: decoding, or another turn."""
+        """Text on a cache that holds a compressed prompt: decoding, or another turn. Of a 4-D mask only its last
+        columns are read, which of the new tokens see which: what they see of the cache, the cache knows."""
         hidden, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if hidden is None:
             hidden = module.get_input_embeddings()(kwargs.pop("input_ids"))
             kwargs["inputs_embeds"] = hidden
         batch, length, _ = hidden.shape
+        tree = None
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1:
+            tree, mask = mask[0, 0, :, -length:] == 0, None
         check_mask(mask)
         new = None
         if length > 1 and mask is not None and not bool(mask[:, -length:].all()):
             new = mask[:, -length:].bool()
-        p = Pass(module.config, self.stages or self.installed, cache, batch, length)
+        p = Pass(module.config, self.stages or self.installed, cache, batch, length, tree=tree)
         if new is not None:
             p.rows[0] = Rows(torch.arange(length, device=hidden.device).expand(batch, -1), new, padded=True)
         positions = self.positions(kwargs.get("position_ids"), cache, length, hidden.device)
@@ -330,8 +334,8 @@ class Engine:
             self._check_cache(p, cache)
             new = rows.valid if rows is not None and rows.padded else None
             valid = cache.extend(0, new, p.batch, embeds.shape[1], embeds.device)
-            if valid is not None and valid.ndim == 3:
-                kwargs["attention_mask"] = causal_mask(p.config, embeds, valid, cache, 0)
+            if p.tree is not None or (valid is not None and valid.ndim == 3):
+                kwargs["attention_mask"] = causal_mask(p.config, embeds, valid, cache, 0, p.tree)
             else:
                 kwargs["attention_mask"] = None if valid is None else valid.long()
             cache.seen += p.length

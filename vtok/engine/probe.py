@@ -2,18 +2,20 @@
 
 While at least one patched model needs it, the entry of `ALL_ATTENTION_FUNCTIONS` for that model's implementation is
 overridden by a wrapper under the same name (a new name would lose its mask function). The wrapper acts only on calls
-that carry a `vtok_pass`, which the engine hands down as a keyword, so other models pass through untouched.
+that carry a `vtok_pass`, which the engine hands down as a keyword, or a `vtok_tree`, an attention of drafts that is
+handed down likewise (vtok/text/decoding), so other models pass through untouched.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections import Counter
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-KEYWORD = "vtok_pass"
+KEYWORD, TREE = "vtok_pass", "vtok_tree"
 _lock = threading.Lock()
 _users: Counter[str] = Counter()
 _previous: dict[str, object] = {}  # what the local mapping held before us, where it held something
@@ -24,6 +26,8 @@ def _wrapper(implementation: str, original):
         forward = original
         if forward is None:  # "eager" is not in the registry: each modelling file has its own
             forward = sys.modules[type(module).__module__].eager_attention_forward
+        if (tree := kwargs.pop(TREE, None)) is not None:
+            forward = functools.partial(tree, forward)
         if (p := kwargs.pop(KEYWORD, None)) is None:
             return forward(module, query, key, value, attention_mask, *args, **kwargs)
         scaling = kwargs.get("scaling")

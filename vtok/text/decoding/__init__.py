@@ -1,1 +1,1 @@
-"""Decoding: other ways to choose the next tokens, through `model.generate(..., custom_generate=...)`."""
+"""Decoding with drafts: several tokens a forward, and the tokens of plain `generate`."""

@@ -1,0 +1,488 @@
+"""Decoding with drafts gives what plain `generate` gives; trees, caches, processors, sampling, and when drafts stop."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from contract import FAMILIES, batch, example, picture, tiny
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vtok
+from vtok.engine.cache import cache_in, tree_mask
+from vtok.text.decoding import attention
+from vtok.text.decoding.loop import Scores
+from vtok.text.decoding.payoff import Payoff
+from vtok.text.decoding.token_recycling import TEMPLATE, Table
+from vtok.text.decoding.tree import Shape, Tree, Verdict, follow
+
+VOCABULARY = 97
+TEXT = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def text_model(kind="llama", **options) -> nn.Module:
+    config, cls, own = TEXT[kind]
+    torch.manual_seed(3)
+    named = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "num_key_value_heads": 2}
+    model = cls(config(**{"vocab_size": VOCABULARY, **SIZES, **named, **own, **options})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(3)  # random weights are so small that logits would hardly depend on the context
+    return model
+
+
+def prompt(length=12, seed=0):
+    return torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def decoder(**options):
+    """Drafts at each step, whatever they cost."""
+    return vtok.TokenRecycling(**{"adapt": False, **options})
+
+
+def same(model, inputs, decoder, times=2, **how):
+    """Plain and drafted output of `generate`, several times with one decoder, which then is hot."""
+    how = {"max_new_tokens": 40, "do_sample": False, **how}
+    expected = model.generate(**inputs, **how)
+    for _ in range(times):
+        assert torch.equal(model.generate(**inputs, **how, custom_generate=decoder), expected)
+    return expected
+
+
+# ---- trees ---------------------------------------------------------------------------------------------------------
+def test_the_papers_template():
+    shape = Shape.of_paths(TEMPLATE)
+    assert [shape.depths.count(d) for d in range(7)] == [1, 8, 21, 25, 15, 8, 3]
+    assert len(shape) == 81 and max(shape.ranks) == 7
+    seen = shape.ancestors.long()
+    assert torch.equal((seen @ seen) > 0, shape.ancestors)  # above what is above is above
+    for route in shape.routes:
+        for i, node in enumerate(route):
+            assert shape.ancestors[node].nonzero().flatten().tolist() == list(route[: i + 1])
+    assert shape.upto(2).depths == tuple(d for d in shape.depths if d <= 2)
+
+
+def test_a_template_with_a_gap_is_refused():
+    for paths in ([(1,)], [(0,), (0, 0, 0)], [(0,), (0, 1)]):
+        with pytest.raises(vtok.VtokError, match="comes before it"):
+            Shape.of_paths(paths)
+    with pytest.raises(vtok.VtokError, match="9 children"):
+        vtok.TokenRecycling(template=tuple((i,) for i in range(9)))
+
+
+def test_texts_share_their_beginnings():
+    tree = Tree.of_texts(7, [(1, 2, 3), (1, 4), (5,)])
+    assert tree.tokens == (7, 1, 2, 3, 4, 5) and tree.shape.parents == (-1, 0, 1, 2, 1, 0)
+    assert tree.text(4) == [1, 4] and tree.upto(1).tokens == (7, 1, 5)
+
+
+def test_going_down_a_tree():
+    tree = Tree.of_texts(7, [(1, 2, 3), (1, 4, 9), (5,)])
+    wants = {0: 1, 1: 4, 4: 6}
+    verdict = follow(tree, wants.__getitem__)
+    assert verdict == Verdict((0, 1, 4), 6) and verdict.tokens(tree) == [1, 4, 6]
+    assert verdict.cut(tree, 2) == Verdict((0, 1), 4) and verdict.cut(tree, 2).tokens(tree) == [1, 4]
+
+
+def test_what_a_tree_sees():
+    valid = torch.tensor([[False, True, True, True, True, True]])
+    mask = tree_mask(Shape((-1, 0, 0)).ancestors, valid, torch.float32)
+    assert mask.shape == (1, 1, 3, 6)
+    expected = [[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 1]]
+    assert (mask[0, 0] == 0).long().tolist() == expected
+
+
+# ---- the output is plain generate's --------------------------------------------------------------------------------
+@pytest.mark.parametrize(("kind", "attention"), [*((kind, "sdpa") for kind in TEXT), ("llama", "eager")])
+def test_text_models(kind, attention):
+    model = text_model(kind)
+    model.set_attn_implementation(attention)
+    hot = decoder()
+    same(model, {"input_ids": prompt()}, hot)
+    same(model, {"input_ids": prompt(seed=1)}, hot, times=1)
+    assert hot.stats.accepted > 5 and hot.stats.tokens == 40  # else this has tested little
+    same(model, {"input_ids": prompt()}, vtok.TokenRecycling(), times=1)
+    same(model, {"input_ids": prompt()}, decoder(nodes=5, seed=0, template=((0,), (1,), (0, 0))))
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """Short caches, too, are read by `tree_attention`. Gives the calls of it."""
+    calls, inner = [], attention.tree_attention
+    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(attention, "tree_attention", lambda *args: calls.append(args) or inner(*args))
+    return calls
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_attention_of_their_own(implementation, folded):
+    """All layers of each check go through it, and the registry is what it was."""
+    model = text_model()
+    model.set_attn_implementation(implementation)
+    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    hot = decoder()
+    same(model, {"input_ids": prompt()}, hot, times=1)
+    assert len(folded) == 3 * (hot.stats.steps - 1 - hot.stats.plain) > 0
+    assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == before
+    vlm, processor = tiny("qwen3_vl", implementation)
+    inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
+    with vtok.patch(vlm, "fastv", keep=0.5):
+        folded.clear()
+        same(vlm, inputs, hot := decoder(), max_new_tokens=24, times=1)
+    assert len(folded) == 4 * (hot.stats.steps - 1 - hot.stats.plain) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    """M-RoPE, DeepStack, several pictures; not patched, and patched at each kind of stage."""
+    model, processor = tiny(family)
+    inputs = batch(processor, ["a # What colour is it? and # no"], [picture(70, 112), picture(56, 56, 1)])
+    hot = decoder()
+    same(model, inputs, hot, max_new_tokens=24)
+    with vtok.patch(model, example(model, "fastv")):
+        same(model, inputs, hot, max_new_tokens=24, times=1)
+    assert hot.stats.accepted > 2
+
+
+@pytest.mark.parametrize("label", ["divprune", "core_neurons", "aim"])
+def test_stages(label):
+    """Before the language model, in it, neurons behind the prompt; and a text prompt on a patched model."""
+    model, processor = tiny("qwen2_5_vl")
+    hot = decoder()
+    with vtok.patch(model, example(model, label)):
+        same(model, batch(processor, ["a # What colour is it?"], [picture(70, 112)]), hot, max_new_tokens=24)
+        assert hot.stats.accepted > 2
+        same(model, processor.tokenizer(["no picture at all"], return_tensors="pt"), hot, max_new_tokens=24)
+
+
+def test_padding_on_the_left(folded):
+    model = text_model()
+    ids = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt()], 1)
+    same(model, {"input_ids": ids, "attention_mask": (ids != 0).long()}, decoder())
+
+
+def test_a_conversation_goes_on_with_its_cache():
+    model = text_model()
+    how = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    outputs = []
+    for custom in (None, decoder()):
+        first = model.generate(prompt(), **how, custom_generate=custom)
+        ids = torch.cat([first.sequences, prompt(4, seed=1)], 1)
+        again = {"cache" if "cache" in first else "past_key_values": cache_in(first)}
+        outputs.append(model.generate(ids, **how, **again, custom_generate=custom).sequences)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("method", [None, "divprune", "fastv"])
+def test_the_cache_is_that_of_plain_decoding(method):
+    model, processor = tiny("qwen2_5_vl")
+    inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
+    how = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
+    if method is not None:
+        vtok.patch(model, method, keep=0.5)
+    hot = decoder()
+    model.generate(**inputs, **how, custom_generate=hot)
+    plain, drafted = (cache_in(model.generate(**inputs, **how, custom_generate=c)) for c in (None, hot))
+    assert hot.stats.accepted > 2
+    assert plain.get_seq_length() == drafted.get_seq_length() == inputs["input_ids"].shape[1] + 23
+    for ours, theirs in zip(drafted.layers, plain.layers):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_of_text_go_on_in_all_rows():
+    """M-RoPE: a picture's tokens take fewer positions than columns."""
+    model, processor = tiny("qwen2_5_vl")
+    inputs = batch(processor, ["a # What colour is it?"], [picture(140, 140)])
+    seen = []
+    note = lambda module, args, kwargs: seen.append(kwargs["position_ids"])
+    hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    hot = decoder()
+    for _ in range(2):
+        seen.clear()
+        model.generate(**inputs, max_new_tokens=12, do_sample=False, custom_generate=hot)
+    hook.remove()
+    behind = seen[0][..., -1:] + 1
+    assert int(behind[-1].max()) < inputs["input_ids"].shape[1]
+    tree = seen[1]
+    assert tree.shape[0] in (3, 4) and tree.shape[-1] > 8
+    depths = (tree - behind)[:, 0]
+    assert (depths == depths[:1]).all() and depths[0, 0] == 0 and set(depths[0].tolist()) >= {0, 1, 2}
+
+
+class Stop(StoppingCriteria):
+    """Stops behind a number of tokens, and notes all that it is asked about."""
+
+    def __init__(self, length):
+        self.length, self.asked = length, []
+
+    def __call__(self, ids, scores, **kwargs):
+        self.asked.append(ids[0].tolist())
+        return torch.tensor([ids.shape[1] >= self.length])
+
+
+class Pull(LogitsProcessor):
+    """What is likely depends on the whole text so far."""
+
+    def __call__(self, ids, scores):
+        return scores.roll(int(ids.sum()) % 5, -1)
+
+
+PROCESSED = {
+    "repetition": {"repetition_penalty": 1.7},
+    "ngrams": {"no_repeat_ngram_size": 2},
+    "minimum": {"min_new_tokens": 20},
+    "own": {"logits_processor": [Pull()]},
+}
+
+
+@pytest.mark.parametrize("label", PROCESSED)
+def test_processors_see_the_text_of_their_route(label):
+    model = text_model()
+    how = {"max_new_tokens": 40, "do_sample": False}
+    bare = model.generate(prompt(), **how)
+    how |= {"pad_token_id": 0, **PROCESSED[label]}
+    if label == "minimum":
+        how["eos_token_id"] = int(bare[0, 18])
+    hot = decoder()
+    out = same(model, {"input_ids": prompt()}, hot, times=3, **how)
+    assert not torch.equal(out, bare)
+    if label != "own":  # whose text nothing foresees
+        assert hot.stats.accepted > 0
+
+
+def test_the_end_of_the_text():
+    """In the middle of an accepted route, too: at an end token, a length, a criterion of one's own."""
+    model = text_model()
+    plain = model.generate(prompt(), max_new_tokens=40, do_sample=False)[0, 12:]
+    hot = decoder()
+    same(model, {"input_ids": prompt()}, hot)
+    for at in (1, 2, 3, 5, 6, 8, 11):
+        same(model, {"input_ids": prompt()}, hot, times=1, eos_token_id=int(plain[at]), pad_token_id=0)
+        same(model, {"input_ids": prompt()}, hot, times=1, max_new_tokens=at)
+        asked = []
+        for custom in (None, hot):
+            stop = Stop(12 + at)
+            own = {"stopping_criteria": StoppingCriteriaList([stop]), "do_sample": False, "max_new_tokens": 40}
+            model.generate(prompt(), **own, custom_generate=custom)
+            asked.append(stop.asked)
+        assert asked[0] == asked[1] and len(asked[0]) == at
+
+
+class Note:
+    def __init__(self):
+        self.got = []
+
+    def put(self, tokens):
+        self.got.append(tokens.tolist())
+
+    def end(self):
+        self.got.append("end")
+
+
+def test_a_streamer_gets_each_token_and_the_end():
+    model, got = text_model(), []
+    for custom in (None, decoder()):
+        streamer = Note()
+        model.generate(prompt(), max_new_tokens=15, do_sample=False, streamer=streamer, custom_generate=custom)
+        got.append(streamer.got)
+    assert got[0] == got[1] and got[0][-1] == "end"
+
+
+def test_scores_and_logits():
+    model = text_model()
+    how = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "repetition_penalty": 1.3}
+    how |= {"output_scores": True, "output_logits": True}
+    hot = decoder()
+    plain, _, drafted = (model.generate(prompt(), **how, custom_generate=c) for c in (None, hot, hot))
+    assert hot.stats.accepted > 0
+    for name in ("scores", "logits"):
+        assert len(plain[name]) == len(drafted[name]) == 20
+        torch.testing.assert_close(torch.cat(plain[name]), torch.cat(drafted[name]), atol=2e-4, rtol=1e-4)
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+def test_sampling_draws_what_plain_sampling_draws():
+    """One draw a token, in the same order: with one seed the text is the same, not its distribution alone."""
+    model, hot, accepted = text_model(), decoder(), 0
+    how = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.3, "top_k": 20, "top_p": 0.9}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = model.generate(prompt(), **how)
+        torch.manual_seed(seed)
+        assert torch.equal(model.generate(prompt(), **how, custom_generate=hot), expected)
+        accepted += hot.stats.accepted
+    assert accepted > 10
+
+
+def test_the_distribution_is_the_models():
+    """All texts of two tokens over three, with drafts below each other and beside: by counting, against the product."""
+    torch.manual_seed(0)
+    tree = Tree.of_texts(0, [(0, 1), (0, 2), (2, 2)])
+    logits = torch.randn(len(tree), 3)
+    first = logits.softmax(-1)
+    counts, n = torch.zeros(3, 4), 6000
+    for _ in range(n):
+        scores = Scores(tree, logits, torch.zeros(1, 1, dtype=torch.long), lambda ids, x: x, sample=True)
+        text = follow(tree, scores.choose).tokens(tree)
+        counts[text[0], text[1] if len(text) > 1 else 3] += 1
+    expected = torch.zeros(3, 4)
+    for token in range(3):
+        node = tree.child(0, token)
+        if node is None:
+            expected[token, 3] = first[0, token]
+        else:
+            expected[token, :3] = first[0, token] * first[node]
+    there = expected > 0
+    assert (counts[~there] == 0).all()
+    chi = ((counts - n * expected)[there] ** 2 / (n * expected[there])).sum()
+    assert float(chi) < 27.9  # of 9 degrees of freedom: 1 in 1000
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+def test_the_later_row_stays():
+    table = Table(6, 2)
+    logits = torch.tensor([[0.0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 9, 0, 8, 0, 0]])
+    table.write([2, 3, 2], logits, frozenset())
+    assert table.rows.tolist() == [[-1, -1], [-1, -1], [1, 3], [0, 1], [-1, -1], [-1, -1]]
+    tree, places = table.fill(Shape.of_paths([(0,), (1,), (0, 0), (1, 0), (1, 1)]), [1, 2, 3, 4, 5], 2)
+    assert tree.tokens == (2, 1, 3, 0, 1) and places == [0, 1, 2, 4, 5]  # nothing is known behind 1
+
+
+def test_placeholders_are_not_drafted():
+    model, processor = tiny("llava")
+    token = model.config.image_token_id
+    with torch.no_grad():
+        model.lm_head.weight[token] = model.lm_head.weight.abs().sum(0)  # likely at every place
+    inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
+    hot = decoder()
+    model.generate(**inputs, max_new_tokens=20, do_sample=False, custom_generate=hot)
+    rows = hot._learned.table.rows
+    assert (rows >= 0).any() and not (rows == token).any()
+    assert (rows[token] == -1).all()  # and nothing was learned from the picture's own rows
+
+
+def test_the_prompt_teaches():
+    """The followers of a token are those that the model found at its last place in the prompt."""
+    model = text_model()
+    hot = decoder(seed=5)
+    model.generate(prompt(), max_new_tokens=1, do_sample=False, custom_generate=hot)
+    with torch.no_grad():
+        best = model(prompt()).logits[0].topk(8, -1).indices
+    tokens = prompt()[0].tolist()
+    for place in range(7, 12):
+        if token_is_last := tokens[place] not in tokens[place + 1 :]:
+            assert hot._learned.table.rows[tokens[place]].tolist() == best[place].tolist()
+    assert token_is_last and (hot._learned.table.rows >= 0).any(1).sum() == len(set(tokens[7:]))
+
+
+# ---- how many drafts -----------------------------------------------------------------------------------------------
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def simulate(a, b, rate, tokens=400):
+    """Decoding where a step takes a + b n and n drafts are accepted at a rate, one behind the other. Returns the time,
+    and the mean number of drafts in the last quarter."""
+    clock = Clock()
+    payoff, done, drafts = Payoff(clock=clock), 1, []
+    expected = [(n, sum(rate**i for i in range(1, n + 1))) for n in (1, 2, 4, 8)]
+    payoff.begin()
+    debt = 0.0
+    while done < tokens:
+        payoff.start()
+        n = payoff.choose(expected)
+        clock.now += a + b * n
+        debt += dict(expected).get(n, 0.0)
+        emitted = 1 + int(debt)
+        debt -= emitted - 1
+        payoff.stop(n, emitted)
+        done += emitted
+        drafts.append(n)
+    tail = drafts[-len(drafts) // 4 :]
+    return clock.now / (tokens * a), sum(tail) / len(tail)
+
+
+def test_drafts_that_do_not_pay_are_switched_off():
+    for a, b, rate in itertools.product((1.0, 0.01), (2.0, 0.5), (0.0, 0.2, 0.4)):
+        time, _ = simulate(a, b * a, rate)
+        assert time < 1.05, (a, b, rate, time)
+
+
+def test_drafts_that_pay_are_used():
+    time, drafts = simulate(1.0, 0.02, 0.8)
+    assert time < 0.4 and drafts > 6
+    time, drafts = simulate(1.0, 0.3, 0.8)  # a step of 8 takes 3.4 for 4.3 tokens, one of 2 takes 1.6 for 2.4
+    assert time < 0.8 and 1 <= drafts <= 4
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+def refused(message, model, inputs=None, **how):
+    with pytest.raises(vtok.VtokError, match=message):
+        model.generate(
+            prompt() if inputs is None else inputs, max_new_tokens=4, **{"custom_generate": decoder(), **how}
+        )
+
+
+def test_what_drafts_cannot_do_is_refused():
+    model = text_model()
+    refused("num_beams", model, num_beams=2)
+    refused("one prompt a call, here are 2", model, prompt().repeat(2, 1))
+    refused("one prompt a call, here are 3", model, do_sample=True, num_return_sequences=3)
+    refused("not both", model, assistant_model=text_model())
+    refused("plain DynamicCache, not a StaticCache", model, cache_implementation="static")
+    refused("leave use_cache on", model, use_cache=False)
+    refused("output_attentions", model, output_attentions=True, return_dict_in_generate=True)
+    refused("sliding windows", text_model("mistral", sliding_window=8))
+    known = decoder()
+    model.generate(prompt(), max_new_tokens=4, custom_generate=known)
+    refused("97 tokens, and the model has 55", text_model(vocab_size=55), prompt() % 50, custom_generate=known)
+    with pytest.raises(vtok.VtokError, match="before the first|first"):
+        _ = decoder().stats
+
+
+def test_two_threads_need_two_objects():
+    model, hot, caught = text_model(), decoder(), []
+
+    class Meanwhile(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            def other():
+                try:
+                    model.generate(prompt(), max_new_tokens=4, custom_generate=hot)
+                except vtok.VtokError as error:
+                    caught.append(str(error))
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            return torch.tensor([True])
+
+    criteria = StoppingCriteriaList([Meanwhile()])
+    model.generate(prompt(), max_new_tokens=9, stopping_criteria=criteria, custom_generate=hot)
+    assert len(caught) == 1 and "an object of its own" in caught[0]
+    same(model, {"input_ids": prompt()}, hot)  # and it is free again

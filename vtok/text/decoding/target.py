@@ -1,0 +1,167 @@
+"""The model that has the last word: its prefill as in `generate`, its forward over a tree, its cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+
+from vtok.engine import probe
+from vtok.engine.cache import CompressedCache, cache_in, settle, tree_mask
+from vtok.engine.probe import TREE
+from vtok.errors import Unsupported
+from vtok.text.decoding.attention import TreeAttention
+from vtok.text.decoding.tree import Tree, Verdict
+
+MASKED = ("sdpa", "eager")  # attention implementations that take a 4-D mask
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+CHUNK = 64  # rows of the prompt whose logits are there at a time
+
+
+class Target:
+    """A sequence that a model is generating.
+
+    ids: [1, T] the text so far, with the prompt. Its last token is not in the cache yet, once there was a prefill.
+    placeholders: ids that stand for pictures and the like, which no draft should have.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        self.model, self.ids, self.config, self.kwargs = model, ids, config, kwargs
+        self.placeholders = placeholders(model.config)
+        self.prompt: Tensor | None = None  # [R, D] hidden states of the last tokens of the prompt
+        self._outputs: Any = None
+        parameters = inspect.signature(model.forward).parameters.values()
+        self.hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters)  # keywords that it does not know
+        refuse_model(model)
+        refuse_cache(cache_in(kwargs))
+
+    @property
+    def cache(self) -> DynamicCache:
+        return cache_in(self.kwargs)
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Within, trees are checked with an attention of their own where that is quicker."""
+        implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
+        probe.acquire(implementation)
+        try:
+            yield
+        finally:
+            probe.release(implementation)
+
+    def prefill(self, rows: int = 0) -> Tensor:
+        """The prompt, as plain `generate` runs it. Returns the logits [1, V] behind it.
+
+        rows: keep the hidden states of so many of its last tokens, for `prompt_logits`."""
+        base, seen = self.model.base_model, []
+        hook = None
+        if rows and base is not self.model:
+            hook = base.register_forward_hook(lambda module, args, output: seen.append(output[0][0, -rows:]))
+        try:
+            self._outputs = self.model._prefill(self.ids, self.config, self.kwargs)
+        finally:
+            if hook is not None:
+                hook.remove()
+        self.prompt = seen[-1] if seen else None
+        return self._outputs.logits[:, -1]
+
+    def prompt_logits(self) -> Iterator[tuple[list[int], Tensor]]:
+        """(tokens, logits [R, V]) of the prompt's last tokens, some at a time; up to a scale and what bends all alike.
+        Pictures are left out."""
+        if self.prompt is None:
+            return
+        head = self.model.get_output_embeddings()
+        length = min(len(self.prompt), self.ids.shape[1])
+        tokens = self.ids[0, -length:].tolist()
+        rows = [i for i, token in enumerate(tokens) if token not in self.placeholders]
+        for start in range(0, len(rows), CHUNK):
+            some = rows[start : start + CHUNK]
+            yield [tokens[i] for i in some], head(self.prompt[torch.tensor(some, device=self.prompt.device) - length])
+
+    def check(self, tree: Tree) -> Tensor:
+        """The logits [N, V] behind each node of a tree whose root is the last token of `ids`."""
+        n, kwargs, device = len(tree), dict(self.kwargs), self.ids.device
+        tokens = torch.tensor(tree.tokens, device=device)
+        ids = torch.cat([self.ids[:, :-1], tokens[None].clamp(min=0)], 1)
+        if n > 1:
+            for name in PER_TOKEN:
+                if (types := kwargs.get(name)) is not None:
+                    more = types[:, -1:] if name == "token_type_ids" else torch.zeros_like(types[:, -1:])
+                    kwargs[name] = torch.cat([types, more.expand(-1, n - 1)], 1)
+            positions = kwargs["position_ids"]  # of M-RoPE all rows go on alike, as in `generate`
+            depths = torch.tensor(tree.shape.depths, device=positions.device)
+            kwargs["position_ids"] = torch.cat([positions[..., :-1], positions[..., -1:] + depths], -1)
+        inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=n, **kwargs)
+        if n > 1:
+            inputs["attention_mask"] = self._mask(tree)
+            if self.hands_down:
+                padded = isinstance(self.cache, CompressedCache) or self.kwargs.get("attention_mask") is not None
+                inputs[TREE] = TreeAttention(tree.shape.ancestors.to(self.model.device), padded)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = n
+        if tree.embeds is not None:
+            embeds = self.model.get_input_embeddings()(inputs["input_ids"])
+            embeds[0, tokens < 0] = tree.embeds.to(embeds.dtype)
+            inputs |= {"input_ids": None, "inputs_embeds": embeds}
+        self._outputs = self.model(**inputs, return_dict=True)
+        return self._outputs.logits[0, -n:]
+
+    def _mask(self, tree: Tree) -> Tensor:
+        """[1, 1, N, L + N]. What a compressed cache holds its engine knows, which reads the last columns alone."""
+        ancestors = tree.shape.ancestors.to(self.model.device)
+        past = 0 if isinstance(self.cache, CompressedCache) else self.cache.get_seq_length()
+        valid = torch.ones(1, past + len(tree), dtype=torch.bool, device=ancestors.device)
+        if past and (given := self.kwargs.get("attention_mask")) is not None:
+            valid[:, :past] = given[:, :past].bool()
+        return tree_mask(ancestors, valid, self.model.dtype)
+
+    def accept(self, tree: Tree, verdict: Verdict) -> None:
+        """Go on behind the accepted route: its columns stay in the cache, and its tokens are text."""
+        if len(tree) > 1:
+            settle(self.cache, len(tree), list(verdict.route))
+        emitted = verdict.tokens(tree)
+        self.kwargs = self.model._update_model_kwargs_for_generation(
+            self._outputs, self.kwargs, num_new_tokens=len(emitted)
+        )
+        self._outputs = None
+        self.ids = torch.cat([self.ids, torch.tensor([emitted], device=self.ids.device)], 1)
+
+
+def placeholders(config: Any) -> frozenset[int]:
+    """The ids that stand for pictures, clips and sounds in a model's text."""
+    names = (f"{kind}_token_{word}" for kind in ("image", "video", "audio") for word in ("id", "index"))
+    return frozenset(x for name in names if isinstance(x := getattr(config, name, None), int))
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Raise `Unsupported` for a model that cannot be given a tree."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise Unsupported("Drafts are for decoder-only models; this one has an encoder for its text.")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise Unsupported(f"{type(model).__name__} takes no position_ids, so drafts of one depth cannot share one.")
+    if config._attn_implementation not in MASKED:
+        raise Unsupported(
+            f"Drafts need a mask that {config._attn_implementation} does not take: load the model with "
+            f"attn_implementation='sdpa'."
+        )
+
+
+def refuse_cache(cache: Any) -> None:
+    """Raise `Unsupported` for a cache from which rejected drafts cannot be taken."""
+    if cache is None:
+        raise Unsupported("Drafts are checked on a cache: leave use_cache on.")
+    plain = isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False)
+    if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})) or "no"
+        raise Unsupported(
+            f"Rejected drafts are taken out of a plain DynamicCache, not a {type(cache).__name__} with {kinds} layers "
+            f"(static, quantized, offloaded, sliding windows, recurrent layers): leave cache_implementation unset, or "
+            f"decode without drafts."
+        )

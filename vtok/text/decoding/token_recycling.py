@@ -1,0 +1,197 @@
+"""Token Recycling: drafts are what the model itself found likely behind a token, the last time it saw it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok import options
+from vtok.errors import InvalidValue, Unsupported
+from vtok.options import AtLeast0, AtLeast1
+from vtok.text.decoding.loop import Decoder, Drafter, Running
+from vtok.text.decoding.target import Target
+from vtok.text.decoding.tree import Shape, Tree, Verdict, shape
+
+NONE = -1  # no draft known
+TRUST = 4  # trials at a place that weigh as much as what is believed of it before
+SIZES = (4, 8, 16, 32, 64)  # how many drafts may be asked for, beside all
+# The tree "2.2.2" of the paper's code: how many children its nodes have, level by level, the root first.
+COUNTS = (
+    (8,),
+    (8, 4, 3, 2, 1, 1, 1, 1),
+    (8, 3, 2, 1, 1, 1, 1, 1, 2, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 0),
+    (5, 2, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0),
+    (3, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0),
+    (2, 0, 0, 1, 0, 0, 0, 0),
+)
+
+
+def paths(counts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """A template from how many children its nodes have, level by level."""
+    level, found = [()], []
+    for children in counts:
+        level = [(*path, rank) for path, n in zip(level, children, strict=True) for rank in range(n)]
+        found += level
+    return tuple(found)
+
+
+TEMPLATE = paths(COUNTS)
+
+
+class Table:
+    """What is likely behind each token.
+
+    rows: [V, K] int32, on the host: the tokens that the model found likeliest behind a token, NONE where unknown.
+    """
+
+    def __init__(self, vocabulary: int, k: int) -> None:
+        self.rows = torch.full((vocabulary, k), NONE, dtype=torch.int32).numpy()
+
+    def fill(self, template: Shape, places: Sequence[int], root: int) -> tuple[Tree, list[int]]:
+        """A template filled from a root on, at these places, ascending. Where no token is known, the place and what is
+        below it are left out. Returns the tree, and of each of its nodes the place."""
+        new, parents, tokens = {0: 0}, [-1], [root]
+        for place in places:
+            above = new.get(template.parents[place])
+            if above is None or (token := int(self.rows[tokens[above], template.ranks[place]])) == NONE:
+                continue
+            new[place] = len(tokens)
+            parents.append(above)
+            tokens.append(token)
+        return Tree(shape(tuple(parents)), tuple(tokens)), list(new)
+
+    def write(self, tokens: Sequence[int], logits: Tensor, banned: frozenset[int]) -> None:
+        """Behind each token, its likeliest followers: logits [R, V]. A token that is there twice takes the later row;
+        `banned` ones are no followers."""
+        last = {token: row for row, token in enumerate(tokens)}
+        logits = logits[list(last.values())] if len(last) < len(tokens) else logits
+        if inside := [token for token in banned if token < logits.shape[1]]:
+            logits = logits.index_fill(1, torch.tensor(inside, device=logits.device), -torch.inf)
+        self.rows[list(last)] = logits.topk(self.rows.shape[1], -1).indices.int().cpu().numpy()
+
+
+class Places:
+    """How often a draft was accepted at each place of a template, once what is above it was."""
+
+    def __init__(self, template: Shape) -> None:
+        self.template = template
+        self.prior = [0.5 ** (rank + 1) for rank in template.ranks]
+        self.tried, self.accepted = [0.0] * len(template), [0.0] * len(template)
+
+    def note(self, nodes: Sequence[int], tree: Tree, route: Sequence[int]) -> None:
+        """nodes: of each node of the tree its place. route: the accepted nodes of the tree."""
+        for node in route:
+            for below in tree.shape.children[node]:
+                self.tried[nodes[below]] += 1
+                self.accepted[nodes[below]] += below in route
+
+    def values(self) -> list[float]:
+        """Of each place the chance that its draft is accepted: at most its parent's."""
+        values = [1.0]
+        for node, parent in enumerate(self.template.parents[1:], 1):
+            rate = (self.accepted[node] + TRUST * self.prior[node]) / (self.tried[node] + TRUST)
+            values.append(values[parent] * rate)
+        return values
+
+
+@dataclass
+class Learned:
+    """What stays from request to request."""
+
+    places: Places
+    table: Table | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecycling(Decoder):
+    """Drafts a tree from a table that has, for each token, the K tokens that the model found likeliest behind it when
+    it last computed them (Section 3). No weights, no training; a table of vocabulary x K numbers, which the object
+    keeps, so that later requests begin with it. The output is that of plain `generate`.
+
+    template: the tree, as paths of ranks: (1, 0) is what is likeliest behind the second likeliest follower.
+    k: how many followers are remembered of a token.
+    nodes: at most so many drafts a step, those of the template that were accepted most often.
+    seed: of how many of the prompt's last tokens the followers are remembered too; 0 for none.
+    adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay. False checks
+        `nodes` at each step.
+    Differs from the paper: `seed` and `adapt`; a token not seen yet has no drafts, where the paper's code drafts token
+    0; placeholders of pictures are never drafted; sampling is supported, and is exact.
+    """
+
+    paper: ClassVar[str] = "Turning Trash into Treasure: Accelerating Inference with Token Recycling, arXiv 2408.08696"
+
+    template: tuple[tuple[int, ...], ...] = TEMPLATE
+    k: AtLeast1 = 8
+    nodes: AtLeast1 = 80
+    seed: AtLeast0 = 256
+    adapt: bool = True
+    _learned: Learned = field(init=False, repr=False, compare=False)
+    _running: Running = field(init=False, repr=False, compare=False, default_factory=Running)
+
+    def __post_init__(self) -> None:
+        options.check_all(self)
+        template = Shape.of_paths(self.template)
+        if max(template.ranks) >= self.k:
+            raise InvalidValue(f"The template has a node with {max(template.ranks) + 1} children, and k is {self.k}.")
+        object.__setattr__(self, "_learned", Learned(Places(template)))
+
+    @property
+    def prompt_rows(self) -> int:
+        return self.seed
+
+    @contextmanager
+    def drafting(self, target: Target) -> Iterator[Drafter]:
+        recycler = Recycler(self, target.placeholders)
+        for tokens, logits in target.prompt_logits():
+            recycler.write(tokens, logits)
+        yield recycler
+
+
+class Recycler(Drafter):
+    """Token Recycling for one call of `generate`."""
+
+    def __init__(self, decoder: TokenRecycling, banned: frozenset[int]) -> None:
+        self.learned, self.banned = decoder._learned, banned
+        self.k, self.limit = decoder.k, decoder.nodes
+        self.places: list[int] = [0]  # of each node of the last tree
+
+    def _order(self) -> tuple[list[int], list[float]]:
+        """The template's places but the root, those first that are accepted most often, and how often."""
+        values = self.learned.places.values()
+        order = sorted(range(1, len(values)), key=values.__getitem__, reverse=True)[: self.limit]  # parents stay first
+        return order, [values[place] for place in order]
+
+    def sizes(self) -> list[tuple[int, float]]:
+        sums = list(itertools.accumulate(self._order()[1]))
+        return [(n, sums[n - 1]) for n in (*SIZES, len(sums)) if n <= len(sums)]
+
+    def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
+        template = self.learned.places.template
+        best = sorted(place for place in self._order()[0][:nodes] if template.depths[place] <= depth)
+        tree, self.places = self.learned.table.fill(template, best, int(ids[0, -1]))
+        return tree
+
+    def learn(self, tree: Tree, logits: Tensor, verdict: Verdict) -> None:
+        """All nodes teach, and the accepted ones have the last word."""
+        if len(tree) > 1:
+            self.learned.places.note(self.places, tree, verdict.route)
+        order = sorted(range(len(tree)), key=lambda node: (node in verdict.route, node))
+        self.write([tree.tokens[node] for node in order], logits[order])
+
+    def write(self, tokens: Sequence[int], logits: Tensor) -> None:
+        """Remember what is likely behind each token: logits [R, V]. Raises `Unsupported` for another vocabulary."""
+        learned, vocabulary = self.learned, logits.shape[1]
+        if learned.table is None:
+            learned.table = Table(vocabulary, min(self.k, vocabulary))
+        if len(learned.table.rows) != vocabulary:
+            raise Unsupported(
+                f"This TokenRecycling knows the followers of {len(learned.table.rows)} tokens, and the model has "
+                f"{vocabulary}: make another object for it."
+            )
+        learned.table.write(tokens, logits, self.banned)
