@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -214,6 +215,8 @@ def test_dead_ends(model):
         assert model.generate(ids, **sample, custom_generate=half)[0, 2] == good
     with pytest.raises(Unsupported, match="do_sample"):
         model.generate(ids, custom_generate=half)
+    with pytest.raises(Unsupported, match="no streamer"):
+        model.generate(ids, **sample, custom_generate=half, streamer=Mock())
     for wrong in ({"particles": 0}, {"ess": 1.5}, {"accepts": 1}, {"estimator": "exact"}):
         with pytest.raises(InvalidValue):
             AWRS(len, **wrong)

@@ -33,6 +33,7 @@ from vtok.engine.cache import NAME, cache_in
 from vtok.errors import InvalidValue, Unsupported
 from vtok.options import AtLeast1, In
 from vtok.text.decoding.coupling import Chance
+from vtok.text.decoding.loop import Asked
 
 Check = Callable[[list[int]], bool]
 Estimator = Literal["auto", "recursive", "two_pass", "geometric"]
@@ -216,8 +217,11 @@ class AWRS:
         **model_kwargs: Any,
     ) -> Tensor | Weighted:
         """Called by `generate`."""
+        asked = Asked.of_generate()
         if not generation_config.do_sample or not generation_config.use_cache:
             raise Unsupported("AWRS draws texts, with a cache: pass do_sample=True, and leave use_cache on.")
+        if generation_config.num_beams > 1 or asked.assistant_model is not None or asked.streamer is not None:
+            raise Unsupported("AWRS chooses its text at the end, of many: no beam search, no assistant, no streamer.")
         swarm = Swarm(self, model, input_ids, model_kwargs, generation_config)
         while swarm.live.any():
             scores = logits_processor(swarm.ids, swarm.logits.to(torch.float32, copy=True))
