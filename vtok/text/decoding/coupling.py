@@ -85,6 +85,11 @@ def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(mass > 0, weights / torch.where(mass > 0, mass, 1), otherwise)
 
 
+def fitted(p: Tensor, q: Tensor) -> Tensor:
+    """p where q is and as long as q: tokens that the draft model does not have were never drawn."""
+    return torch.nn.functional.pad(p.to(q.device, q.dtype), (0, q.shape[-1] - p.shape[-1]))
+
+
 # ---- k-SEQ: k drafts drawn independently of p ------------------------------------------------------------------------
 @dataclass(frozen=True)
 class KSeq:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vtok import options
@@ -28,6 +27,7 @@ from vtok.engine.cache import NAME, cache_in
 from vtok.errors import Unsupported
 from vtok.options import AtLeast1
 from vtok.text.decoding.loop import Asked
+from vtok.text.decoding.second import prepared, same_vocabulary
 
 
 # ---- switches --------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class R2R:
                 doubts.append(float(self.switch.doubt(proposal)))
                 routed.append(doubts[-1] >= self.switch.threshold)
                 if routed[-1]:
-                    large = large or self._open(input_ids, asked, generation_config.max_length)
+                    large = large or prepared(self.large, input_ids, generation_config.max_length, Session)
                     logits = self._cut(large.behind(ids)).to(logits.device)
                     token = choose(logits_processor(ids, logits), generation_config.do_sample)
                 ids = torch.cat([ids, token[:, None]], 1)
@@ -160,25 +160,10 @@ class R2R:
     def _cut(self, logits: Tensor) -> Tensor:
         return logits[:, : self.vocabulary].to(torch.float32, copy=True)
 
-    def _open(self, prompt: Tensor, asked: Asked, length: int) -> Session:
-        """The large model's session: what its own `generate` makes of the inputs of this call, pictures and all."""
-        known = {*vars(GenerationConfig()), "input_ids", "inputs", "cache", "past_key_values"}
-        inputs = {name: value for name, value in asked.kwargs.items() if name not in known}
-        device = self.large.device
-        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        return self.large.generate(prompt.to(device), **inputs, max_length=length, custom_generate=Session.of_generate)
-
     def _refuse(self, model: nn.Module, ids: Tensor, config: Any, asked: Asked) -> None:
-        sizes = [m.config.get_text_config(decoder=True).vocab_size for m in (model, self.large)]
+        same_vocabulary(model, self.large, self.vocabulary)
         complaint = None
-        if self.vocabulary is None and len(set(sizes)) > 1:
-            complaint = (
-                f"the models have {sizes[0]} and {sizes[1]} tokens. Where they share a tokenizer and pad its table "
-                f"differently, pass vocabulary=len(tokenizer); else take models of one tokenizer"
-            )
-        elif self.vocabulary is not None and self.vocabulary > min(sizes):
-            complaint = f"vocabulary={self.vocabulary} is more than the models' {sizes[0]} and {sizes[1]} tokens"
-        elif self.large is model:
+        if self.large is model:
             complaint = "the large model is the small one"
         elif config.num_beams > 1 or asked.assistant_model is not None:
             complaint = "no beam search and no assistant"
@@ -186,8 +171,6 @@ class R2R:
             complaint = f"rows would ask the large model at different steps: one prompt a call, here are {len(ids)}"
         elif not config.use_cache:
             complaint = "both models need their caches: leave use_cache on"
-        elif asked.kwargs.get("inputs_embeds") is not None:
-            complaint = "the models have embeddings of their own: pass input_ids, not inputs_embeds"
         if complaint is not None:
             raise Unsupported(f"R2R: {complaint}.")
 
@@ -220,18 +203,6 @@ class Session:
     def __init__(self, model: nn.Module, prompt: Tensor, config: Any, kwargs: dict[str, Any]) -> None:
         self.model, self.prompt, self.config, self.kwargs = model, prompt, config, kwargs
         self.read, self.outputs = 0, None
-
-    @staticmethod
-    def of_generate(
-        model: nn.Module,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Session:
-        """A `custom_generate` that generates nothing: what `generate` has prepared by then."""
-        return Session(model, input_ids, generation_config, model_kwargs)
 
     def behind(self, ids: Tensor) -> Tensor:
         """The logits [1, V] behind ids [1, T], which begin with all that was read before."""
