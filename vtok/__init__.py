@@ -15,6 +15,7 @@ _HOMES = {
     "AWRS": "vtok.text.decoding.awrs",
     "Compressor": "vtok.compressor",
     "DySpec": "vtok.text.decoding.dyspec",
+    "PPD": "vtok.text.decoding.ppd",
     "Patch": "vtok.patching",
     "R2R": "vtok.text.decoding.r2r",
     "Selection": "vtok.types",
