@@ -48,8 +48,8 @@ def _attend(
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kg, stride_kl, stride_kd,
     stride_vb, stride_vg, stride_vl, stride_vd, stride_ti, stride_tj, stride_pb, stride_pg, stride_pl,
     span, groups, each, n, length, width, wide,
-    PADDED: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    PADDED: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(2).to(tl.int64)
     b, g = pair // groups, pair % groups
@@ -70,8 +70,7 @@ def _attend(
         cached = c < past
         present = c < length
         if PADDED:
-            known = tl.load(valid + b * stride_pb + g * stride_pg + c * stride_pl, cached, 1) != 0
-            present = present & known
+            present = present & (tl.load(valid + b * stride_pb + g * stride_pg + c * stride_pl, cached, 1) != 0)
         drafts = there[:, None] & present[None, :] & (c >= past)[None, :]
         below = tl.load(tree + i[:, None] * stride_ti + (c - past)[None, :] * stride_tj, drafts, 0) != 0
         seen = there[:, None] & present[None, :] & (cached[None, :] | below)

@@ -26,7 +26,9 @@ import vtok
 from vtok.engine.cache import cache_in, tree_mask
 from vtok.text.decoding import attention
 from vtok.text.decoding.loop import Scores
+from vtok.text.decoding.ngram import Index
 from vtok.text.decoding.payoff import Payoff
+from vtok.text.decoding.self_speculation import View, kept_columns
 from vtok.text.decoding.token_recycling import TEMPLATE, Table
 from vtok.text.decoding.tree import Shape, Tree, Verdict, follow
 
@@ -486,3 +488,138 @@ def test_two_threads_need_two_objects():
     model.generate(prompt(), max_new_tokens=9, stopping_criteria=criteria, custom_generate=hot)
     assert len(caught) == 1 and "an object of its own" in caught[0]
     same(model, {"input_ids": prompt()}, hot)  # and it is free again
+
+
+# ---- n-grams -------------------------------------------------------------------------------------------------------
+def test_what_came_behind_the_same_words():
+    index = Index(3, frozenset({9}))
+    index.extend([1, 2, 3, 4, 1, 2, 3, 5, 7, 2, 3])
+    assert index.continuations(3) == (2, [[5, 7, 2]])  # 2 3 was there twice, 7 2 3 never
+    assert index.continuations(2, most=3) == (2, [[5, 7], [4, 1]])
+    index.extend([9, 3])
+    assert index.continuations(3) == (1, [[5, 7, 2]])  # what begins with a banned token is none
+    index.extend([3, 3])
+    assert index.continuations(4) == (2, [[3, 3, 3, 3]])  # a circle goes on
+    assert Index(3).continuations(3) == (0, [])
+
+
+def test_n_gram_drafts():
+    model, found = text_model(), vtok.NGram(adapt=False)
+    same(model, {"input_ids": prompt(60)}, found, max_new_tokens=80, times=1)
+    assert found.stats.tokens_a_step > 1.5  # its text runs in circles
+    several = vtok.NGram(adapt=False, texts=3, length=4)
+    same(model, {"input_ids": prompt(60)}, several, max_new_tokens=80, times=1)
+    same(model, {"input_ids": prompt(60)}, vtok.NGram(), max_new_tokens=80, times=1)
+    vlm, processor = tiny("qwen2_5_vl")
+    inputs = batch(processor, ["a # what what what colour is it?"], [picture(70, 112)])
+    same(vlm, inputs, found, max_new_tokens=40, times=1)
+
+
+# ---- self-speculation ----------------------------------------------------------------------------------------------
+def state(model, inputs):
+    """All that a patch could leave behind. transformers puts hooks of its own on at the first forward."""
+    model.generate(**inputs, max_new_tokens=2)
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = {k: [len(getattr(m, name)) for name in names] for k, m in model.named_modules()}
+    return hooks, {k: sorted(vars(m)) for k, m in model.named_modules()}, dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+
+
+def view(draft, **options):
+    return vtok.SelfSpeculation(**{"draft": draft, "adapt": False, "ngram": False, **options})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_speculation(family):
+    """The dense model's text, and nothing stays on the model."""
+    model, processor = tiny(family)
+    inputs = batch(processor, ["a # What colour is it? and # no"], [picture(70, 112), picture(56, 56, 1)])
+    before = state(model, inputs)
+    for draft in ("fastv", [vtok.DivPrune(keep=0.5)]):
+        drafted = view(draft, length=3)
+        same(model, inputs, drafted, times=1, max_new_tokens=20)
+        assert drafted.stats.drafted > 15 and drafted.stats.accepted > 0
+        assert state(model, inputs) == before
+
+
+def test_self_speculation_with_all_else(folded):
+    """N-gram drafts, sampling, processors, left padding; sizes by measured times."""
+    model, processor = tiny("qwen2_5_vl")
+    inputs = batch(processor, ["a # What colour is it? What colour is it?"], [picture(70, 112)])
+    same(model, inputs, vtok.SelfSpeculation(draft="fastv"), times=1)
+    same(model, inputs, view("fastv", ngram=True), times=1, repetition_penalty=1.2)
+    both = batch(processor, ["# yes", "a much longer prompt with # here"], [picture(70, 112), picture(70, 112, 1)])
+    grid = both["image_grid_thw"]
+    left = {k: v[: len(v) // 2] for k, v in both.items()} | {"image_grid_thw": grid[:1]}
+    assert left["attention_mask"][0, 0] == 0
+    same(model, left, view("fastv"), times=1)
+    same(model, processor.tokenizer(["no picture"], return_tensors="pt"), view("fastv"), times=1)
+    how = {"max_new_tokens": 30, "do_sample": True, "temperature": 0.5}
+    drafted = view("fastv")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = model.generate(**inputs, **how)
+        torch.manual_seed(seed)
+        assert torch.equal(model.generate(**inputs, **how, custom_generate=drafted), expected)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_the_view_is_a_part_of_the_cache(method, monkeypatch):
+    """The columns that the compressor keeps, and behind them the text's so far: never one of a rejected draft."""
+    model, processor = tiny("qwen2_5_vl")
+    inputs = batch(processor, ["a # What colour is it?"], [picture(140, 112)])
+    with vtok.patch(model, method) as handle, torch.no_grad():
+        model(**inputs, use_cache=True)
+        kept = handle.trace.positions_at(handle.trace.shapes.layers - 1)[0]
+    assert 0 < len(kept) < inputs["input_ids"].shape[1]
+    learn, seen = View.learn, []
+
+    def check(self, *args):
+        learn(self, *args)
+        if self.small is not None:
+            length = self.target.cache.get_seq_length()
+            columns = torch.cat([kept, torch.arange(inputs["input_ids"].shape[1], length)])
+            for ours, theirs in zip(self.small.cache.layers, self.target.cache.layers):
+                assert torch.equal(ours.keys, theirs.keys[:, :, columns])
+                assert torch.equal(ours.values, theirs.values[:, :, columns])
+            assert torch.equal(self.small.ids, self.target.ids)
+            seen.append(length)
+
+    monkeypatch.setattr(View, "learn", check)
+    model.generate(**inputs, max_new_tokens=12, do_sample=False, custom_generate=view(method))
+    assert len(seen) > 3
+
+
+def test_choosing_a_view_runs_what_it_needs(monkeypatch):
+    """A compressor before the language model needs none of its layers; and an error leaves no patch behind."""
+    model, processor = tiny("llava")
+    inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
+    calls, before = [], state(model, inputs)
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda *args: calls.append(args))
+    with torch.no_grad():
+        first = kept_columns(model, "divprune", dict(inputs))
+        assert not calls and 0 < len(first) < inputs["input_ids"].shape[1]
+        kept_columns(model, "fastv", dict(inputs))
+    assert len(calls) == 1
+    hook.remove()
+
+    def broken(*args):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(vtok.DivPrune, "select", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        model.generate(**inputs, max_new_tokens=9, custom_generate=view("divprune"))
+    assert state(model, inputs) == before
+
+
+def test_what_self_speculation_refuses():
+    model, processor = tiny("llava")
+    inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
+    with vtok.patch(model, "fastv"), pytest.raises(vtok.VtokError, match="already patched"):
+        model.generate(**inputs, max_new_tokens=4, custom_generate=view("fastv"))
+    with pytest.raises(vtok.VtokError, match="no vision-language model"):
+        text_model().generate(prompt(), max_new_tokens=4, custom_generate=view("fastv"))
+    with pytest.raises(vtok.VtokError, match="one of|There is|fastv"):
+        model.generate(**inputs, max_new_tokens=4, custom_generate=view("fastw"))
+    embeds = model.get_input_embeddings()(prompt())
+    with pytest.raises(vtok.VtokError, match="no inputs_embeds"):
+        model.generate(inputs_embeds=embeds, max_new_tokens=4, custom_generate=view("fastv"))

@@ -31,11 +31,12 @@ from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
 from vtok.kernels.sparse_ffn import gather_neurons, gathered_ffn
+from vtok.kernels.tree_attention import tree_attention
 from vtok.timing import clock
 
 SIZES = (720, 1440, 2880)
 WIDTH, PICKS = 1024, 1 / 9  # D of features; of N tokens `farthest_points` picks 320 of 2,880
-HEADS, HEAD, ROWS, ITERS = 12, 64, 32, 5
+HEADS, HEAD, ROWS, ITERS, DRAFTS = 12, 64, 32, 5, 8
 PRODUCT = "one N x N product"
 PRODUCT_BAR = 1.3  # of its product's time, that farthest_points may take
 ROOFLINE_BAR, LARGE = 0.7, 2048  # of the nearer limit, that Triton kernels must reach on a card from so many tokens on
@@ -57,6 +58,8 @@ def cases(n: int, device: str, dtype: torch.dtype) -> dict[str, Case]:
     query, key = torch.randn(2, 1, HEADS, n, HEAD, device=device, dtype=dtype)
     valid = torch.ones(1, n, dtype=torch.bool, device=device)
     last, rows = torch.tensor([n - 1], device=device), torch.arange(n - ROWS, n, device=device)[None]
+    drafts, grouped = query[:, :, -DRAFTS:], key[:, ::3]  # three heads to a group of keys
+    tree = torch.ones(DRAFTS, DRAFTS, dtype=torch.bool, device=device).tril()
     group = torch.arange(n, device=device)[None] // 2
     keep = torch.arange(n, device=device)[None] % 4 == 0
     positions, token = torch.arange(n, device=device)[None], torch.randn(1, 1, WIDTH, device=device, dtype=dtype)
@@ -86,6 +89,9 @@ def cases(n: int, device: str, dtype: torch.dtype) -> dict[str, Case]:
         ),
         "compact_sequence": Case(
             lambda b: compact_sequence(keep, quarter, features, positions, keep, backend=b), 0, 0.5 * whole
+        ),
+        "tree_attention": Case(
+            lambda b: tree_attention(drafts, grouped, grouped, tree, scaling, backend=b), 2 * DRAFTS * row, 2 * keys / 3
         ),
         "sparse_ffn": Case(lambda b: gathered_ffn(token, *neurons, "silu", backend=b), 6 * n * WIDTH, 3 * whole),
     }

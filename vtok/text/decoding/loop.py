@@ -65,6 +65,11 @@ class Scores:
 class Drafter(ABC):
     """Drafts for one call of `generate`."""
 
+    kind: str = ""  # of what is on offer: drafts of one kind take one time each
+
+    def prepare(self, payoff: Payoff | None) -> None:
+        """Before each step: what costs time once may be done now, if payoff affords it, or is None."""
+
     @abstractmethod
     def sizes(self) -> list[tuple[int, float]]:
         """What could be drafted: (drafts, how many of them are expected to be accepted). `Payoff` chooses."""
@@ -130,7 +135,7 @@ class Decoder(ABC):
                 f"This {type(self).__name__} is decoding for another thread: give each thread an object of its own."
             )
         try:
-            target = Target(model, input_ids, generation_config, model_kwargs)
+            target = Target(model, input_ids, generation_config, model_kwargs, asked.kwargs)
             run = Run(self, target, logits_processor, stopping_criteria, asked.streamer)
             return run.all()
         finally:
@@ -191,14 +196,18 @@ class Run:
         target, payoff = self.target, self.payoff
         payoff.begin()
         logits = target.prefill(self.decoder.prompt_rows)
+        payoff.prefilled()
+        began = payoff.clock()
         with self.decoder.drafting(target) as drafter, target.checking(), target.model._optimize_model_for_decode():
+            payoff.spent(payoff.clock() - began)
             done = self._step(drafter, Tree(ROOT, (int(target.ids[0, -1]),)), logits)
             while not done:
+                drafter.prepare(payoff if self.decoder.adapt else None)
                 payoff.start()
                 before = self.stats.tokens
                 tree = self._draft(drafter)
                 done = self._step(drafter, tree, target.check(tree))
-                payoff.stop(len(tree) - 1, self.stats.tokens - before)
+                payoff.stop(len(tree) - 1, self.stats.tokens - before, drafter.kind)
         self.decoder._running.stats = self.stats
         return self._result()
 
@@ -207,7 +216,7 @@ class Run:
         ids = self.target.ids
         room = self.max_length - ids.shape[1] - 1  # drafts that may be emitted before the last token
         sizes = drafter.sizes() if room > 0 else []
-        nodes = self.payoff.choose(sizes) if self.decoder.adapt else max((n for n, _ in sizes), default=0)
+        nodes = self.payoff.choose(sizes, drafter.kind) if self.decoder.adapt else max((n for n, _ in sizes), default=0)
         return drafter.draft(ids, room, nodes).upto(room) if nodes else Tree(ROOT, (int(ids[0, -1]),))
 
     def _step(self, drafter: Drafter, tree: Tree, logits: Tensor) -> bool:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from vtok.errors import NothingToReport
 
-FIRST = 4  # drafts of the first trial, of which nobody knows what they cost
 GUESS = 1 / 16  # of a plain step: what a draft is taken to cost until one was checked
 AGAIN = 64  # steps with drafts, until a plain one is measured anew
 PLAIN, DRAFTED = 8, 32  # how many steps are remembered
+FORGET, TRUST = 0.97, 2  # how much a trial counts after another one; trials that weigh as much as the prior
 
 
 @dataclass
@@ -62,56 +62,101 @@ class Payoff:
     def __init__(self, slack: float = 0.05, clock: Callable[[], float] = time.perf_counter) -> None:
         self.slack, self.clock = slack, clock
         self.plain: deque[float] = deque(maxlen=PLAIN)
-        self.drafted: deque[tuple[int, float]] = deque(maxlen=DRAFTED)
+        self.drafted: dict[str, deque[tuple[int, float]]] = {}  # kind of drafts -> (how many, seconds of the step)
+        self.known: dict[str, float] = {}  # kind -> what one took in former calls, in plain steps
         self.since_plain = 0
+        self.began = self.lost = self.prefill = 0.0
 
     def begin(self) -> None:
-        """A call of `generate` begins. Times of former calls were at other lengths: a plain step is measured first."""
-        self.began, self.lost = self.clock(), 0.0
+        """A call of `generate` begins. Former calls were of other lengths: of their times only ratios are taken on."""
+        if self.plain:
+            self.known |= {kind: self.draft(kind) / self.step for kind in self.drafted}
         self.plain.clear()
+        self.drafted.clear()
+        self.began, self.lost = self.clock(), 0.0
+
+    def prefilled(self) -> None:
+        """The prefill is done."""
+        self.prefill = self.clock() - self.began
 
     @property
     def step(self) -> float:
         """Seconds of a plain step."""
         return statistics.median(self.plain)
 
-    @property
-    def draft(self) -> float:
-        """Seconds that one more draft takes."""
-        if not self.drafted:
-            return GUESS * self.step
-        over = sum(n * (seconds - self.step) for n, seconds in self.drafted)
-        return max(0.0, over / sum(n * n for n, _ in self.drafted))
+    def draft(self, kind: str) -> float:
+        """Seconds that one more draft of a kind takes."""
+        steps = self.drafted.get(kind)
+        if not steps:
+            return self.known.get(kind, GUESS) * self.step
+        over = sum(n * (seconds - self.step) for n, seconds in steps)
+        return max(0.0, over / sum(n * n for n, _ in steps))
 
-    def choose(self, sizes: Sequence[tuple[int, float]]) -> int:
+    def choose(self, sizes: Sequence[tuple[int, float]], kind: str = "") -> int:
         """How many drafts to check now, 0 for none.
 
-        sizes: (drafts, how many of them are expected to be accepted), of what can be had."""
+        sizes: (drafts, how many of them are expected to be accepted), of what can be had. kind: those of one kind take
+        one time each."""
         if len(self.plain) < 2 or self.since_plain >= AGAIN or not sizes:
             return 0
-        plain, draft = self.step, self.draft
-        gains = [(plain * (1 + accepted) / (plain + draft * n), n) for n, accepted in sizes]
-        gain, best = max(gains)
-        if gain > 1 and self.drafted:
+        plain, draft = self.step, self.draft(kind)
+        gain, best = max((plain * (1 + accepted) / (plain + draft * n), n) for n, accepted in sizes)
+        if gain > 1 and (kind in self.drafted or kind in self.known):
             return best
-        trial = min(min(n for n, _ in sizes), FIRST) if not self.drafted else min(n for n, _ in sizes)
-        loss = draft * trial
-        return trial if self.lost + loss <= self.slack * (self.clock() - self.began) else 0
+        trial = min(n for n, _ in sizes)
+        return trial if self.affords(draft * trial) else 0
+
+    def affords(self, seconds: float) -> bool:
+        """Whether a loss of so much is still within what trying may cost."""
+        return self.lost + seconds <= self.slack * (self.clock() - self.began)
 
     def start(self) -> None:
         """A step begins."""
         self.started = self.clock()
 
-    def stop(self, drafts: int, emitted: int) -> None:
-        """A step with so many drafts is over, which emitted so many tokens."""
+    def stop(self, drafts: int, emitted: int, kind: str = "") -> None:
+        """A step with so many drafts of a kind is over, which emitted so many tokens."""
         seconds = self.clock() - self.started
         if not drafts:
             self.plain.append(seconds)
             self.since_plain = 0
             return
-        self.drafted.append((drafts, seconds))
+        self.drafted.setdefault(kind, deque(maxlen=DRAFTED)).append((drafts, seconds))
         self.since_plain += 1
         if self.plain:
             self.lost = max(
                 0.0, self.lost + seconds - emitted * self.step
             )  # gains pay losses back, and are not saved up
+
+    def spent(self, seconds: float) -> None:
+        """So much was spent beside the steps."""
+        self.lost += seconds
+
+
+class Rates:
+    """How often drafts of a chain were accepted at each depth, once the one above was; old steps are forgotten."""
+
+    def __init__(self, prior: float) -> None:
+        self.prior = prior
+        self.tried: list[float] = []
+        self.accepted: list[float] = []
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """A chain of so many drafts was checked."""
+        missing = [0.0] * (drafted - len(self.tried))
+        self.tried += missing
+        self.accepted += missing
+        for depth in range(min(drafted, accepted + 1)):
+            self.tried[depth] = FORGET * self.tried[depth] + 1
+            self.accepted[depth] = FORGET * self.accepted[depth] + (depth < accepted)
+
+    def sizes(self, most: int) -> list[tuple[int, float]]:
+        """(drafts, how many of them are expected to be accepted), for chains of up to `most`."""
+        sizes, through, total, rate = [], 1.0, 0.0, self.prior
+        for depth in range(most):
+            tried, accepted = (x[depth] if depth < len(x) else 0.0 for x in (self.tried, self.accepted))
+            rate = (accepted + TRUST * rate) / (tried + TRUST)  # one below is believed to fare as the one above
+            through *= rate
+            total += through
+            sizes.append((depth + 1, total))
+        return sizes

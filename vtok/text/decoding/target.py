@@ -28,11 +28,19 @@ class Target:
     """A sequence that a model is generating.
 
     ids: [1, T] the text so far, with the prompt. Its last token is not in the cache yet, once there was a prefill.
+    kwargs: what `generate` prepared for the model's forward. given: what `generate` itself was given, with the pixels.
     placeholders: ids that stand for pictures and the like, which no draft should have.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-        self.model, self.ids, self.config, self.kwargs = model, ids, config, kwargs
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        config: GenerationConfig,
+        kwargs: dict[str, Any],
+        given: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.ids, self.config, self.kwargs, self.given = model, ids, config, kwargs, given or {}
         self.placeholders = placeholders(model.config)
         self.prompt: Tensor | None = None  # [R, D] hidden states of the last tokens of the prompt
         self._outputs: Any = None
