@@ -457,6 +457,8 @@ def test_what_drafts_cannot_do_is_refused():
     refused("one prompt a call, here are 2", model, prompt().repeat(2, 1))
     refused("one prompt a call, here are 3", model, do_sample=True, num_return_sequences=3)
     refused("not both", model, assistant_model=text_model())
+    refused("not both", model, prompt_lookup_num_tokens=3)
+    refused("this is contrastive search", model, penalty_alpha=0.6, top_k=4)
     refused("plain DynamicCache, not a StaticCache", model, cache_implementation="static")
     refused("leave use_cache on", model, use_cache=False)
     refused("output_attentions", model, output_attentions=True, return_dict_in_generate=True)
@@ -560,6 +562,18 @@ def test_self_speculation_with_all_else(folded):
         expected = model.generate(**inputs, **how)
         torch.manual_seed(seed)
         assert torch.equal(model.generate(**inputs, **how, custom_generate=drafted), expected)
+
+
+def test_drafts_heed_processors():
+    """A model that would end its answer, and may not, drafts something else."""
+    model, processor = tiny("qwen2_5_vl")
+    inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
+    with torch.no_grad():
+        model.lm_head.weight[5] = model.lm_head.weight.abs().sum(0) * 9  # likely everywhere, as it were the end
+    drafted = view("fastv")
+    how = {"eos_token_id": 5, "pad_token_id": 0, "min_new_tokens": 24, "max_new_tokens": 24}
+    same(model, inputs, drafted, times=1, **how)
+    assert drafted.stats.accepted > 2
 
 
 @pytest.mark.parametrize("method", ["divprune", "fastv"])

@@ -302,16 +302,16 @@ class Engine:
         return torch.arange(length, device=device)[None] + (cache.seen if cache is not None else 0)
 
     def _continue(self, module: nn.Module, kwargs: dict[str, Any], cache: CompressedCache) -> dict[str, Any]:
-        """Text on a cache that holds a compressed prompt: decoding, or another turn. Of a 4-D mask only its last
-        columns are read, which of the new tokens see which: what they see of the cache, the cache knows."""
+        """Text on a cache that holds a compressed prompt: decoding, or another turn. Drafts in a tree bring a mask of
+        themselves alone, [1, 1, Q, Q]: what they see of the cache, the cache knows."""
         hidden, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if hidden is None:
             hidden = module.get_input_embeddings()(kwargs.pop("input_ids"))
             kwargs["inputs_embeds"] = hidden
         batch, length, _ = hidden.shape
         tree = None
-        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] == 1:
-            tree, mask = mask[0, 0, :, -length:] == 0, None
+        if isinstance(mask, Tensor) and mask.shape == (1, 1, length, length):
+            tree, mask = mask[0, 0] == 0, None
         check_mask(mask)
         new = None
         if length > 1 and mask is not None and not bool(mask[:, -length:].all()):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessorList
+from transformers.generation import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vtok.engine.cache import NAME
@@ -136,8 +137,8 @@ class Decoder(ABC):
             )
         try:
             target = Target(model, input_ids, generation_config, model_kwargs, asked.kwargs)
-            run = Run(self, target, logits_processor, stopping_criteria, asked.streamer)
-            return run.all()
+            target.processors = logits_processor
+            return Run(self, target, stopping_criteria, asked.streamer).all()
         finally:
             self._running.lock.release()
 
@@ -165,11 +166,13 @@ class Asked:
 
 def refuse(ids: Tensor, config: Any, asked: Asked) -> None:
     """Raise `Unsupported` for ways to generate that drafts do not go with."""
-    complaint = None
-    if config.num_beams > 1:
-        complaint = "beam search scores whole texts: leave num_beams at 1"
-    elif asked.assistant_model is not None or config.prompt_lookup_num_tokens:
+    complaint, mode = None, config.get_generation_mode(asked.assistant_model)
+    if mode is GenerationMode.ASSISTED_GENERATION:
         complaint = "an assistant drafts already: give assistant_model (or prompt lookup) or custom_generate, not both"
+    elif mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        complaint = (
+            f"greedy search and sampling alone, and this is {mode.value.replace('_', ' ')} (num_beams and others)"
+        )
     elif len(ids) > 1:
         complaint = f"rows would accept different numbers of tokens: one prompt a call, here are {len(ids)}"
     elif config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
@@ -181,9 +184,9 @@ def refuse(ids: Tensor, config: Any, asked: Asked) -> None:
 class Run:
     """One call of `generate`."""
 
-    def __init__(self, decoder: Decoder, target: Target, processors: Any, criteria: Any, streamer: Any) -> None:
+    def __init__(self, decoder: Decoder, target: Target, criteria: Any, streamer: Any) -> None:
         self.decoder, self.target, self.criteria, self.streamer = decoder, target, criteria, streamer
-        self.processors, config = processors, target.config
+        config = target.config
         self.sample, self.max_length = bool(config.do_sample), config.max_length
         wants = lambda name: config.return_dict_in_generate and getattr(config, name)
         self.scores: tuple | None = () if wants("output_scores") else None
@@ -221,7 +224,7 @@ class Run:
 
     def _step(self, drafter: Drafter, tree: Tree, logits: Tensor) -> bool:
         """Emit what is accepted of a checked tree. Returns whether this was all."""
-        scores = Scores(tree, logits, self.target.ids, self.processors, self.sample)
+        scores = Scores(tree, logits, self.target.ids, self.target.processors, self.sample)
         verdict = drafter.verify(tree, scores)
         verdict, done = self._until_the_end(tree, verdict, scores)
         self.target.accept(tree, verdict)

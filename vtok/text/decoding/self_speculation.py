@@ -17,7 +17,7 @@ from vtok.engine.cache import cache_in, with_cache
 from vtok.errors import Unsupported
 from vtok.options import AtLeast1
 from vtok.patching import patch
-from vtok.text.decoding.loop import ROOT, Decoder, Drafter, Running
+from vtok.text.decoding.loop import ROOT, Decoder, Drafter, Running, Scores
 from vtok.text.decoding.ngram import Lookup
 from vtok.text.decoding.payoff import Payoff, Rates
 from vtok.text.decoding.target import Target
@@ -150,7 +150,7 @@ class View(Drafter):
         root = last = int(ids[0, -1])
         while len(tokens) < min(depth, nodes):
             step = Tree(ROOT, (last,))
-            last = int(small.check(step)[0].argmax())
+            last = Scores(step, small.check(step), small.ids, self.target.processors).choose(0)
             if last in small.placeholders:
                 break
             small.accept(step, Verdict((0,), last))

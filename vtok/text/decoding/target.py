@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from vtok.engine import probe
 from vtok.engine.cache import CompressedCache, cache_in, settle, tree_mask
@@ -29,7 +31,7 @@ class Target:
 
     ids: [1, T] the text so far, with the prompt. Its last token is not in the cache yet, once there was a prefill.
     kwargs: what `generate` prepared for the model's forward. given: what `generate` itself was given, with the pixels.
-    placeholders: ids that stand for pictures and the like, which no draft should have.
+    placeholders: ids that stand for pictures and the like, which no draft should have. processors: of logits.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Target:
         given: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.ids, self.config, self.kwargs, self.given = model, ids, config, kwargs, given or {}
-        self.placeholders = placeholders(model.config)
+        self.placeholders, self.processors = placeholders(model.config), LogitsProcessorList()
         self.prompt: Tensor | None = None  # [R, D] hidden states of the last tokens of the prompt
         self._outputs: Any = None
         parameters = inspect.signature(model.forward).parameters.values()
@@ -121,7 +123,7 @@ class Target:
         return self._outputs.logits[0, -n:]
 
     def _mask(self, tree: Tree) -> Tensor:
-        """[1, 1, N, L + N]. What a compressed cache holds its engine knows, which reads the last columns alone."""
+        """[1, 1, N, L + N]; of a compressed cache [1, 1, N, N], since its engine knows what it holds."""
         ancestors = tree.shape.ancestors.to(self.model.device)
         past = 0 if isinstance(self.cache, CompressedCache) else self.cache.get_seq_length()
         valid = torch.ones(1, past + len(tree), dtype=torch.bool, device=ancestors.device)
@@ -159,6 +161,9 @@ def refuse_model(model: nn.Module) -> None:
             f"Drafts need a mask that {config._attn_implementation} does not take: load the model with "
             f"attn_implementation='sdpa'."
         )
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if several and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)):
+        raise Unsupported("The weights are spread over processes, which would take different numbers of steps.")
 
 
 def refuse_cache(cache: Any) -> None:
