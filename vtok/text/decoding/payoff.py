@@ -123,10 +123,8 @@ class Payoff:
             return
         self.drafted.setdefault(kind, deque(maxlen=DRAFTED)).append((drafts, seconds))
         self.since_plain += 1
-        if self.plain:
-            self.lost = max(
-                0.0, self.lost + seconds - emitted * self.step
-            )  # gains pay losses back, and are not saved up
+        if self.plain:  # gains pay losses back, and are not saved up
+            self.lost = max(0.0, self.lost + seconds - emitted * self.step)
 
     def spent(self, seconds: float) -> None:
         """So much was spent beside the steps."""
