@@ -13,7 +13,8 @@ import vtok
 from vtok.errors import InvalidValue, Unsupported
 from vtok.text.decoding.coupling import Chance
 from vtok.text.decoding.dyspec import DySpec, Growing, Likeliest, by_budget, by_threshold
-from vtok.text.decoding.second import Ahead
+from vtok.text.decoding.payoff import Payoff, Rates
+from vtok.text.decoding.second import Accepted, Ahead
 from vtok.text.decoding.spectr import Chains, SpecTr
 from vtok.text.decoding.tree import Tree, shape
 
@@ -77,7 +78,7 @@ def check_distribution(found, size, length):
 
 @pytest.mark.parametrize(("chains", "length", "size"), [(1, 2, 3), (2, 1, 3), (3, 1, 3), (2, 2, 2)])
 def test_spectr_gives_the_target(chains, length, size):
-    found = outcomes(emitted(Chains(Tables(size), chains, length, None), size, length))
+    found = outcomes(emitted(Chains(Tables(size), chains, length, None, Rates(0.5)), size, length))
     check_distribution(found, size, length + 1)
     assert {len(tokens) for tokens in found} == set(range(1, length + 2))
 
@@ -244,7 +245,7 @@ def test_sampling_is_plain_sampling(name):
     """Three tokens of real models, processors and all, by chi-square."""
     target = model(5, vocabulary=4, scale=2.5, sharp=1.0)
     decoder = DECODERS[name](near(target, 0.5), temperature=1.0)
-    prompt, n = [1, 2, 3], 120
+    prompt, n = [1, 2, 3], 80
     how = {"max_new_tokens": 3, "do_sample": True, "top_k": 2, "temperature": 1.5}
     expected = {}
     for text in itertools.product(range(4), repeat=3):
@@ -316,6 +317,41 @@ def test_tables_of_different_lengths(target):
             torch.manual_seed(0)
             sampled = target.generate(PROMPT, **rare, do_sample=True, custom_generate=make(draft, vocabulary=told))
             assert sampled.shape == out.shape
+
+
+@pytest.mark.parametrize("kind", [SpecTr, DySpec])
+def test_drafts_follow_what_pays(target, kind):
+    """By a clock in which drafts cost next to nothing, and one in which they cost much: the text is that of plain
+    decoding."""
+
+    def decode(cost):
+        decoder = kind(draft=near(target, 0.02))
+
+        class Clocked(Payoff):
+            def stop(self, drafts, emitted, kind=""):
+                self.time += 1 + cost * drafts
+                super().stop(drafts, emitted, kind)
+
+        clocked = Clocked(clock=lambda: clocked.time)
+        clocked.time = 0.0
+        decoder._running.payoff = clocked
+        for _ in range(2):
+            out = target.generate(PROMPT, max_new_tokens=80, custom_generate=decoder)
+            assert torch.equal(out, target.generate(PROMPT, max_new_tokens=80))
+        return decoder.stats
+
+    cheap, dear = decode(0.001), decode(2.0)
+    assert cheap.steps < 70 and cheap.drafted > 2 * dear.drafted
+    assert dear.plain > 60
+
+
+def test_sizes_begin_small():
+    accepted = Accepted(20)
+    sizes = accepted.sizes()
+    assert [n for n, _ in sizes] == [4, 8, 16, 20] and sizes == sorted(sizes)
+    for _ in range(200):
+        accepted.note(8, 3)
+    assert dict(accepted.sizes())[8] == pytest.approx(3, abs=0.1) and dict(accepted.sizes())[4] == sizes[0][1]
 
 
 def test_options():

@@ -39,7 +39,8 @@ class DySpec(Decoder):
         most so many tokens ahead.
     temperature: of the drafts; the paper's, also where the target is greedy.
     vocabulary: `len(tokenizer)`, where the models pad the table of one tokenizer to different lengths.
-    adapt: whether drafts are left out while they cost more time than they save, by measured times.
+    adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay. False drafts
+        all at each step.
     Differs from the paper: acceptance by a uniform variable, see `coupling`; where the target is greedy the likeliest
     tokens are drafted, none drawn. Nodes are not ordered for blocks of the mask.
     """
@@ -54,10 +55,12 @@ class DySpec(Decoder):
     temperature: Positive = 0.6
     vocabulary: AtLeast1 | None = None
     adapt: bool = True
+    _accepted: Accepted = field(init=False, repr=False, compare=False)
     _running: Running = field(init=False, repr=False, compare=False, default_factory=Running)
 
     def __post_init__(self) -> None:
         options.check_all(self)
+        object.__setattr__(self, "_accepted", Accepted(self.nodes))
 
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
@@ -166,20 +169,25 @@ def by_budget(root: int, look: Look, chance: Chance, *, nodes: int, depth: int) 
 
 
 class Growing(Drafter):
-    """DySpec for one call of `generate`."""
+    """DySpec for one call of `generate`.
+
+    p: node -> [V] of what its children were drawn. asked: how many drafts the last tree was to have."""
 
     def __init__(self, how: DySpec, ahead: Ahead, chance: Chance) -> None:
-        self.how, self.ahead, self.chance, self.accepted = how, ahead, chance, Accepted()
+        self.how, self.ahead, self.chance, self.accepted = how, ahead, chance, how._accepted
         self.p: dict[int, Tensor] = {}
+        self.asked = 0
 
     def sizes(self) -> list[tuple[int, float]]:
-        return [(self.how.nodes, self.accepted.mean)]
+        return self.accepted.sizes()
 
     def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
         look = lambda tree, level: self.ahead.read(ids) if level == [0] else self.ahead.look(tree, level)
-        limits = {"nodes": nodes, "depth": min(depth, self.how.depth)}
+        limits, self.asked = {"nodes": nodes, "depth": min(depth, self.how.depth)}, nodes
         if self.how.form == "threshold":
-            grown = by_threshold(int(ids[0, -1]), look, self.chance, threshold=self.how.threshold, **limits)
+            # fewer drafts than all are to be the best ones, not those of the first levels
+            threshold = self.how.threshold if nodes >= self.how.nodes else max(self.how.threshold, 1 / nodes)
+            grown = by_threshold(int(ids[0, -1]), look, self.chance, threshold=threshold, **limits)
         else:
             grown = by_budget(int(ids[0, -1]), look, self.chance, **limits)
         self.p = grown.p
@@ -200,4 +208,4 @@ class Growing(Drafter):
 
     def learn(self, tree: Tree, logits: Tensor, verdict: Verdict) -> None:
         if len(tree) > 1:
-            self.accepted.note(len(verdict.route) - 1)
+            self.accepted.note(self.asked, len(verdict.route) - 1)

@@ -15,8 +15,7 @@ from vtok.errors import InvalidValue, Unsupported
 from vtok.options import AtLeast1, In, Positive
 from vtok.text.decoding.coupling import typical
 from vtok.text.decoding.loop import Decoder, Drafter, Running, Scores
-from vtok.text.decoding.ppd_tree import Template, best_templates
-from vtok.text.decoding.second import Accepted
+from vtok.text.decoding.ppd_tree import Template, best_templates, expected
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Tree, Verdict, follow, shape
 
@@ -52,10 +51,17 @@ class Hits:
 
 @dataclass
 class Learned:
-    """What stays from request to request."""
+    """What stays from request to request. templates: of each state. expected: drafts that are accepted a step with
+    them, in the long run."""
 
     hits: Hits
-    templates: tuple[Template, ...]
+    templates: tuple[Template, ...] = ()
+    expected: float = 0.0
+
+    def plan(self, nodes: int) -> None:
+        """Templates of so many nodes for what is known by now."""
+        self.templates = best_templates(self.hits.accuracy, nodes)
+        self.expected = expected(self.hits.accuracy, self.templates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +102,8 @@ class PPD(Decoder):
             raise InvalidValue(
                 f"prompts are [n, D], with n from 1 to nodes - 1 = {self.nodes - 1}: got {list(self.prompts.shape)}."
             )
-        hits = Hits(len(self.prompts), self.top)
-        object.__setattr__(self, "_learned", Learned(hits, best_templates(hits.accuracy, self.nodes)))
+        object.__setattr__(self, "_learned", Learned(Hits(len(self.prompts), self.top)))
+        self._learned.plan(self.nodes)
 
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
@@ -114,7 +120,7 @@ class Prompting(Drafter):
     open: (index of the text, depth, guesses), of what the text has not come to yet."""
 
     def __init__(self, how: PPD, target: Target) -> None:
-        self.how, self.target, self.learned, self.accepted = how, target, how._learned, Accepted()
+        self.how, self.target, self.learned = how, target, how._learned
         self.prompts = how.prompts.detach().to(target.model.device, target.model.dtype)
         banned = torch.tensor(sorted(target.placeholders), dtype=torch.long)
         self.banned = banned[banned < target.model.config.get_text_config(decoder=True).vocab_size]
@@ -123,7 +129,7 @@ class Prompting(Drafter):
         self.open: list[tuple[int, int, list[int]]] = []
 
     def sizes(self) -> list[tuple[int, float]]:
-        return [(len(self.learned.templates[len(self.guesses)]) - 1, self.accepted.mean)]
+        return [(len(self.learned.templates[len(self.guesses)]) - 1, self.learned.expected)]
 
     def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
         template = self.learned.templates[len(self.guesses)]
@@ -167,8 +173,6 @@ class Prompting(Drafter):
 
     def learn(self, tree: Tree, logits: Tensor, verdict: Verdict) -> None:
         """Take the guesses of the prompt tokens behind the last accepted node. The target's ids are those behind it."""
-        if len(tree) > 1:
-            self.accepted.note(len(verdict.route) - 1)
         text = self.target.ids[0].tolist()
         self._compare(text)
         rows = self.behind.get(verdict.route[-1], []) if len(tree) > 1 else []
@@ -186,4 +190,4 @@ class Prompting(Drafter):
                 self.learned.hits.note(depth, some, text[place])
         self.open = [guess for guess in self.open if guess[0] >= len(text)]
         if self.learned.hits.renewed():
-            self.learned.templates = best_templates(self.learned.hits.accuracy, self.how.nodes)
+            self.learned.plan(self.how.nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -100,14 +101,20 @@ class Ahead:
 
 
 class Accepted:
-    """How many drafts a step were accepted lately: a mean in which old steps count less and less."""
+    """How many of n drafts a step are accepted, for some n: means in which old steps count less and less.
 
-    def __init__(self, prior: float = 1.0, weight: float = 2.0, forget: float = 0.97) -> None:
-        self.sum, self.steps, self.forget = prior * weight, weight, forget
+    most: the greatest n. Before anything was checked, twice the drafts are taken to bring half a token more: enough to
+    be tried, the fewest first."""
 
-    def note(self, accepted: int) -> None:
-        self.sum, self.steps = self.forget * self.sum + accepted, self.forget * self.steps + 1
+    def __init__(self, most: int, forget: float = 0.97) -> None:
+        steps = [n for n in (4, 8, 16, 32, 64) if n < most]
+        self.sums = {n: (math.log2(1 + n) / 2, 1.0) for n in (*steps, most)}
+        self.forget = forget
 
-    @property
-    def mean(self) -> float:
-        return self.sum / self.steps
+    def note(self, size: int, accepted: int) -> None:
+        total, steps = self.sums[size]
+        self.sums[size] = self.forget * total + accepted, self.forget * steps + 1
+
+    def sizes(self) -> list[tuple[int, float]]:
+        """(drafts, how many of them are expected to be accepted)."""
+        return [(n, total / steps) for n, (total, steps) in self.sums.items()]

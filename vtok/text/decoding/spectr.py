@@ -13,9 +13,12 @@ from vtok import options
 from vtok.options import AtLeast1, Positive
 from vtok.text.decoding.coupling import Chance, fitted, kseq
 from vtok.text.decoding.loop import Decoder, Drafter, Running, Scores
-from vtok.text.decoding.second import Accepted, Ahead, same_vocabulary
+from vtok.text.decoding.payoff import Rates
+from vtok.text.decoding.second import Ahead, same_vocabulary
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Tree, Verdict, follow, shape
+
+PRIOR = 0.6  # chance that one of the drafts at a depth is accepted, before any was
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,8 @@ class SpecTr(Decoder):
         8.
     temperature: of the drafts; None is the call's own, 1 where it does not sample.
     vocabulary: `len(tokenizer)`, where the models pad the table of one tokenizer to different lengths.
-    adapt: whether drafts are left out while they cost more time than they save, by measured times.
+    adapt: whether the length of chains follows from measured times, down to no drafts where they do not pay. False
+        drafts `length` tokens at each step.
     Differs from the paper: chains that begin alike are computed once. Not for greedy decoding, where chains that follow
     the draft model's likeliest tokens would do better, nor for flat drafts: `DySpec` draws without replacement, and
     more of that is accepted.
@@ -41,6 +45,7 @@ class SpecTr(Decoder):
     temperature: Positive | None = None
     vocabulary: AtLeast1 | None = None
     adapt: bool = True
+    _rates: Rates = field(init=False, repr=False, compare=False, default_factory=lambda: Rates(PRIOR))
     _running: Running = field(init=False, repr=False, compare=False, default_factory=Running)
 
     def __post_init__(self) -> None:
@@ -52,7 +57,7 @@ class SpecTr(Decoder):
         of_call = (target.config.temperature or 1.0) if target.config.do_sample else 1.0
         ahead = Ahead(self.draft, target, self.temperature or of_call, shared)
         with ahead.own.checking():
-            yield Chains(ahead, self.chains, self.length, Chance())
+            yield Chains(ahead, self.chains, self.length, Chance(), self._rates)
 
 
 class Chains(Drafter):
@@ -60,19 +65,18 @@ class Chains(Drafter):
 
     nodes: of each chain the nodes below the root. p: node -> [V] of what its children were drawn."""
 
-    def __init__(self, ahead: Ahead, chains: int, length: int, chance: Chance) -> None:
-        self.ahead, self.chains, self.length, self.chance = ahead, chains, length, chance
-        self.accepted = Accepted()
+    def __init__(self, ahead: Ahead, chains: int, length: int, chance: Chance, rates: Rates) -> None:
+        self.ahead, self.chains, self.length, self.chance, self.rates = ahead, chains, length, chance, rates
         self.nodes: list[list[int]] = []
         self.p: dict[int, Tensor] = {}
 
     def sizes(self) -> list[tuple[int, float]]:
-        return [(self.chains * self.length, self.accepted.mean)]
+        return [(self.chains * length, accepted) for length, accepted in self.rates.sizes(self.length)]
 
     def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
         parents, tokens = [-1], [int(ids[0, -1])]
         ends, self.nodes, self.p = [0] * self.chains, [[] for _ in range(self.chains)], {}
-        for _ in range(min(self.length, depth)):
+        for _ in range(min(self.length, depth, nodes // self.chains)):
             level = sorted(set(ends))
             rows = (
                 self.ahead.look(Tree(shape(tuple(parents)), tuple(tokens)), level)
@@ -107,4 +111,4 @@ class Chains(Drafter):
 
     def learn(self, tree: Tree, logits: Tensor, verdict: Verdict) -> None:
         if len(tree) > 1:
-            self.accepted.note(len(verdict.route) - 1)
+            self.rates.note(max(tree.shape.depths), len(verdict.route) - 1)
