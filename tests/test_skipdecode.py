@@ -1,6 +1,7 @@
 """SkipDecode: which layers run when, and that nothing else changes."""
 
 import itertools
+import threading
 from collections import Counter
 
 import pytest
@@ -124,6 +125,28 @@ def test_layers_are_what_they_were(model):
         assert layer.forward is not own
     assert layer.forward is own
     del layer.forward
+
+
+def test_other_threads(model):
+    """A plain forward in another thread sees all layers; a second decoding with skips is refused."""
+    expected, seen = model.generate(**PADDED, max_new_tokens=4), []
+
+    def elsewhere(custom):
+        try:
+            seen.append(model.generate(**PADDED, max_new_tokens=4, custom_generate=custom))
+        except PatchStateError as error:
+            seen.append(error)
+
+    def meanwhile(ids, scores):
+        for custom in (None, HOW) if not seen else ():
+            thread = threading.Thread(target=elsewhere, args=(custom,))
+            thread.start()
+            thread.join()
+        return scores
+
+    out = model.generate(**PADDED, max_new_tokens=8, custom_generate=HOW, logits_processor=[meanwhile])
+    assert torch.equal(seen[0], expected) and isinstance(seen[1], PatchStateError)
+    assert torch.equal(out, model.generate(**PADDED, max_new_tokens=8, custom_generate=HOW))
 
 
 def test_no_second_turn(model):

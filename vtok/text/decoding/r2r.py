@@ -13,6 +13,7 @@ answers to pictures: the second prefill costs more than it saves. One prompt a c
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,11 +183,13 @@ def choose(scores: Tensor, sample: bool) -> Tensor:
 
 @contextmanager
 def heads_input(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, a list that holds the hidden states [B, D] which the model's head was given last."""
+    """Within, a list that holds the hidden states [B, D] which the model's head was given last, in this thread."""
     seen: list[Tensor] = []
+    mine = threading.get_ident()
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[:] = [args[0][:, -1]]
+        if threading.get_ident() == mine:
+            seen[:] = [args[0][:, -1]]
 
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -90,11 +91,13 @@ class SkipDecode:
         cache = cache_in(model_kwargs)
         asked = Asked.of_generate()
         refuse(cache, generation_config, asked)
-        steps = itertools.count()
+        steps, mine = itertools.count(), threading.get_ident()
         depth = self.depth(0, len(layers))
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal depth
+            if threading.get_ident() != mine:
+                return
             if type(cache) is not DynamicCache:
                 raise Unsupported(
                     "SkipDecode cannot decode a compressed prompt: unpatch the model, or use one of both."
@@ -123,7 +126,7 @@ class SkipDecode:
 
         prompt_lengths: [B], tokens of each row before its answer, padding on the left among them. Every layer is
         computed for all positions, and passed on where it runs: exact, since the positions that skip a layer come after
-        all that run it. Without a cache."""
+        all that run it. Without a cache. Where gradients are checkpointed, the backward pass belongs within, too."""
         layers = decoder_layers(model)
         depths = torch.tensor([self.depth(step, len(layers)) for step in range(self.steps + 1)])
 
@@ -188,10 +191,13 @@ def instead(layer: nn.Module, forward: Callable[[Callable[[], Any], Tensor], Any
     """Within, a layer's forward is another one: of what runs the layer, and of the hidden states that it is given."""
     missing = object()
     own, run = vars(layer).get("forward", missing), layer.forward
+    if getattr(own, "stands_in", False):
+        raise PatchStateError("This model decodes or is tuned with SkipDecode already, here or in another thread.")
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
         return forward(lambda: run(*args, **kwargs), args[0] if args else kwargs["hidden_states"])
 
+    replaced.stands_in = True
     layer.forward = replaced
     try:
         yield
@@ -204,8 +210,10 @@ def instead(layer: nn.Module, forward: Callable[[Callable[[], Any], Tensor], Any
 
 @contextmanager
 def skipping(layers: nn.ModuleList, skipped: Callable[[int], bool]) -> Iterator[None]:
-    """Within, the layers that are skipped at the time pass on what they are given."""
+    """Within, the layers that are skipped at the time pass on what they are given, in this thread."""
+    mine = threading.get_ident()
+    passes = lambda i: threading.get_ident() == mine and skipped(i)
     with ExitStack() as undo:
         for i, layer in enumerate(layers):
-            undo.enter_context(instead(layer, lambda run, given, i=i: given if skipped(i) else tensor(run())))
+            undo.enter_context(instead(layer, lambda run, given, i=i: given if passes(i) else tensor(run())))
         yield
