@@ -305,6 +305,25 @@ def test_placeholders_are_not_drafted():
     assert all(image not in tree.tokens for tree in drafted)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_processors_of_the_call_are_those_of_drafts(target, name):
+    """What the call forbids is not drafted: a draft model that is the target stays right. And a forced token, which
+    only the caller's own processor knows, costs a draft, no more."""
+    draft, greedy = near(target, 0.0), {"max_new_tokens": 24, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    decoder = DECODERS[name](draft)
+    expected = target.generate(PROMPT, **greedy)
+    assert torch.equal(target.generate(PROMPT, **greedy, custom_generate=decoder), expected)
+    if name != "spectr":  # whose drafts are drawn
+        assert decoder.stats.tokens_a_step > 1.9
+    torch.manual_seed(0)
+    sample = {"max_new_tokens": 24, "do_sample": True, "top_k": 3, "temperature": 0.5, "repetition_penalty": 1.5}
+    target.generate(PROMPT, **sample, custom_generate=decoder)
+    assert decoder.stats.tokens_a_step > 1.9
+    force = lambda ids, scores: torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
+    out = target.generate(PROMPT, max_new_tokens=8, logits_processor=[force], custom_generate=decoder)
+    assert (out[0, 6:] == 7).all()
+
+
 def test_tables_of_different_lengths(target):
     wide, narrow = model(1, vocabulary=64), model(1, vocabulary=48)
     for name, make in DECODERS.items():

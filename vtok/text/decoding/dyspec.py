@@ -19,6 +19,7 @@ from vtok.text.decoding.second import Accepted, Ahead, same_vocabulary
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Tree, Verdict, follow, shape
 
+GREEDY = 0.6  # temperature by which drafts are valued where none is drawn
 NOTHING = 1e-9  # mass of tokens that were not drawn yet, below which none is drawn
 
 
@@ -37,7 +38,8 @@ class DySpec(Decoder):
         below a draft that was not looked at yet.
     threshold: about 1 / nodes; the paper's 0.001 is for trees of hundreds. nodes: at most so many drafts. depth: at
         most so many tokens ahead.
-    temperature: of the drafts; the paper's, also where the target is greedy.
+    temperature: of the drafts, on top of the call's own; the call's processors are applied to drafts too, but for those
+        that the caller made. None is 1 where the call samples; where it is greedy 0.6, the paper's, for the values.
     vocabulary: `len(tokenizer)`, where the models pad the table of one tokenizer to different lengths.
     adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay. False drafts
         all at each step.
@@ -52,7 +54,7 @@ class DySpec(Decoder):
     threshold: Annotated[float, In("(0, 1)")] = 1 / 32
     nodes: AtLeast1 = 32
     depth: AtLeast1 = 8
-    temperature: Positive = 0.6
+    temperature: Positive | None = None
     vocabulary: AtLeast1 | None = None
     adapt: bool = True
     _accepted: Accepted = field(init=False, repr=False, compare=False)
@@ -65,8 +67,9 @@ class DySpec(Decoder):
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
         shared = same_vocabulary(target.model, self.draft, self.vocabulary)
-        ahead = Ahead(self.draft, target, self.temperature, shared)
-        chance = Chance() if target.config.do_sample else Likeliest()
+        sampled = target.config.do_sample
+        ahead = Ahead(self.draft, target, self.temperature or (1.0 if sampled else GREEDY), shared)
+        chance = Chance() if sampled else Likeliest()
         with ahead.own.checking():
             yield Growing(self, ahead, chance)
 

@@ -144,7 +144,7 @@ class R2R:
                 doubts.append(float(self.switch.doubt(proposal)))
                 routed.append(doubts[-1] >= self.switch.threshold)
                 if routed[-1]:
-                    large = large or prepared(self.large, input_ids, generation_config.max_length, Session)
+                    large = large or prepared(self.large, input_ids, generation_config, Session)
                     logits = self._cut(large.behind(ids)).to(logits.device)
                     token = choose(logits_processor(ids, logits), generation_config.do_sample)
                 ids = torch.cat([ids, token[:, None]], 1)
@@ -203,7 +203,9 @@ class Session:
 
     read: tokens that are in the cache."""
 
-    def __init__(self, model: nn.Module, prompt: Tensor, config: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, prompt: Tensor, config: Any, kwargs: dict[str, Any], processors: Any = None
+    ) -> None:
         self.model, self.prompt, self.config, self.kwargs = model, prompt, config, kwargs
         self.read, self.outputs = 0, None
 

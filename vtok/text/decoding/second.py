@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,15 +20,18 @@ from vtok.text.decoding.tree import Shape, Tree, Verdict
 T = TypeVar("T")
 
 
-def prepared(model: nn.Module, prompt: Tensor, length: int, make: Callable[[nn.Module, Tensor, Any, dict], T]) -> T:
-    """What `make(model, ids, config, kwargs)` makes of the model and of what its `generate` prepares for the inputs of
-    the call of `generate` that we are in. length: of the text, at most."""
+def prepared(model: nn.Module, prompt: Tensor, config: GenerationConfig, make: Callable[..., T]) -> T:
+    """What `make(model, ids, config, kwargs, processors)` makes of the model and of what its `generate` prepares for
+    the inputs of the call of `generate` that we are in. config: that call's."""
     known = {*vars(GenerationConfig()), "input_ids", "inputs", "cache", "past_key_values", "streamer"}
     inputs = {name: value for name, value in Asked.of_generate().kwargs.items() if name not in known}
     if inputs.get("inputs_embeds") is not None:
         raise Unsupported("Two models have embeddings of their own: pass input_ids, not inputs_embeds.")
-    device = model.device
+    device, config = model.device, copy.deepcopy(config)
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    config.max_new_tokens, config.max_length = max(1, config.max_length - prompt.shape[1]), None
+    # what needs a tokenizer that we are not given, or a forward for each text
+    config.stop_strings, config.guidance_scale = None, None
 
     def instead(
         model: nn.Module,
@@ -37,9 +41,9 @@ def prepared(model: nn.Module, prompt: Tensor, length: int, make: Callable[[nn.M
         generation_config: Any,
         **model_kwargs: Any,
     ) -> T:
-        return make(model, input_ids, generation_config, model_kwargs)
+        return make(model, input_ids, generation_config, model_kwargs, logits_processor)
 
-    return model.generate(prompt.to(device), **inputs, max_length=length, custom_generate=instead)
+    return model.generate(prompt.to(device), **inputs, generation_config=config, custom_generate=instead)
 
 
 def same_vocabulary(one: nn.Module, other: nn.Module, told: int | None) -> int:
@@ -60,13 +64,16 @@ class Ahead:
     """A draft model that follows the text of a target, and looks ahead of it.
 
     Made when the target's prefill is done, and nothing more. own: its sequence. It holds the text alone: of a tree that
-    was looked at nothing stays in its cache, so that the model may be of any kind that can be a target, patched too."""
+    was looked at nothing stays in its cache, so that the model may be of any kind that can be a target, patched too.
+    temperature: beside that of the call, whose processors are applied to drafts too, but for those that the caller
+    made."""
 
     def __init__(self, model: nn.Module, target: Target, temperature: float, vocabulary: int) -> None:
-        self.own = prepared(model, target.ids, target.config.max_length, Target)
+        make = lambda model, ids, config, kwargs, processors: (Target(model, ids, config, kwargs), processors)
+        self.own, self.processors = prepared(model, target.ids, target.config, make)
         self.temperature, self.device, self.started = temperature, target.ids.device, False
         banned = torch.tensor(sorted(placeholders(model.config) | target.placeholders), dtype=torch.long)
-        self.vocabulary, self.banned = vocabulary, banned[banned < vocabulary]
+        self.vocabulary, self.banned = vocabulary, banned[banned < vocabulary].to(self.device)
 
     def read(self, ids: Tensor) -> Tensor:
         """Follow the target up to ids [1, T], longer than what was read before: [1, V] probabilities behind them."""
@@ -82,7 +89,7 @@ class Ahead:
             own.accept(chain, Verdict(tuple(range(len(tokens) - 1)), tokens[-1]))
         else:
             settle(own.cache, 1, [])
-        return self.probabilities(logits)
+        return self.probabilities(logits, [[]])
 
     def look(self, tree: Tree, nodes: Sequence[int]) -> Tensor:
         """[len(nodes), V] probabilities behind nodes of a tree whose root is the last token that was read."""
@@ -92,12 +99,20 @@ class Ahead:
         logits = self.own.check(smaller)
         settle(self.own.cache, len(smaller), [])
         place = {node: i for i, node in enumerate(kept)}
-        return self.probabilities(logits[[place[node] for node in nodes]])
+        return self.probabilities(logits[[place[node] for node in nodes]], [tree.text(node) for node in nodes])
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """[N, V] over the tokens that both models have and that may be drafted, in fp32, where the target is."""
-        logits = logits[:, : self.vocabulary].to(self.device, torch.float32) / self.temperature
-        return logits.index_fill(1, self.banned.to(self.device), -torch.inf).softmax(-1)
+    def probabilities(self, logits: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
+        """[N, V] over the tokens that both models have and that may be drafted, in fp32, where the target is. texts:
+        what stands between the last token read and each row."""
+        logits = logits.to(torch.float32, copy=True)
+        if len(self.processors):
+            ids = self.own.ids
+            whole = [torch.cat([ids, ids.new_tensor([text], dtype=ids.dtype)], 1) for text in texts]
+            logits = torch.cat([self.processors(text, row[None]) for text, row in zip(whole, logits)])
+        logits = logits[:, : self.vocabulary].to(self.device) / self.temperature
+        logits = logits.index_fill(1, self.banned, -torch.inf)
+        none = logits.isneginf().all(1, keepdim=True)  # what processors left may not be drafted: then any draft will do
+        return torch.where(none, 0.0, logits).index_fill(1, self.banned, -torch.inf).softmax(-1)
 
 
 class Accepted:

@@ -28,7 +28,8 @@ class SpecTr(Decoder):
 
     draft: a causal model of the same tokenizer that takes the same inputs. chains: K. length: L; the paper's are 8 and
         8.
-    temperature: of the drafts; None is the call's own, 1 where it does not sample.
+    temperature: of the drafts, on top of the call's own; the call's processors are applied to drafts too, but for those
+        that the caller made.
     vocabulary: `len(tokenizer)`, where the models pad the table of one tokenizer to different lengths.
     adapt: whether the length of chains follows from measured times, down to no drafts where they do not pay. False
         drafts `length` tokens at each step.
@@ -42,7 +43,7 @@ class SpecTr(Decoder):
     draft: nn.Module = field(repr=False)
     chains: AtLeast1 = 4
     length: AtLeast1 = 4
-    temperature: Positive | None = None
+    temperature: Positive = 1.0
     vocabulary: AtLeast1 | None = None
     adapt: bool = True
     _rates: Rates = field(init=False, repr=False, compare=False, default_factory=lambda: Rates(PRIOR))
@@ -54,8 +55,7 @@ class SpecTr(Decoder):
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
         shared = same_vocabulary(target.model, self.draft, self.vocabulary)
-        of_call = (target.config.temperature or 1.0) if target.config.do_sample else 1.0
-        ahead = Ahead(self.draft, target, self.temperature or of_call, shared)
+        ahead = Ahead(self.draft, target, self.temperature, shared)
         with ahead.own.checking():
             yield Chains(ahead, self.chains, self.length, Chance(), self._rates)
 
