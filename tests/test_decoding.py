@@ -5,7 +5,8 @@ import threading
 
 import pytest
 import torch
-from contract import FAMILIES, batch, example, picture, tiny
+from contract import FAMILIES, batch, encoder, example, picture, tiny
+from test_stages import last  # noqa: F401 - a fixture
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -28,9 +29,10 @@ from vtok.text.decoding import attention
 from vtok.text.decoding.loop import Scores
 from vtok.text.decoding.ngram import Index
 from vtok.text.decoding.payoff import Payoff
-from vtok.text.decoding.self_speculation import View, kept_columns
+from vtok.text.decoding.self_speculation import View
 from vtok.text.decoding.token_recycling import TEMPLATE, Recycler, Table
 from vtok.text.decoding.tree import Shape, Tree, Verdict, follow
+from vtok.text.decoding.view import compressed
 
 VOCABULARY = 97
 TEXT = {
@@ -519,11 +521,11 @@ def test_what_came_behind_the_same_words():
 
 def test_n_gram_drafts():
     model, found = text_model(), vtok.NGram(adapt=False)
-    same(model, {"input_ids": prompt(60)}, found, max_new_tokens=80, times=1)
+    same(model, {"input_ids": prompt(60)}, found, max_new_tokens=50, times=1)
     assert found.stats.tokens_a_step > 1.5  # its text runs in circles
     several = vtok.NGram(adapt=False, texts=3, length=4)
-    same(model, {"input_ids": prompt(60)}, several, max_new_tokens=80, times=1)
-    same(model, {"input_ids": prompt(60)}, vtok.NGram(), max_new_tokens=80, times=1)
+    same(model, {"input_ids": prompt(60)}, several, max_new_tokens=50, times=1)
+    same(model, {"input_ids": prompt(60)}, vtok.NGram(), max_new_tokens=50, times=1)
     vlm, processor = tiny("qwen2_5_vl")
     inputs = batch(processor, ["a # what what what colour is it?"], [picture(70, 112)])
     same(vlm, inputs, found, max_new_tokens=40, times=1)
@@ -543,15 +545,21 @@ def view(draft, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_self_speculation(family):
+def test_self_speculation(family, monkeypatch):
     """The dense model's text, and nothing stays on the model."""
     model, processor = tiny(family)
     inputs = batch(processor, ["a # What colour is it? and # no"], [picture(70, 112), picture(56, 56, 1)])
     before = state(model, inputs)
+    views, kept, follow_ = [], [], View._follow
+    monkeypatch.setattr(View, "_follow", lambda self: follow_(self) or views.append(self.kept))
     for draft in ("fastv", [vtok.DivPrune(keep=0.5)]):
         drafted = view(draft, length=3)
         same(model, inputs, drafted, times=1, max_new_tokens=20)
         assert drafted.stats.drafted > 15 and drafted.stats.accepted > 0
+        with vtok.patch(model, draft) as handle, torch.no_grad():
+            model(**inputs, use_cache=True)
+            kept.append(len(handle.trace.positions_at(handle.trace.shapes.layers - 1)[0]))
+        assert views[-1] == [kept[-1]] * 4
         assert state(model, inputs) == before
 
 
@@ -559,15 +567,15 @@ def test_self_speculation_with_all_else(folded):
     """N-gram drafts, sampling, processors, left padding; sizes by measured times."""
     model, processor = tiny("qwen2_5_vl")
     inputs = batch(processor, ["a # What colour is it? What colour is it?"], [picture(70, 112)])
-    same(model, inputs, vtok.SelfSpeculation(draft="fastv"), times=1)
-    same(model, inputs, view("fastv", ngram=True), times=1, repetition_penalty=1.2)
+    same(model, inputs, vtok.SelfSpeculation(draft="fastv"), times=1, max_new_tokens=20)
+    same(model, inputs, view("fastv", ngram=True), times=1, max_new_tokens=20, repetition_penalty=1.2)
     both = batch(processor, ["# yes", "a much longer prompt with # here"], [picture(70, 112), picture(70, 112, 1)])
     grid = both["image_grid_thw"]
     left = {k: v[: len(v) // 2] for k, v in both.items()} | {"image_grid_thw": grid[:1]}
     assert left["attention_mask"][0, 0] == 0
-    same(model, left, view("fastv"), times=1)
-    same(model, processor.tokenizer(["no picture"], return_tensors="pt"), view("fastv"), times=1)
-    how = {"max_new_tokens": 30, "do_sample": True, "temperature": 0.5}
+    same(model, left, view("fastv"), times=1, max_new_tokens=12)
+    same(model, processor.tokenizer(["no picture"], return_tensors="pt"), view("fastv"), times=1, max_new_tokens=6)
+    how = {"max_new_tokens": 16, "do_sample": True, "temperature": 0.5}
     drafted = view("fastv")
     for seed in range(2):
         torch.manual_seed(seed)
@@ -588,8 +596,18 @@ def test_drafts_heed_processors():
     model, processor = tiny("qwen2_5_vl")
     inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
     drafted = view("fastv")
-    same(model, inputs, drafted, times=1, logits_processor=[Turn()])
+    same(model, inputs, drafted, times=1, max_new_tokens=24, logits_processor=[Turn()])
     assert drafted.stats.accepted > 5
+
+
+@pytest.mark.parametrize(("method", "runs"), [("divprune", 1), ("fastv", 1), ("downsample", 2), ("visionzip", 2)])
+def test_pictures_are_encoded_anew_only_for_methods_that_look_there(method, runs):
+    model, processor = tiny("llava_next" if method == "visionzip" else "qwen2_5_vl")
+    inputs, calls = batch(processor, ["a # What colour is it?"], [picture(70, 112)]), []
+    hook = encoder(model).register_forward_pre_hook(lambda *args: calls.append(args))
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, custom_generate=view(method))
+    hook.remove()
+    assert len(calls) == runs
 
 
 @pytest.mark.parametrize("method", ["divprune", "fastv"])
@@ -626,10 +644,11 @@ def test_choosing_a_view_runs_what_it_needs(monkeypatch):
     calls, before = [], state(model, inputs)
     hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda *args: calls.append(args))
     with torch.no_grad():
-        first = kept_columns(model, "divprune", dict(inputs))
-        assert not calls and 0 < len(first) < inputs["input_ids"].shape[1]
-        kept_columns(model, "fastv", dict(inputs))
-    assert len(calls) == 1
+        dense = cache_in(model(**inputs, use_cache=True))
+        assert 0 < compressed(model, "divprune", dict(inputs), {}, dense).get_seq_length() < dense.get_seq_length()
+        assert len(calls) == 1  # of the dense prompt
+        compressed(model, "fastv", dict(inputs), {}, dense)
+    assert len(calls) == 2
     hook.remove()
 
     def broken(*args):
@@ -639,6 +658,17 @@ def test_choosing_a_view_runs_what_it_needs(monkeypatch):
     with pytest.raises(RuntimeError, match="broken"):
         model.generate(**inputs, max_new_tokens=9, custom_generate=view("divprune"))
     assert state(model, inputs) == before
+
+
+def test_a_view_of_an_evicting_cache(last, monkeypatch):  # noqa: F811
+    """What a stage leaves of the prompt, layer by layer, is what drafts see of it."""
+    model, processor = tiny("qwen2_5_vl")
+    inputs = batch(processor, ["a # What colour is it?"], [picture(70, 112)])
+    seen, follow_ = [], View._follow
+    monkeypatch.setattr(View, "_follow", lambda self: follow_(self) or seen.append((self.kept, self.prompt)))
+    drafted = view([last(keep=6)])
+    same(model, inputs, drafted, times=1, max_new_tokens=20)
+    assert seen[0] == ([6] * 4, inputs["input_ids"].shape[1]) and drafted.stats.accepted > 0
 
 
 def test_what_self_speculation_refuses():

@@ -88,6 +88,14 @@ def begin(
     return EncoderCall(adapter, core, modality, method, arguments, layouts)
 
 
+def mark(adapter: Adapter, core: nn.Module, modality: str, output: Any, arguments: dict[str, Any]) -> None:
+    """Note on features that a model encoded before it was patched what they are of, as if it had been.
+
+    arguments: of the encoder method, by name, which made them."""
+    layouts = tuple(adapter.layouts(core.config, modality, arguments))
+    setattr(output, MARK, Encoded(modality, layouts, previews=adapter.previews(arguments)))
+
+
 def passed_on(modality: str, output: Any, noted: Encoded | None, places: Callable[[], Tensor]) -> Encoded:
     """What is known of features that were encoded before the forward that uses them, for each of its pictures.
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
 from vtok import options
 from vtok.engine.cache import cache_in, with_cache
@@ -22,19 +21,19 @@ from vtok.text.decoding.ngram import Lookup
 from vtok.text.decoding.payoff import Payoff, Rates
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Shape, Tree, Verdict
+from vtok.text.decoding.view import compressed, guess
 
 PRIOR = 0.7  # chance that a draft is accepted, before any was
-GUESS = 0.3  # what choosing the view is taken to cost, in prefills, until it was done once
 RUN, SURE = 3, 2  # tokens that n-gram drafts look up; that must have been there before for them to come first
 NOT_INPUTS = ("past_key_values", "cache", "use_cache", "return_dict", "labels", "logits_to_keep", "mm_encoder_outputs")
 
 
 @dataclass
 class Learned:
-    """What stays from request to request. choosing: what choosing the view took, in prefills."""
+    """What stays from request to request. choosing: what choosing the view took, in prefills, once it was done."""
 
     rates: Rates = field(default_factory=lambda: Rates(PRIOR))
-    choosing: float = GUESS
+    choosing: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,8 @@ class SelfSpeculation(Decoder):
     the whole: the output is that of the dense model, at nearly the speed of the compressed one. No other model, no
     weights, no training. For a model that is not patched; it is patched for a moment, to see what the compressor keeps.
 
-    draft: a compressor, its name, or several, as `vtok.patch` takes them; None is the family's default.
+    draft: a compressor, its name, or several, as `vtok.patch` takes them; None is the family's default. One that evicts
+        from the cache serves too.
     length: at most so many drafts a step.
     ngram: whether n-gram drafts are taken where the text's last two tokens were there before.
     adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay; the view is
@@ -67,8 +67,9 @@ class SelfSpeculation(Decoder):
 
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
-        with patch(target.model, self.draft):
-            pass  # what cannot be patched is refused at once, with the reason
+        with patch(target.model, self.draft) as handle:  # what cannot be patched is refused at once, with the reason
+            if self._learned.choosing is None:
+                self._learned.choosing = guess(handle)
         if cache_in(target.given) is not None or target.given.get("inputs_embeds") is not None:
             raise Unsupported(
                 "SelfSpeculation looks at the whole prompt again: give generate its input_ids and pixels, no cache and "
@@ -80,8 +81,8 @@ class SelfSpeculation(Decoder):
 class View(Drafter):
     """Self-speculation for one call of `generate`.
 
-    small: the sequence on a part of the cache, once that was chosen. kept: its columns of the prompt. agreed: behind
-        them, those that are the target's own; then come drafts.
+    small: the sequence on a part of the cache, once that was chosen. kept: of each layer its columns of the prompt.
+        agreed: how many behind them are the target's own; then come drafts.
     """
 
     def __init__(self, decoder: SelfSpeculation, target: Target) -> None:
@@ -90,7 +91,8 @@ class View(Drafter):
         self.prompt = target.cache.get_seq_length()
         self.small: Target | None = None
         self.chosen = False
-        self.kept = self.agreed = 0
+        self.kept: list[int] = []
+        self.agreed = 0
 
     def prepare(self, payoff: Payoff | None) -> None:
         """Choose the view, where that is affordable."""
@@ -105,16 +107,16 @@ class View(Drafter):
             self.learned.choosing = (payoff.clock() - began) / payoff.prefill
 
     def _choose(self) -> None:
-        """Take the columns that the compressor keeps of the prompt out of the cache, the same for all layers."""
+        """Take the part of the prompt's cache that the compressor leaves, and put the answer so far behind it."""
         target, self.chosen = self.target, True
-        kept = kept_columns(target.model, self.method, self._inputs())
-        if len(kept) == self.prompt:  # no picture, or one of which all is kept: drafts would cost what plain steps do
+        encoded = target.kwargs.get("mm_encoder_outputs") or {}
+        cache = compressed(target.model, self.method, self._inputs(), encoded, target.cache)
+        if cache is None:  # no picture, or one of which all is kept: drafts would cost what plain steps do
             return
-        self.kept, self.agreed = len(kept), target.cache.get_seq_length() - self.prompt
-        columns, cache = torch.cat([kept, torch.arange(self.prompt, self.prompt + self.agreed)]), DynamicCache()
-        for i, layer in enumerate(target.cache.layers):
-            index = columns.to(layer.keys.device)
-            cache.update(layer.keys.index_select(2, index), layer.values.index_select(2, index), i)
+        self.kept = [layer.keys.shape[2] for layer in cache.layers]
+        attention = target.model.config.get_text_config(decoder=True)._attn_implementation
+        if len(set(self.kept)) > 1 and attention != "sdpa":  # whose mask for one token is none at all
+            raise Unsupported("Layers that hold different numbers of columns need attn_implementation='sdpa' to draft.")
         self.small = Target(target.model, target.ids, target.config, with_cache(target.kwargs, cache))
         self._follow()
 
@@ -128,11 +130,11 @@ class View(Drafter):
         """Go on where the target is: its text, and its own columns in place of those of drafts."""
         small, target = self.small, self.target
         small.ids, small.kwargs = target.ids, with_cache({**target.kwargs, "attention_mask": None}, small.cache)
-        for ours, theirs in zip(small.cache.layers, target.cache.layers):
+        for ours, theirs, kept in zip(small.cache.layers, target.cache.layers, self.kept):
             for name in ("keys", "values"):
                 mine, dense = getattr(ours, name), getattr(theirs, name)
                 new = dense[:, :, self.prompt + self.agreed :]
-                setattr(ours, name, torch.cat([mine[:, :, : self.kept + self.agreed], new], 2))
+                setattr(ours, name, torch.cat([mine[:, :, : kept + self.agreed], new], 2))
         self.agreed = target.cache.get_seq_length() - self.prompt
 
     def sizes(self) -> list[tuple[int, float]]:
@@ -164,31 +166,3 @@ class View(Drafter):
             self.lookup.learn(tree, logits, verdict, mine=self.kind == "ngram")
         if self.small is not None:
             self._follow()
-
-
-class Enough(Exception):
-    """What is kept is known: the language model need not run."""
-
-
-def kept_columns(model: nn.Module, method: Any, inputs: dict[str, Any]) -> Tensor:
-    """[K] long, ascending, on the CPU: the columns of a prompt that a patched model has in its last layer.
-
-    inputs: of the model's forward, one prompt with its pixels. The patch is gone afterwards, whatever happens. The
-    language model runs only where it is needed for the choice."""
-    with patch(model, method) as handle:
-        hook = None
-        if not any(stage.in_layers for stage in handle._engine.stages):
-            hook = handle._target().language_model.register_forward_pre_hook(_enough)
-        try:
-            model(**inputs, use_cache=True, **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {}))
-        except Enough:
-            pass
-        finally:
-            if hook is not None:
-                hook.remove()
-        trace = handle.trace
-        return trace.positions_at(trace.shapes.layers - 1)[0]
-
-
-def _enough(module: nn.Module, args: tuple) -> None:
-    raise Enough
