@@ -30,6 +30,8 @@ def prepared(model: nn.Module, prompt: Tensor, config: GenerationConfig, make: C
     device, config = model.device, copy.deepcopy(config)
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     config.max_new_tokens, config.max_length = max(1, config.max_length - prompt.shape[1]), None
+    if config.min_new_tokens is not None:
+        config.min_length = None  # was made of it
     # what needs a tokenizer that we are not given, or a forward for each text
     config.stop_strings, config.guidance_scale = None, None
 
