@@ -12,11 +12,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AWRS": "vtok.text.decoding.awrs",
     "Compressor": "vtok.compressor",
+    "DySpec": "vtok.text.decoding.dyspec",
     "NGram": "vtok.text.decoding.ngram",
+    "PPD": "vtok.text.decoding.ppd",
     "Patch": "vtok.patching",
+    "R2R": "vtok.text.decoding.r2r",
     "Selection": "vtok.types",
     "SelfSpeculation": "vtok.text.decoding.self_speculation",
+    "SkipDecode": "vtok.text.decoding.skipdecode",
+    "SpecTr": "vtok.text.decoding.spectr",
     "TokenRecycling": "vtok.text.decoding.token_recycling",
     "Trace": "vtok.engine.trace",
     "VisualTokens": "vtok.types",

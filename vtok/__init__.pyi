@@ -37,8 +37,14 @@ from vtok.methods import available as available
 from vtok.patching import Patch as Patch
 from vtok.patching import patch as patch
 from vtok.patching import unpatch as unpatch
+from vtok.text.decoding.awrs import AWRS as AWRS
+from vtok.text.decoding.dyspec import DySpec as DySpec
 from vtok.text.decoding.ngram import NGram as NGram
+from vtok.text.decoding.ppd import PPD as PPD
+from vtok.text.decoding.r2r import R2R as R2R
 from vtok.text.decoding.self_speculation import SelfSpeculation as SelfSpeculation
+from vtok.text.decoding.skipdecode import SkipDecode as SkipDecode
+from vtok.text.decoding.spectr import SpecTr as SpecTr
 from vtok.text.decoding.token_recycling import TokenRecycling as TokenRecycling
 from vtok.types import Selection as Selection
 from vtok.types import VisualTokens as VisualTokens

@@ -1,1 +1,1 @@
-"""Decoding with drafts: several tokens a forward, and the tokens of plain `generate`."""
+"""Decoding: other ways to come to the next tokens, through `model.generate(..., custom_generate=...)`."""
