@@ -320,7 +320,8 @@ def table(summary: Mapping[str, Any]) -> Table:
     """A sweep.json in 80 columns."""
     results, drawn = of(summary, whole=True), Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name in ("method", "budget", "kept", "exact match", "95 %", "to dense", "to best baseline"):
-        drawn.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        wide = name == "method"
+        drawn.add_column(name, justify="left" if wide else "right", no_wrap=not wide, overflow="fold" if wide else None)
     for row in results.rows.values():
         dense, rival, limits = row is results.dense, results.rival(row), row.accuracy.span
         drawn.add_row(
