@@ -477,6 +477,10 @@ def test_what_drafts_cannot_do_is_refused():
     refused("leave use_cache on", model, use_cache=False)
     refused("output_attentions", model, output_attentions=True, return_dict_in_generate=True)
     refused("sliding windows", text_model("mistral", sliding_window=8))
+    vlm, _ = tiny("qwen2_5_vl")
+    with vtok.patch(vlm, "divprune") as handle:
+        handle.compile(backend="eager")
+        refused("This model is compiled", vlm)
     known = decoder()
     model.generate(prompt(), max_new_tokens=4, custom_generate=known)
     refused("97 tokens, and the model has 55", text_model(vocab_size=55), prompt() % 50, custom_generate=known)
