@@ -186,6 +186,14 @@ def test_padding_on_the_left(folded):
     same(model, {"input_ids": ids, "attention_mask": (ids != 0).long()}, decoder())
 
 
+def test_a_prompt_of_embeddings():
+    model = text_model()
+    embeds = model.get_input_embeddings()(prompt()).detach()
+    for drafted in (decoder(), vtok.NGram(adapt=False)):
+        assert same(model, {"inputs_embeds": embeds}, drafted, max_new_tokens=24).shape == (1, 24)
+        assert drafted.stats.accepted > 2
+
+
 def test_a_conversation_goes_on_with_its_cache():
     model = text_model()
     how = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
