@@ -186,6 +186,14 @@ def test_padding_on_the_left(folded):
     same(model, {"input_ids": ids, "attention_mask": (ids != 0).long()}, decoder())
 
 
+def test_a_prompt_of_embeddings():
+    model = text_model()
+    embeds = model.get_input_embeddings()(prompt()).detach()
+    for drafted in (decoder(), vtok.NGram(adapt=False)):
+        assert same(model, {"inputs_embeds": embeds}, drafted, max_new_tokens=24).shape == (1, 24)
+        assert drafted.stats.accepted > 2
+
+
 def test_a_conversation_goes_on_with_its_cache():
     model = text_model()
     how = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
@@ -477,6 +485,10 @@ def test_what_drafts_cannot_do_is_refused():
     refused("leave use_cache on", model, use_cache=False)
     refused("output_attentions", model, output_attentions=True, return_dict_in_generate=True)
     refused("sliding windows", text_model("mistral", sliding_window=8))
+    vlm, _ = tiny("qwen2_5_vl")
+    with vtok.patch(vlm, "divprune") as handle:
+        handle.compile(backend="eager")
+        refused("This model is compiled", vlm)
     known = decoder()
     model.generate(prompt(), max_new_tokens=4, custom_generate=known)
     refused("97 tokens, and the model has 55", text_model(vocab_size=55), prompt() % 50, custom_generate=known)

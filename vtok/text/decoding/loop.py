@@ -203,7 +203,7 @@ class Run:
         began = payoff.clock()
         with self.decoder.drafting(target) as drafter, target.checking(), target.model._optimize_model_for_decode():
             payoff.spent(payoff.clock() - began)
-            done = self._step(drafter, Tree(ROOT, (int(target.ids[0, -1]),)), logits)
+            done = self._step(drafter, self._root(), logits)
             while not done:
                 drafter.prepare(payoff if self.decoder.adapt else None)
                 payoff.start()
@@ -220,7 +220,12 @@ class Run:
         room = self.max_length - ids.shape[1] - 1  # drafts that may be emitted before the last token
         sizes = drafter.sizes() if room > 0 else []
         nodes = self.payoff.choose(sizes, drafter.kind) if self.decoder.adapt else max((n for n, _ in sizes), default=0)
-        return drafter.draft(ids, room, nodes).upto(room) if nodes else Tree(ROOT, (int(ids[0, -1]),))
+        return drafter.draft(ids, room, nodes).upto(room) if nodes else self._root()
+
+    def _root(self) -> Tree:
+        """The last token alone; no token (-1) where the prompt was given as embeddings."""
+        ids = self.target.ids
+        return Tree(ROOT, (int(ids[0, -1]) if ids.shape[1] else -1,))
 
     def _step(self, drafter: Drafter, tree: Tree, logits: Tensor) -> bool:
         """Emit what is accepted of a checked tree. Returns whether this was all."""

@@ -18,6 +18,7 @@ from vtok.engine import probe
 from vtok.engine.cache import CompressedCache, cache_in, settle, tree_mask
 from vtok.engine.probe import TREE
 from vtok.errors import Unsupported
+from vtok.patching import patches_on
 from vtok.text.decoding.attention import TreeAttention
 from vtok.text.decoding.tree import Tree, Verdict
 
@@ -160,6 +161,11 @@ def refuse_model(model: nn.Module) -> None:
         raise Unsupported(
             f"Drafts need a mask that {config._attn_implementation} does not take: load the model with "
             f"attn_implementation='sdpa'."
+        )
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if compiled or any(getattr(handle, "_compiled", False) for handle in patches_on(model)):
+        raise Unsupported(
+            "This model is compiled, and would be so anew for each shape of a tree: decode without drafts."
         )
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     if several and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)):

@@ -173,6 +173,8 @@ class Recycler(Drafter):
 
     def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
         template = self.learned.places.template
+        if self.learned.table is None:
+            return Tree(shape((-1,)), (int(ids[0, -1]),))
         best = sorted(place for place in self._order()[0][:nodes] if template.depths[place] <= depth)
         tree, self.places = self.learned.table.fill(template, best, int(ids[0, -1]))
         return tree
@@ -181,8 +183,10 @@ class Recycler(Drafter):
         """All nodes teach, and the accepted ones have the last word."""
         if len(tree) > 1:
             self.learned.places.note(self.places, tree, verdict.route)
-        order = sorted(range(len(tree)), key=lambda node: (node in verdict.route, node))
-        self.write([tree.tokens[node] for node in order], logits[order])
+        known = [node for node, token in enumerate(tree.tokens) if token >= 0]
+        order = sorted(known, key=lambda node: (node in verdict.route, node))
+        if order:
+            self.write([tree.tokens[node] for node in order], logits[order])
 
     def write(self, tokens: Sequence[int], logits: Tensor) -> None:
         """Remember what is likely behind each token: logits [R, V]. Raises `Unsupported` for another vocabulary."""
