@@ -627,3 +627,16 @@ def test_noise_batches_do_not_change_a_draw():
         run(model, inputs)
         both = patch.trace.parts["kv"].counts[0]
         assert both.tolist() == [[int(n * 0.5)] * 2 for n in inputs["attention_mask"].sum(1).tolist()]
+
+
+@pytest.mark.parametrize("method", [vtok.SnapKV(keep=0.5), vtok.H2O(keep=0.5), vtok.KVzip(keep=0.5, even=True)])
+def test_a_smaller_cache_drafts_for_the_whole(method):
+    """The text is the dense model's, and drafts of the smaller cache are accepted now and then."""
+    torch.manual_seed(0)
+    model, _ = CausalLM().tiny()
+    model.eval().generation_config.eos_token_id = None
+    ids = torch.randint(5, 300, (1, 60))
+    plain = model.generate(ids, max_new_tokens=20, do_sample=False)
+    decoder = vtok.SelfSpeculation(draft=[method], adapt=False, length=3, ngram=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, custom_generate=decoder), plain)
+    assert decoder.stats.accepted > 0

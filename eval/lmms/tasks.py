@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from vtok.errors import InvalidValue
-from vtok.eval.tasks.task import Item, Task, get, tasks
+from vtok.eval.tasks.task import Item, Task, get, shown
 from vtok.media import open_picture
 
 CHOICES = ["yes", "no"]
@@ -160,7 +160,7 @@ def build(
         pass
 
     built = []
-    for name in tasks() if names is None else names:
+    for name in shown() if names is None else names:
         task = get(name)
         items = _items(task, count)
         images = {item.index: list(item.images) for item in items}
@@ -190,7 +190,7 @@ def export(
     """
     folder = Path(folder).resolve()
     groups: dict[str, list[str]] = {GROUP: [], YES_NO: []}
-    for name in tasks() if names is None else names:
+    for name in shown() if names is None else names:
         task = get(name)
         progress(name)
         made = {name: _Function(f"utils.{name}") for name in functions(task, lambda doc: [])}

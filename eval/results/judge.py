@@ -123,7 +123,7 @@ def settings(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]
     names: other tasks.
     """
     file = folder / "eval.json"
-    before = json.loads(file.read_text()) if file.exists() else {"tasks": offline.tasks(), "test_set": {}}
+    before = json.loads(file.read_text()) if file.exists() else {"tasks": offline.shown(), "test_set": {}}
     found = {"tasks": {name: offline.get(name) for name in names or before["tasks"]}}
     found["robbed"] = before["test_set"].get("robbed_items", ROBBED)
     return found | {"learn": before["test_set"].get("guessers_items", LEARN)}

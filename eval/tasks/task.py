@@ -107,6 +107,11 @@ def tasks() -> dict[str, Task]:
     return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}
 
 
+def shown() -> dict[str, Task]:
+    """Those of them that show pictures or clips."""
+    return {name: task for name, task in tasks().items() if task.media != "text"}
+
+
 def get(name: str) -> Task:
     """The task of that name. Raises `UnknownName`."""
     found = tasks()

@@ -62,7 +62,8 @@ def sample(
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="test: the held-out items.")] = "test",
     first: Annotated[int, typer.Option(metavar="N", min=0, help="Index of the first item.")] = 0,
 ) -> None:
-    """Write items as PNGs (a clip's frames side by side), their questions as JSON, and a sheet of all.
+    """Write items as PNGs (a clip's frames side by side), their questions as JSON, and a sheet. Tasks of text have
+    questions alone.
 
     \b
     Example:
@@ -77,13 +78,16 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     asked = []
     for item in drawn:
-        file = f"{item.index:04}.png"
-        canvas.strip(item).save(out / file)
+        file = f"{item.index:04}.png" if item.images else None
+        if file is not None:
+            canvas.strip(item).save(out / file)
         facts = {"file": file, "media": item.media, "fps": item.fps, "sources": item.sources}
         asked.append(facts | {"questions": [asdict(q) for q in item.questions]})
     (out / "questions.json").write_text(json.dumps(asked, indent=1) + "\n")
-    canvas.sheet(drawn).save(out / "sheet.png")
-    typer.echo(f"wrote {len(drawn)} items, questions.json and sheet.png to {out}")
+    sheets = [item for item in drawn if item.images]
+    if sheets:
+        canvas.sheet(sheets).save(out / "sheet.png")
+    typer.echo(f"wrote {len(drawn)} items, questions.json{' and sheet.png' if sheets else ''} to {out}")
 
 
 @app.command(short_help="Write the cards of all tasks.")
