@@ -42,9 +42,10 @@ class Cell:
         return None if self.method == DENSE else methods.refusal(model, self.method, budget=self.budget)
 
 
-def baselines() -> list[str]:
-    """Names of the methods that are no paper's; what a method has to beat."""
-    return [name for name, cls in load_all().items() if cls.paper == "baseline"]
+def baselines(pictures: bool = True) -> list[str]:
+    """Names of the methods that are no paper's, what a method has to beat: of those that drop visual tokens, or of the
+    cache's."""
+    return [name for name, cls in load_all().items() if cls.paper == "baseline" and cls.of_pictures == pictures]
 
 
 def smaller_picture() -> str:
@@ -55,7 +56,7 @@ def smaller_picture() -> str:
 def training_free(pictures: bool = True) -> list[str]:
     """Names of the compressors that need no weights of their own and drop visual tokens, or columns of the cache in
     models without `pictures`; baselines first."""
-    known, first = load_all().items(), baselines()
+    known, first = load_all().items(), baselines(pictures)
     names = [name for name, cls in known if not cls.trained and cls.of_pictures == pictures]
     return sorted(names, key=lambda name: (name not in first, name))
 

@@ -212,7 +212,7 @@ class Several:
 
 def rival(rows: Sequence[Any], row: Any) -> Any:
     """The first other baseline of rows that are sorted, of one task or means, if one has a number."""
-    known = baselines()
+    known = baselines() + baselines(pictures=False)
     return next((r for r in rows if r.method in known and r.method != row.method and r.kept), None)
 
 
