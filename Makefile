@@ -30,7 +30,8 @@ OLDEST := 5.19.0
 oldest: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oldest transformers==$(OLDEST)
 	PYTHONPATH=$(VENV)/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(ARGS) \
-	  tests/test_contract.py tests/test_engine.py tests/test_undo.py tests/test_prompts.py tests/test_handle.py tests/test_stages.py
+	  tests/test_contract.py tests/test_engine.py tests/test_undo.py tests/test_prompts.py tests/test_handle.py tests/test_stages.py \
+	  tests/test_kv.py tests/test_decoding.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
