@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 
@@ -72,6 +73,32 @@ def tiny(family: str, attention: str = "sdpa", layers: int = 4):
     """A fresh tiny model (always the same weights) and its processor. layers: of the decoder."""
     mould, processor = _built(family, attention, layers)
     return mould.cast(), processor
+
+
+def language_model(
+    vocabulary: int,
+    layers: int = 2,
+    hidden: int = 32,
+    ffn: int = 48,
+    seed: int = 0,
+    scale: float = 4.0,
+    norms: bool = True,
+    eos: int | None = None,
+    kind: str = "Llama",
+) -> nn.Module:
+    """A small random language model. scale: of its weights: as they are, logits hardly depend on the context. norms:
+    also of those of normalisations. eos: the token that ends a text."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=vocabulary, **sizes, **heads)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if norms or "norm" not in name:
+                parameter.mul_(scale)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
+    return model
 
 
 # ---- the matrix: each method's `examples`, on the families --------------------------------------------------------

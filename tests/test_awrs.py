@@ -7,9 +7,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from contract import batch, picture, tiny
+from contract import batch, language_model, picture, tiny
 from outcomes import outcomes
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import vtok
 from vtok.errors import InvalidValue, Unsupported
@@ -23,14 +22,7 @@ EOS = 5  # of the tiny model
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=6, max_position_embeddings=64, **sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, 0
-    return model
+    return language_model(6, hidden=16, ffn=32, scale=8.0, eos=EOS)
 
 
 def moments(found):

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from contract import tiny
+from contract import language_model, tiny
 from outcomes import outcomes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from vtok.errors import InvalidValue, Unsupported
 from vtok.text.decoding.byte_level import (
@@ -120,13 +120,7 @@ def real():
     """A byte-level tokenizer with its regular expression, and a small model behind it."""
     _, processor = tiny("qwen2_5_vl")
     tokenizer = processor.tokenizer
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return tokenizer, model
+    return tokenizer, language_model(len(tokenizer), hidden=16, ffn=32, eos=2)
 
 
 @pytest.mark.parametrize("text", ["what is it?", "  two spaces", "it's 1234", "é中🙂 x", "", "\n\n"])

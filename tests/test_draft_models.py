@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from contract import batch, picture, tiny
+from contract import batch, language_model, picture, tiny
 from outcomes import outcomes
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import vtok
 from vtok.errors import InvalidValue, Unsupported
@@ -150,15 +149,9 @@ def test_the_likeliest_come_first():
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 def model(seed, layers=2, vocabulary=60, scale=4.0, sharp=4.0):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=128, **sizes)).eval()
+    model = language_model(vocabulary, layers, seed=seed, scale=scale, norms=False)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(scale)
         model.lm_head.weight.mul_(sharp)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
 
 

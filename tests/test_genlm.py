@@ -7,8 +7,7 @@ import re
 
 import pytest
 import torch
-from contract import tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from contract import language_model, tiny
 
 from vtok.errors import MissingExtra, Unsupported
 from vtok.text.decoding import genlm
@@ -19,10 +18,7 @@ from vtok.text.decoding.byte_level import Vocabulary
 @pytest.fixture(scope="module")
 def small():
     _, processor = tiny("qwen2_5_vl")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(processor.tokenizer), max_position_embeddings=64, **sizes)
-    return LlamaForCausalLM(config).eval(), processor.tokenizer
+    return language_model(len(processor.tokenizer), hidden=16, ffn=32, scale=1.0, eos=2), processor.tokenizer
 
 
 def test_a_missing_package_is_named(monkeypatch, small):

@@ -474,18 +474,40 @@ def test_a_second_turn_goes_on(method):
         assert [cache.columns(i) for i in range(4)] == [int(share * n)] * 4
 
 
-@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
-@pytest.mark.parametrize("method", ["h2o", "kvzip", "tokenselect"])
-def test_beams_and_several_answers(method, how):
-    """As many caches as answers: each is what a dense model with the same columns would go on with."""
-    model, _, padded = model_of("llava")
-    part = METHODS.get(method) or vtok.TokenSelect(keep=4, initial=2, latest=3)
-    results = []
+@pytest.mark.parametrize(
+    "part",
+    [vtok.H2O(keep=0.3, recent=0.2), METHODS["kvzip"], vtok.TokenSelect(keep=4, initial=2, latest=3, theta=-1.0)],
+    ids=lambda part: part.name,
+)
+def test_beams(part):
+    """The score of each beam is that of its own text, token by token, of its row alone."""
+    model, _, padded = model_of(TEXT)
+    n = 12
+    how = {"max_new_tokens": n, "num_beams": 4, "num_return_sequences": 4, "do_sample": False}
     with vtok.patch(model, part):
-        for use_cache in (True, True):
+        found = model.generate(**padded, **how, output_scores=True, return_dict_in_generate=True)
+        for i, (text, score) in enumerate(zip(found.sequences, found.sequences_scores)):
+            one = {"input_ids": padded["input_ids"][i // 4][padded["attention_mask"][i // 4].bool()][None]}
+            answer, total, out = text[None, -n:], 0.0, run(model, one)
+            for step in range(n):
+                total += float(out.logits[0, -1].log_softmax(-1)[answer[0, step]])
+                out = forward(model, one, step, answer, cache_in(out))
+            assert total / n == pytest.approx(float(score), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["h2o", "kvzip", "tokenselect"])
+def test_several_answers_are_rows(method):
+    """As many answers of a prompt as its row repeated as often, drawn alike."""
+    model, _, padded = model_of(TEXT)
+    part = METHODS.get(method) or vtok.TokenSelect(keep=4, initial=2, latest=3)
+    texts = []
+    with vtok.patch(model, part):
+        for rows, answers in ((1, 3), (3, 1)):
             torch.manual_seed(0)
-            results.append(model.generate(**padded, max_new_tokens=4, use_cache=use_cache, **how))
-    assert torch.equal(*results)
+            inputs = {name: x[:1].expand(rows, -1) for name, x in padded.items()}
+            texts.append(model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=answers))
+    assert torch.equal(*texts)
+    assert len({tuple(text.tolist()) for text in texts[0]}) > 1
 
 
 def test_composed_with_visual_methods():

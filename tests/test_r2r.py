@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from contract import batch, picture, tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from contract import batch, language_model, picture, tiny
 
 import vtok
 from vtok.engine.cache import cache_in
@@ -20,14 +19,7 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 
 
 def model(seed, layers, vocabulary=40):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    return model
+    return language_model(vocabulary, layers, seed=seed)
 
 
 @pytest.fixture(scope="module")

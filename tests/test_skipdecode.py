@@ -6,27 +6,19 @@ from collections import Counter
 
 import pytest
 import torch
-from contract import batch, picture, tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from contract import batch, language_model, picture, tiny
 
 import vtok
 from vtok.engine.cache import NAME, cache_in
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
-from vtok.text.decoding.skipdecode import SkipDecode, decoder_layers
+from vtok.text.decoding.skipdecode import SkipDecode
 
 LAYERS = 6
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, max_position_embeddings=64, **sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    return model
+    return language_model(40, layers=LAYERS)
 
 
 HOW = SkipDecode(min_layers=2, steps=6)
@@ -204,7 +196,7 @@ def test_pictures(family):
     model, processor = tiny(family)
     inputs = batch(processor, ["# what?", "a longer prompt: #"], [picture(56, 84), picture(56, 56)])
     how = {**inputs, "max_new_tokens": 6, "do_sample": False}
-    every = SkipDecode(min_layers=len(decoder_layers(model)), steps=2)
+    every = SkipDecode(min_layers=len(model.get_decoder().layers), steps=2)
     plain = model.generate(**how)
     assert torch.equal(model.generate(**how, custom_generate=every), plain)
     fewer = model.generate(**how, custom_generate=SkipDecode(min_layers=2, steps=2))

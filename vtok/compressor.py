@@ -90,8 +90,9 @@ class Compressor(ABC):
 
     @property
     def replays(self) -> bool:
-        """Whether a record of what was kept (`vtok.engine.replay`) is all that it needs to do the same again."""
-        return True
+        """Whether a record of what was kept (`vtok.engine.replay`) is all that it needs to do the same again. What is
+        recorded are visual tokens."""
+        return self.of_pictures
 
     @property
     def encoder_layers(self) -> dict[str, tuple[Layer, ...]]:

@@ -29,6 +29,13 @@ def keep_count(n: int, keep: float | int) -> int:
     return min(n, max(1, k))
 
 
+def keep_counts(n: Tensor, keep: float | int) -> Tensor:
+    """The same of each of n [B] long, but that a count may be above it. Does not wait for the device."""
+    if isinstance(keep, int):
+        return torch.full_like(n, keep)
+    return (n.double() * keep + 1e-9).floor().long().clamp(min=1)
+
+
 def share(total: int, sizes: Sequence[int]) -> list[int]:
     """Split `total` over parts in proportion to their sizes, by largest remainder; ties go to the earlier part."""
     whole = sum(sizes)

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtok.engine.cache import Rows
-from vtok.engine.columns import counted
 from vtok.engine.decoder import Seen
 from vtok.errors import InvalidValue
 from vtok.options import AtLeast0, AtLeast1, Depth, In, Keep
 from vtok.stages.prompt import OfPrompt
-from vtok.types import ranks
+from vtok.types import keep_counts, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class GemFilter(OfPrompt):
         stays = (place < self.first) | (behind < self.last)
         stays = stays.scatter(1, end[:, None], True)
         score = score.masked_fill(stays, torch.inf).masked_fill(~rows.valid, -torch.inf)
-        budget = counted(counts, self.keep).clamp(min=self.first + self.last)
+        budget = keep_counts(counts, self.keep).clamp(min=self.first + self.last)
         return rows.valid & (ranks(score) < budget[:, None])
 
 

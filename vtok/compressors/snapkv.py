@@ -55,7 +55,7 @@ class SnapKV(KV):
         rows = seen.rows[:, -self.window :]  # the prompt ends at the right
         behind = (rows >= 0).flip(1).cumsum(1).flip(1)  # valid queries from each on
         votes = (rows >= 0) & (behind <= self._window(seen)[:, None])  # [B, W]
-        return self.pooled(seen, rows, votes).masked_fill(self.stays(seen), 0.0)
+        return self.pooled(seen, rows, votes)
 
     def pooled(self, seen: Columns, rows: Tensor, votes: Tensor) -> Tensor:
         """[B, G, L] from the attention of the queries in columns rows [B, W] that vote."""

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtok.engine.columns import counted
 from vtok.engine.decoder import Seen
 from vtok.options import AtLeast0, AtLeast1, In, Keep
 from vtok.stages.attend import Attend
-from vtok.types import keep_count, ranks
+from vtok.types import keep_count, keep_counts, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class TokenSelect(Attend):
             query, vote = before[0], F.pad(before[1], (0, length - before[1].shape[1]))
         else:
             vote = votes(seen.query, seen.key, valid & ~always)
-        total = ends + counted(valid.sum(1), self.keep)  # [B]
+        total = ends + keep_counts(valid.sum(1), self.keep)  # [B]
         score = vote.masked_fill(always, torch.inf).masked_fill(~valid, -torch.inf)
         again = (query, vote) if self.theta is not None else None
         return valid & (ranks(score) < total[:, None]), most, again

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Enough(Exception):
-    """Raised by a watcher: the layers above need not run."""
+    """What was to be found out is known: the rest of the language model need not run."""
 
 
 class Watch:

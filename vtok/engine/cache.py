@@ -181,20 +181,18 @@ class CompressedCache(DynamicCache):
         a column is padding that was."""
         if layer_idx not in self.valid or (layer_idx + 1 < len(self.layers) and layer_idx + 1 not in self.valid):
             raise PatchStateError(f"Layer {layer_idx} shares its record of columns with others: split the cache first.")
-        of_index = valid
-        layer, valid = self.layers[layer_idx], self.valid[layer_idx]
+        layer, known = self.layers[layer_idx], self.valid[layer_idx]
         heads = layer.keys.shape[1]
         places = index if index.ndim == 3 else index[:, None].expand(-1, heads, -1)  # [B, G, K]
         for name in ("keys", "values"):
             held = getattr(layer, name)  # [B, G, L, d]
             at = places.to(held.device)[..., None].expand(-1, -1, -1, held.shape[3])
             setattr(layer, name, held.gather(2, at))
-        if of_index is not None:
-            self.valid[layer_idx] = of_index
-        elif valid is not None:
-            if valid.ndim < index.ndim:
-                valid = valid[:, None].expand(-1, heads, -1)
-            self.valid[layer_idx] = valid.gather(-1, (index if valid.ndim == index.ndim else places).to(valid.device))
+        if valid is None and known is not None:
+            if known.ndim < index.ndim:
+                known = known[:, None].expand(-1, heads, -1)
+            valid = known.gather(-1, (index if known.ndim == index.ndim else places).to(known.device))
+        self.valid[layer_idx] = valid
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -120,13 +120,6 @@ class Held:
         return Held({i: layer.each(change, change) for i, layer in self.layers.items()}, self.steps)
 
 
-def counted(n: Tensor, keep: float | int) -> Tensor:
-    """What `keep` means of each of n [B]: see `vtok.types.keep_count`."""
-    if isinstance(keep, int):
-        return torch.full_like(n, keep)
-    return (n.double() * keep + 1e-9).floor().long().clamp(min=1)
-
-
 def chosen(score: Tensor, valid: Tensor, budget: Tensor, visual: Tensor | None = None) -> Tensor:
     """[B, G, L] bool: the columns that stay, those with the best scores, ties to the earlier.
 
@@ -139,16 +132,10 @@ def chosen(score: Tensor, valid: Tensor, budget: Tensor, visual: Tensor | None =
     return keep
 
 
-def columns(seen: Seen | None, valid: Tensor, record: Layer, layer: int, step: int) -> Columns:
-    """What a compressor is told of a layer; without queries and keys where `seen` is None."""
-    if seen is None:
-        none = valid.new_zeros(0)
-        tensors = none, none, none, 1.0
-        queries = 0
-    else:
-        tensors = seen.query.detach(), seen.key.detach(), seen.value.detach(), seen.scaling
-        queries = seen.query.shape[2]
-    rows = rows_of(valid, queries)
+def columns(seen: Seen, valid: Tensor, record: Layer, layer: int, step: int) -> Columns:
+    """What a compressor is told of a layer."""
+    tensors = seen.query.detach(), seen.key.detach(), seen.value.detach(), seen.scaling
+    rows = rows_of(valid, seen.query.shape[2])
     return Columns(*tensors, valid, record.place, rows, record.budget.sum(1), record.before, layer, step)
 
 

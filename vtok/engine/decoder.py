@@ -58,7 +58,7 @@ class Pass:
     stopwatch: Stopwatch | None = None
     columns: dict[int, Tensor] = field(default_factory=dict)
     steps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, L'] columns of its input to gather
-    masks: dict[int, Any] = field(default_factory=dict)
+    mask: tuple[int, Any] | None = None  # of the group that runs now, by its first layer: those of all would add up
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
@@ -133,9 +133,9 @@ class Pass:
             if first not in self.rotary:
                 self.rotary[first] = tuple(gather(x, self.columns[first]) for x in kwargs["position_embeddings"])
             kwargs["position_embeddings"] = self.rotary[first]
-        if start not in self.masks:
-            self.masks[start] = self._mask(start, hidden)
-        mask = self.masks[start]
+        if self.mask is None or self.mask[0] != start:
+            self.mask = start, self._mask(start, hidden)
+        mask = self.mask[1]
         kwargs["attention_mask"] = mask.to(hidden.device) if isinstance(mask, Tensor) else mask
 
     def _add_late(self, layer: int, hidden: Tensor) -> Tensor:

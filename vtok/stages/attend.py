@@ -30,10 +30,6 @@ class Attend(Compressor):
     text_guided = True
     of_pictures = False
 
-    @property
-    def replays(self) -> bool:
-        return False
-
     @abstractmethod
     def most(self, length: float) -> int:
         """To how many of so many columns a token attends at most."""
@@ -68,10 +64,6 @@ class AttendStage(Stage[Attend]):
     name = "attend"
     in_layers = on_text = True
     compiles = False
-
-    @property
-    def observes(self) -> bool:
-        return True
 
     def begin(self, prefill: Prefill, p: Pass) -> None:
         self.resume(p, prefill.positions)

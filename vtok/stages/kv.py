@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from vtok.compressor import Compressor
 from vtok.engine.aside import Watch, run_aside
 from vtok.engine.cache import Rows, gather
-from vtok.engine.columns import Columns, Held, Layer, chosen, columns, counted
+from vtok.engine.columns import Columns, Held, Layer, chosen, columns
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
 from vtok.kernels.compact_sequence import kept_last
-from vtok.options import Keep
+from vtok.options import AtLeast0, AtLeast1, Keep
 from vtok.stages.stage import Site, Stage
-from vtok.types import keep_count
+from vtok.types import keep_count, keep_counts
 
 if TYPE_CHECKING:
     from vtok.engine.forward import Engine
@@ -41,7 +41,7 @@ class KV(Compressor):
     text_guided = True
     of_pictures = False
     bounded: ClassVar[bool] = False  # whether the cache holds no more while answering than behind the prompt
-    rereads: ClassVar[bool] = False  # whether it scores columns as the model repeats its prompt, and not while it reads
+    rereads: ClassVar[bool] = False  # see `Rereading`
 
     keep: Keep = 0.5
     visual: Keep | None = None
@@ -56,10 +56,6 @@ class KV(Compressor):
         """Whether pictures and text have budgets of their own."""
         return self.visual is not None or self.text is not None
 
-    @property
-    def replays(self) -> bool:
-        return False
-
     def _shares(self) -> tuple[float | int, float | int]:
         """Of pictures and of text."""
         return (self.keep if self.visual is None else self.visual), (self.keep if self.text is None else self.text)
@@ -72,8 +68,8 @@ class KV(Compressor):
     def budget(self, tokens: Tensor, visual: Tensor | None) -> Tensor:
         """[B, 1] how many columns stay of a prompt of so many tokens [B]; or [B, 2] of its `visual` [B] and others."""
         if visual is None:
-            return counted(tokens, self.keep).clamp(min=self.least)[:, None]
-        return torch.stack([counted(n, share) for n, share in zip((visual, tokens - visual), self._shares())], 1)
+            return keep_counts(tokens, self.keep).clamp(min=self.least)[:, None]
+        return torch.stack([keep_counts(n, share) for n, share in zip((visual, tokens - visual), self._shares())], 1)
 
     @abstractmethod
     def score(self, seen: Columns) -> Tensor:
@@ -85,15 +81,51 @@ class KV(Compressor):
         return torch.zeros_like(seen.valid)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rereading(KV):
+    """A method that scores columns as the model repeats its prompt, and not while it reads. What it is shown then has
+    the repeat's queries as the last columns; valid are the columns that these see.
+
+    chunk: columns that are repeated at a time. sinks: first columns, which are seen from each chunk, and stay.
+    even: whether each layer and head group keeps equally many; else the best of all pairs stay, wherever they are.
+    ask: ids of the words that ask to repeat, and of the template's turn, in front of each chunk; none if empty.
+    overlap: columns before a chunk that are repeated with it, but not scored.
+    """
+
+    rereads = True
+
+    chunk: AtLeast1 = 2048
+    sinks: AtLeast0 = 4
+    even: bool = False
+    ask: tuple[int, ...] = ()
+    overlap: AtLeast0 = 8
+
+    @property
+    def least(self) -> int:
+        return self.sinks + 1
+
+    def stays(self, seen: Columns) -> Tensor:
+        return seen.place < self.sinks
+
+
 @dataclass
 class Cutting:
-    """What it keeps for one forward. answering: whether the prompt is over. scores: layer -> scores and which stay in
-    any case, [B, G, L] each, until the layer is cut."""
+    """What it keeps for one forward. part: of the trace of a prompt, None in an answer. scores: layer -> scores and
+    which stay in any case, [B, G, L] each, until the layer is cut."""
 
     held: Held
-    answering: bool
-    part: Evicted
+    part: Evicted | None
     scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def answering(self) -> bool:
+        """Whether the prompt is over."""
+        return self.part is None
+
+    def note(self, p: Pass, layer: int, there: Tensor, index: Tensor) -> None:
+        """Tell the trace what a layer holds behind the prompt, see `Evicted.note`."""
+        if self.part is not None:
+            self.part.note(p, layer, there, index)
 
 
 class KVStage(Stage[KV]):
@@ -105,10 +137,6 @@ class KVStage(Stage[KV]):
         super().__init__(compressor, site)
         self.layers = range(len(site.layers))
 
-    @property
-    def observes(self) -> bool:
-        return True
-
     # ---- a forward begins ------------------------------------------------------------------------------------------
     def begin(self, prefill: Prefill, p: Pass) -> None:
         self.resume(p, prefill.positions)
@@ -119,9 +147,8 @@ class KVStage(Stage[KV]):
         if p.cache is not None:  # else nothing is cached, and a prompt's own forward is dense
             held: Held = p.cache.states.setdefault(self.name, Held())
             held.steps = held.steps + p.length if answering else 0
-            p.state[self.name] = Cutting(held, answering, Evicted())
-            if not answering:
-                p.parts[self.name] = p.state[self.name].part
+            part = None if answering else p.parts.setdefault(self.name, Evicted())
+            p.state[self.name] = Cutting(held, part)
             p.groups |= set(self.layers)
         return positions
 
@@ -180,7 +207,7 @@ class KVStage(Stage[KV]):
             record, found = state.held.layers[layer], state.scores.pop(layer, None)
             valid = self._valid(p, layer, record.place)
             if found is None:  # nothing to drop
-                state.part.note(p, layer, valid, None)
+                state.note(p, layer, valid, torch.arange(valid.shape[2], device=valid.device).expand_as(valid))
                 return
             score, stays = found
             keep = chosen(score.masked_fill(stays, torch.inf), valid, record.budget, record.visual)
@@ -192,7 +219,7 @@ class KVStage(Stage[KV]):
         record = replace(state.held.layers[layer], before=score)
         index = kept_last(keep.flatten(0, 1), width).view(*keep.shape[:2], width)
         there = keep.gather(2, index)
-        state.part.note(p, layer, there, index)
+        state.note(p, layer, there, index)
         if width < keep.shape[2]:
             full = p.cache.valid[layer] is None and even and (p.batch == 1 or not self.compressor.apart)
             p.cache.keep(layer, index, None if full else there[:, 0] if even else there)
@@ -207,10 +234,8 @@ class KVStage(Stage[KV]):
         layers = state.held.layers
         with p.timing(), torch.no_grad():
             valid = {i: self._valid(p, i, layers[i].place) for i in self.layers}
-            scores = self._reread(engine, module, p, layers, valid)
-            stays = {i: columns(None, valid[i], layers[i], i, 0) for i in self.layers}
-            ranked = {i: scores[i].masked_fill(self.compressor.stays(stays[i]), torch.inf) for i in self.layers}
-            keep = self._chosen(ranked, valid, layers)
+            scores, stays = self._reread(engine, module, p, layers, valid)
+            keep = self._chosen({i: scores[i].masked_fill(stays[i], torch.inf) for i in self.layers}, valid, layers)
             widths = torch.stack([keep[i].sum(2).max() for i in self.layers]).tolist()
             for i in self.layers:
                 self._cut(p, state, i, scores[i], keep[i], widths[i], self.compressor.even)
@@ -228,21 +253,22 @@ class KVStage(Stage[KV]):
         )
         return {i: keep[i].view(valid[i].shape).to(valid[i].device) for i in self.layers}
 
-    def _reread(self, engine: Engine, module: nn.Module, p: Pass, layers: dict, valid: dict) -> dict[int, Tensor]:
-        """Layer -> [B, G, L] the scores that columns of this forward get as the model repeats it, chunk by chunk."""
+    def _reread(self, engine: Engine, module: nn.Module, p: Pass, layers: dict, valid: dict) -> tuple[dict, dict]:
+        """Layer -> [B, G, L] the scores that columns of this forward get as the model repeats it, chunk by chunk; and
+        layer -> [B, G, L] which stay in any case."""
         method, (batch, length, _), device = self.compressor, p.embeds.shape, p.embeds.device
         ask = module.get_input_embeddings()(torch.tensor(method.ask, dtype=torch.long, device=device))
         ask = ask.to(p.embeds.dtype).expand(batch, -1, -1)
         last = p.positions.amax(-1, keepdim=True)  # text goes on behind the largest position
         last = last.amax(0) if last.ndim == 3 else last
         padding = _padding(p)
-        scores = {i: layers[i].before.clone() for i in self.layers}
+        scores, stays = {i: layers[i].before.clone() for i in self.layers}, {}
+        ragged = p.rows_at(0) is not None and p.rows_at(0).padded
         for start in range(0, length, method.chunk):
             end, lead = start + method.chunk, max(0, start - method.overlap)
             index = padding + torch.arange(lead, min(end, length), device=device)  # [B, q] each row's own chunk
             embeds = torch.cat([ask, gather(p.embeds, index.clamp(max=length - 1))], 1)
             there = torch.cat([index.new_ones(ask.shape[:2]), index < length], 1).bool()
-            ragged = p.rows_at(0) is not None and p.rows_at(0).padded
             rows = Rows(torch.arange(embeds.shape[1], device=device).expand(batch, -1), there, ragged)
             positions = last + there.cumsum(1)
             positions = positions.expand(3, *positions.shape) if p.positions.ndim == 3 else positions
@@ -253,13 +279,14 @@ class KVStage(Stage[KV]):
                 sees = F.pad(sees, (0, seen.query.shape[2]), value=True) & self._valid(p, i, seen.key)
                 told = columns(seen, sees, record.grown(sees, seen.query.shape[2]), i, 0)
                 scores[i] = torch.where(mine, method.score(told)[..., : mine.shape[2]], scores[i])
+                stays[i] = method.stays(told)[..., : mine.shape[2]]
 
             aside = Pass(module.config, [Watch(watch)], p.cache, *embeds.shape[:2], {0: rows}, groups=set(p.groups))
             if p.late:
                 aside.late, there = p.late, p.rows[0].index.gather(1, index.clamp(max=length - 1))
                 aside.late_row = F.pad(p.late_row.gather(1, there), (ask.shape[1], 0), value=-1)
             run_aside(engine, module, aside, embeds, positions)
-        return scores
+        return scores, stays
 
     def _in_chunk(self, p: Pass, layer: int, record: Layer, start: int, end: int) -> Tensor:
         """[B, G, L] bool: the columns of a layer that are some of those from start to end which entered the first."""
@@ -288,20 +315,13 @@ class Evicted(Part):
     positions: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor] = field(default_factory=dict)
 
-    def note(self, p: Pass, layer: int, there: Tensor, index: Tensor | None) -> None:
-        """there: [B, G, K] bool, which are no padding; index: of the layer's columns, None for all."""
-        batch, groups, width = there.shape
-        if index is None:
-            index = torch.arange(width, device=there.device).expand(batch, groups, -1)
-        rows, past = p.rows_at(layer), p.cache.columns(layer) - (p.length if p.rows_at(layer) is None else 0)
-        if rows is not None:
-            past = p.cache.columns(layer) - rows.index.shape[1]
-            origin = rows.index.to(index.device)[:, None].expand(-1, groups, -1)
-        else:
-            origin = torch.arange(p.length, device=index.device).expand(batch, groups, -1)
-        own = index - past
-        found = origin.gather(2, own.clamp(min=0))
-        self.positions[layer] = torch.where(there & (own >= 0), found, -1)
+    def note(self, p: Pass, layer: int, there: Tensor, index: Tensor) -> None:
+        """there: [B, G, K] bool, which are no padding; index: [B, G, K] of the layer's columns."""
+        rows = p.rows_at(layer)
+        origin = torch.arange(p.length).expand(p.batch, -1) if rows is None else rows.index  # [B, Q] of this forward's
+        own = index - (p.cache.columns(layer) - origin.shape[1])
+        place = origin.to(index.device)[:, None].expand(-1, index.shape[1], -1).gather(2, own.clamp(min=0))
+        self.positions[layer] = torch.where(there & (own >= 0), place, -1)
         self.counts[layer] = there.sum(2)
 
     def cached(self, layer: int, sample: int, tokens: float) -> float:

@@ -46,10 +46,6 @@ class OfPrompt(Compressor):
     def reads_prompt_end(self) -> bool:
         return True
 
-    @property
-    def replays(self) -> bool:
-        return False
-
     @abstractmethod
     def layer(self, n_layers: int) -> int:
         """The layer by whose attention it chooses. Raises `InvalidValue` where there is none such."""
@@ -68,10 +64,6 @@ class PromptStage(Stage[OfPrompt]):
     def __init__(self, compressor: OfPrompt, site: Site) -> None:
         super().__init__(compressor, site)
         self.layer = compressor.layer(len(site.layers))
-
-    @property
-    def observes(self) -> bool:
-        return True
 
     def select(self, prefill: Prefill) -> None:
         told, prompts, name = prefill.call.told, prefill.prompts, self.compressor.name

@@ -128,7 +128,7 @@ class Stage(Generic[C]):
 
 def of(compressor: Compressor, site: Site) -> Stage:
     """The stage of a compressor, on a model. Raises a `VtokError` where it cannot act there."""
-    return _REGISTRY[compressor.stage](compressor, site)
+    return find(compressor.stage)(compressor, site)
 
 
 def find(name: str) -> type[Stage]:

@@ -34,6 +34,7 @@ from vtok.errors import InvalidValue, Unsupported
 from vtok.options import AtLeast1, In
 from vtok.text.decoding.coupling import Chance
 from vtok.text.decoding.loop import Asked
+from vtok.text.decoding.target import PER_TOKEN
 
 Check = Callable[[list[int]], bool]
 Estimator = Literal["auto", "recursive", "two_pass", "geometric"]
@@ -236,7 +237,7 @@ class AWRS:
         return swarm.ids.view(len(drawn), self.particles, -1)[torch.arange(len(drawn)), drawn.to(input_ids.device)]
 
 
-GROWING = ("attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # keywords with a row each
+GROWING = ("attention_mask", *PER_TOKEN)  # keywords with a row each
 
 
 class Swarm:

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vtok import options
+from vtok.adapters.causal_lm import CausalLM
 from vtok.engine.cache import cache_in
+from vtok.engine.seams import Seams
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.options import AtLeast1
 from vtok.text.decoding.loop import Asked
@@ -87,7 +89,7 @@ class SkipDecode:
         **model_kwargs: Any,
     ) -> Any:
         """Called by `generate`. Goes through transformers' own loop, with layers that step aside."""
-        layers = decoder_layers(model)
+        layers = CausalLM().layers(model)
         cache = cache_in(model_kwargs)
         asked = Asked.of_generate()
         refuse(cache, generation_config, asked)
@@ -127,7 +129,7 @@ class SkipDecode:
         prompt_lengths: [B], tokens of each row before its answer, padding on the left among them. Every layer is
         computed for all positions, and passed on where it runs: exact, since the positions that skip a layer come after
         all that run it. Without a cache. Where gradients are checkpointed, the backward pass belongs within, too."""
-        layers = decoder_layers(model)
+        layers = CausalLM().layers(model)
         depths = torch.tensor([self.depth(step, len(layers)) for step in range(self.steps + 1)])
 
         def passed(layer: int, before: Tensor, after: Tensor) -> Tensor:
@@ -151,14 +153,6 @@ class SkippedCache(DynamicCache):
             "This cache was filled by SkipDecode, and the layers that it skipped have no keys of the answer. Begin the "
             "next turn without it."
         )
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model, or of the one in a vision-language model."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise Unsupported(f"{type(model).__name__} does not show its decoder layers as `get_decoder().layers`.")
-    return layers
 
 
 def refuse(cache: Any, config: Any, asked: Asked) -> None:
@@ -189,23 +183,19 @@ def tensor(output: Any) -> Tensor:
 @contextmanager
 def instead(layer: nn.Module, forward: Callable[[Callable[[], Any], Tensor], Any]) -> Iterator[None]:
     """Within, a layer's forward is another one: of what runs the layer, and of the hidden states that it is given."""
-    missing = object()
-    own, run = vars(layer).get("forward", missing), layer.forward
-    if getattr(own, "stands_in", False):
+    run, seams = layer.forward, Seams()
+    if getattr(run, "stands_in", False):
         raise PatchStateError("This model decodes or is tuned with SkipDecode already, here or in another thread.")
 
-    def replaced(*args: Any, **kwargs: Any) -> Any:
+    def replaced(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(lambda: run(*args, **kwargs), args[0] if args else kwargs["hidden_states"])
 
     replaced.stands_in = True
-    layer.forward = replaced
+    seams.stand_in(layer, "forward", replaced)
     try:
         yield
     finally:
-        if own is missing:
-            del layer.forward
-        else:
-            layer.forward = own
+        seams.remove()
 
 
 @contextmanager

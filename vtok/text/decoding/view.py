@@ -9,6 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from vtok.engine import encode
+from vtok.engine.aside import Enough
 from vtok.engine.cache import NAME, CompressedCache
 from vtok.engine.forward import PIXELS
 from vtok.errors import Unsupported
@@ -33,10 +34,6 @@ def guess(handle: Patch) -> float:
     return 0.5 if looks_at_layers(handle) else 0.2 if looks_at_encoder(handle) else 0.02
 
 
-class Enough(Exception):
-    """What is kept is known: the language model need not run."""
-
-
 def compressed(
     model: nn.Module, method: Any, inputs: dict[str, Any], encoded: dict[str, Any], dense: DynamicCache
 ) -> DynamicCache | None:
@@ -52,7 +49,7 @@ def compressed(
         if not looks_at_encoder(handle):
             inputs = _with_features(handle, inputs, encoded)
         if not looks_at_layers(handle):
-            hook = handle._target().language_model.register_forward_pre_hook(_enough)
+            hook = handle._adapter.language_model(handle._target()).register_forward_pre_hook(_enough)
         try:
             last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
             model(**inputs, use_cache=True, **last, **{NAME: held})
@@ -86,6 +83,7 @@ def _left(held: CompressedCache) -> DynamicCache:
 
 
 def _enough(module: nn.Module, args: tuple) -> None:
+    """What is kept is known: the language model need not run."""
     raise Enough
 
 
