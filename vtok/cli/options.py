@@ -114,9 +114,9 @@ def loaded(
     model: str, device: str | None, dtype: str | None, threads: int | None = None, plain: bool = True
 ) -> Iterator[tuple[Any, Any, Callable[[str], None]]]:
     """The model, its processor, and how to say what is done with it. Says which is loaded, and where from."""
-    from vtok.models import load, place
+    from vtok.models import load, place, whence
 
-    kind = "bundled" if place(model) != model else "folder" if Path(model).is_dir() else "from the hub, or its cache"
+    place(model)  # raises where there is none such, before torch is there
     device = device_of(device)
     import torch
     from transformers.utils import logging
@@ -124,7 +124,7 @@ def loaded(
     logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
-    with working(f"loading {model} ({kind}) on {device}", plain) as status:
+    with working(f"loading {model} ({whence(model)}) on {device}", plain) as status:
         yield *load(model, device, dtype), status
 
 
