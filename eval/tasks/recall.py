@@ -1,6 +1,6 @@
 """Facts in a long text: what a smaller cache loses.
 
-About a thousand tokens of sentences without meaning hold facts: codes of cities, of which one is asked for that stands
+Eight hundred tokens and more of sentences without meaning hold facts: codes of cities, of which one is asked for that stands
 in the `first`, the `middle` or the `last` third of the text, alone or among `several` of its kind; or a chain of two
 variables, of which the last one's value is asked (`chain`). The question stands behind the text, in the same prompt.
 One question an item, the kinds in turn.
@@ -13,11 +13,11 @@ Licences: nothing but its own words.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from vtok.eval.tasks.task import Item, Question, Task, generator, owner
 
 KINDS = ("first", "middle", "last", "several", "chain")
-SENTENCES = 72  # about 14 tokens each
 PEOPLE = ("Anna", "Boris", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Ivan", "Julia", "Kofi", "Lena")
 DEEDS = ("carried", "painted", "counted", "repaired", "sold", "borrowed", "washed", "measured", "found", "lost")
 THINGS = ("a chair", "three lamps", "the old clock", "some bread", "a green coat", "two bottles", "the map", "a basket")
@@ -35,7 +35,7 @@ class Recall(Task):
         return set(digits) == {answer}
 
 
-def item(split: str, seed: int, index: int, sentences: int = SENTENCES) -> Item:
+def item(split: str, seed: int, index: int, sentences: int) -> Item:
     rng = generator("recall", split, seed, index)
     pick = lambda words: str(words[int(rng.integers(len(words)))])
     text = [f"{pick(PEOPLE)} {pick(DEEDS)} {pick(THINGS)} {pick(PLACES)} {pick(TIMES)}." for _ in range(sentences)]
@@ -68,14 +68,19 @@ def code(rng, split: str) -> str:
             return text
 
 
-TASK = Recall(
-    name="recall",
-    title="Facts in a long text",
-    version=1,
-    media="text",
-    chances=dict.fromkeys(KINDS, 1 / 90_000),
-    count=200,
-    item=item,
-    card=__doc__,
-    instruction="",
-)
+def task(name: str, title: str, sentences: int) -> Recall:
+    """The task at a length: `sentences` of about 11 tokens each."""
+    return Recall(
+        name=name,
+        title=title,
+        version=1,
+        media="text",
+        chances=dict.fromkeys(KINDS, 1 / 90_000),
+        count=200,
+        item=partial(item, sentences=sentences),
+        card=__doc__,
+        instruction="",
+    )
+
+
+TASK = task("recall", "Facts in a long text", 72)

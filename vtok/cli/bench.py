@@ -106,3 +106,36 @@ def rl(
     met = work.run(options.numbers(visual, int, "--visual"), names, keeps, step, out, threads)
     if check and not met:
         raise typer.Exit(1)
+
+
+@app.command()
+def cache(
+    model: options.Model = "smollm2",
+    methods: options.EveryMethod = None,
+    budgets: Annotated[str, typer.Option(metavar="SHARE,...", help="Shares of the prompt's columns.")] = "0.5,0.3",
+    prompts: Annotated[str, typer.Option(metavar="N,...", help="Prompts of so many tokens.")] = "1024,4096",
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that follow, and are scored.")] = 64,
+    passages: Annotated[int, typer.Option(metavar="N", min=1, help="Of each kind of text and length.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="JSON file; the same one again goes on after a kill.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="For a busy machine: CPU time instead of wall; use with --threads 1.")
+    ] = False,
+) -> None:
+    """What a smaller cache costs a language model, in perplexity, and what it saves in time and bytes.
+
+    \b
+    Example:
+      vtok bench cache --methods snapkv,kvzip --budgets 0.3 --prompts 1024 --out cache.json
+    """
+    chosen, shares = options.chosen(methods or None, None), options.numbers(budgets, float, "--budgets")
+    lengths = options.numbers(prompts, int, "--prompts")
+    with options.loaded(model, device, dtype, threads) as (network, tokenizer, status):
+        from vtok.eval.bench import cache as work
+        from vtok.eval.bench.measure import How
+
+        status("")
+        how = How(1, str(network.device), str(network.dtype).removeprefix("torch."), tokens, cpu_time=cpu_time)
+        work.run(network, tokenizer, model, chosen, shares, lengths, passages, how, out)
