@@ -41,7 +41,7 @@ def traced(model, processor, seen, method, **how):
 
 
 def drawn(text, layer):
-    """For each method of a page, for each of its planes, [rows, cols] bool: the cells clear at a decoder layer."""
+    """For each method of a page, for each of its planes, [rows, cols] in [0, 1]: how clear cells are at a layer."""
     methods = {}
     for article in re.findall(r"<article>.*?</article>", text, re.DOTALL):
         node = ET.fromstring(article)
@@ -56,12 +56,13 @@ def drawn(text, layer):
 
 def clear(svg):
     _, _, cols, rows = map(int, svg.get("viewBox").split())
-    mask = torch.ones(rows, cols, dtype=torch.bool)
-    for part in svg.find("path[@class='dropped']").get("d").split("z")[:-1]:
-        col, row, width, back = map(int, re.fullmatch(r"M(\d+) (\d+)h(\d+)v1H(\d+)", part).groups())
-        assert back == col
-        mask[row, col : col + width] = False
-    return mask
+    share = torch.ones(rows, cols)
+    for path in svg.findall("path[@class='dropped']"):
+        for part in path.get("d").split("z")[:-1]:
+            col, row, width, back = map(int, re.fullmatch(r"M(\d+) (\d+)h(\d+)v1H(\d+)", part).groups())
+            assert back == col
+            share[row, col : col + width] -= float(path.get("fill-opacity"))
+    return share
 
 
 def counts(text, layer):
@@ -86,7 +87,7 @@ def test_the_page_draws_the_masks_of_the_trace(llava, how):
         thumbnail, crops = trace.layouts[0].planes
         assert (thumbnail.kind, crops.kind) == ("thumbnail", "crops")
         for layer in range(trace.shapes.layers):
-            mask = trace.keep_masks_at(layer)[0]
+            mask = trace.keep_masks_at(layer)[0].float()
             large, small = drawn(text, layer)[method]
             assert torch.equal(small.flatten(), mask[: thumbnail.size])
             assert torch.equal(large.flatten(), mask[thumbnail.size :])
@@ -94,6 +95,23 @@ def test_the_page_draws_the_masks_of_the_trace(llava, how):
             assert all(bool(plane.all()) for plane in drawn(text, layer)["dense"])
     assert len({str(drawn(text, layer)["fastv"]) for layer in range(4)}) == 2  # they do change
     assert all(bool(plane.all()) for planes in drawn(text, show.ENCODER).values() for plane in planes)
+
+
+def test_of_a_smaller_cache_the_columns_are_drawn(qwen):
+    model, processor = qwen
+    seen = picture(112, 168)
+    _, shown = show.follow(model, processor, seen, "Why?", ["snapkv"], 0.4, max_new_tokens=2)
+    trace = traced(model, processor, seen, "snapkv", keep=0.4)
+    tokens = trace.pictures[0].tokens.tolist()
+    text, means = show.page(seen, [shown], "Why?"), []
+    for layer, heads in trace.parts["kv"].positions.items():
+        held = [sum(place in head.tolist() for head in heads[0]) / heads.shape[1] for place in tokens]
+        assert 0 < sum(held) < len(held) and {0.5} < {*held}  # heads differ
+        (plane,) = drawn(text, layer)["snapkv"]
+        assert torch.allclose(plane.flatten(), torch.tensor(held), atol=1e-3)
+        assert counts(text, layer)["snapkv"] == f"{sum(held):.4g} of {len(held)} visual tokens cached"
+        means.append(sum(held))
+    assert f"{sum(means) / len(means):.4g} stay in the cache" in shown.stages
 
 
 def test_merged_tokens_are_drawn_with_the_one_that_stands_for_them(llava):

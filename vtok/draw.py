@@ -60,9 +60,11 @@ def panel(method: str, answer: str, trace: Trace | None, reference: Trace) -> Pa
         return Panel(method, f"{tokens} visual tokens", answer, picture.dense, torch.ones(picture.dense.n))
     layers = trace.shapes.layers
     caption = f"{round(trace.mean_keep * tokens)} of {tokens} visual tokens"
-    seen = torch.stack([trace.keep_masks_at(layer)[0].float() for layer in range(layers)]).mean(0)  # [N]
+    seen = torch.stack([trace.held_at(layer)[0] for layer in range(layers)]).mean(0)  # [N]
     if trace.n_kept_at(layers - 1) != trace.n_kept:
         caption += ", mean over layers"
+    if round(trace.mean_keep * tokens) != (held := round(float(seen.sum()))):
+        caption += f", {held} cached"
     return placed(Panel(method, caption, answer, picture.dense, seen, trace.merged_into[0]), picture)
 
 

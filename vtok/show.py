@@ -40,12 +40,14 @@ GIF_WIDTH = 1200
 class Step:
     """What is there at the decoder layers `first` to `last`; both are `ENCODER` for what leaves the encoder.
 
-    n: how many visual tokens that is. panel: which, and what they stand for.
+    n: how many visual tokens that is. held: of how many the cache holds the columns behind the prompt, the mean over
+        key-value heads. panel: which are held, and what they stand for.
     """
 
     first: int
     last: int
     n: int
+    held: float
     panel: Panel
 
     @property
@@ -83,13 +85,14 @@ class Shown:
 
     @property
     def counts(self) -> list[tuple[int, int]]:
-        """How many tokens are there at the encoder's end and at each decoder layer."""
-        return [(layer, self.at(layer).n) for layer in range(ENCODER, self.last + 1)]
+        """How many tokens are there at the encoder's end, and held of each decoder layer."""
+        return [(layer, round(self.at(layer).held)) for layer in range(ENCODER, self.last + 1)]
 
     @property
     def stages(self) -> str:
         """How many tokens go from stage to stage, in words."""
         encoded, entered, final = self.steps[0].n, self.at(0).n, self.steps[-1].n
+        inside = [step for step in self.steps if step.first != ENCODER]
         parts = [f"{self.tokens} in the prompt"]
         if encoded != self.tokens:
             parts.append(f"{encoded} from the encoder")
@@ -97,6 +100,9 @@ class Shown:
             parts.append(f"{entered} enter the language model")
         if final != entered:
             parts.append(f"{final} reach its last layer")
+        if any(step.held != step.n for step in inside):
+            held = sum(step.held * (step.last - step.first + 1) for step in inside) / (self.last + 1)
+            parts.append(f"{held:.4g} stay in the cache, mean over layers and heads")
         return " → ".join(parts)
 
 
@@ -131,12 +137,13 @@ def steps(method: str, trace: Trace | None, reference: Trace) -> tuple[Step, ...
     if trace is None:  # whatever the reference's encoder did
         picture = replace(picture, source=None, merged_into=None)
     layers, n = reference.shapes.layers, picture.dense.n
-    everything = torch.ones(n, dtype=torch.bool)
+    everything = torch.ones(n)
 
-    def step(first: int, last: int, count: int, present: Tensor, merged: Tensor | None) -> Step:
-        panel = draw.placed(Panel(method, "", None, picture.dense, present, merged), picture)
-        made = Step(first, last, count, panel)
-        return replace(made, panel=replace(panel, caption=f"{made.words}: {count} of {n}"))
+    def step(first: int, last: int, count: int, held: Tensor, merged: Tensor | None) -> Step:
+        panel = draw.placed(Panel(method, "", None, picture.dense, held, merged), picture)
+        made = Step(first, last, count, float(held.sum()) if first != ENCODER else count, panel)
+        cached = "" if made.held == count else " cached"
+        return replace(made, panel=replace(panel, caption=f"{made.words}: {made.held:.4g} of {n}{cached}"))
 
     if trace is None:
         return step(ENCODER, ENCODER, n, everything, None), step(0, layers - 1, n, everything, None)
@@ -145,10 +152,10 @@ def steps(method: str, trace: Trace | None, reference: Trace) -> tuple[Step, ...
         encoded = len(picture.merged_into.unique())
     inside = None if picture.merged_into is None else picture.merged_into.cpu()
     found = [step(ENCODER, ENCODER, encoded, everything, inside)]
-    masks = [trace.keep_masks_at(layer)[0] for layer in range(layers)]
-    starts = [i for i in range(layers) if i == 0 or not torch.equal(masks[i], masks[i - 1])]
+    held = [trace.held_at(layer)[0] for layer in range(layers)]
+    starts = [i for i in range(layers) if i == 0 or not torch.equal(held[i], held[i - 1])]
     for first, end in zip(starts, [*starts[1:], layers]):
-        found.append(step(first, end - 1, int(masks[first].sum()), masks[first], trace.merged_into[0]))
+        found.append(step(first, end - 1, trace.n_kept_at(first)[0], held[first], trace.merged_into[0]))
     return tuple(found)
 
 
@@ -306,13 +313,18 @@ def _uri(colours: Any) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _dropped(item: Panel, index: int) -> str:
-    """An SVG path over the tokens that are not there, one rectangle for each run in a row."""
-    path = []
-    for row, line in enumerate((draw.cells(item, index)[0] == 0).tolist()):
-        edges = [i for i, (a, b) in enumerate(zip([False, *line], [*line, False])) if a != b]
-        path += [f"M{start} {row}h{end - start}v1H{start}z" for start, end in zip(edges[::2], edges[1::2])]
-    return "".join(path)
+def _dropped(item: Panel, index: int) -> list[tuple[float, str]]:
+    """SVG paths over the tokens that are not there, or not for all heads: for each share that is missing one path, of a
+    rectangle for each run in a row."""
+    missing = 1 - draw.cells(item, index)[0]
+    paths = []
+    for share in sorted({*missing[missing > 0].tolist()}):
+        path = []
+        for row, line in enumerate((missing == share).tolist()):
+            edges = [i for i, (a, b) in enumerate(zip([False, *line], [*line, False])) if a != b]
+            path += [f"M{start} {row}h{end - start}v1H{start}z" for start, end in zip(edges[::2], edges[1::2])]
+        paths.append((round(share, 3), "".join(path)))
+    return paths
 
 
 def _edges(item: Panel, index: int) -> str:

@@ -163,24 +163,26 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
     groups: dict[tuple[str, float], dict[int, Row]] = {}
     for row in rows:
         groups.setdefault((row.method, row.budget), {})[row.passage] = row
-    dense = groups[DENSE, 1.0]
-    shown = []
-    for (method, budget), own in sorted(groups.items(), key=lambda group: (-group[0][1], group[0][0])):
-        tokens = np.array([row.tokens for row in own.values()])
-        nats = np.array([row.nats for row in own.values()])
-        lost = nats - np.array([dense[i].nats for i in own])
-        low, high = interval(lost, tokens)
-        middle = lambda field: statistics.median(getattr(row, field) for row in own.values())
-        shown.append(
-            [
-                method.partition(":")[0],
-                f"{budget:.0%}",
-                f"{math.exp(nats.sum() / tokens.sum()):.2f}",
-                "" if method == DENSE else f"{lost.sum() / tokens.sum():.3f}",
-                "" if method == DENSE else f"{low:.3f} to {high:.3f}",
-                f"{middle('prompt_seconds'):.2f}",
-                f"{1e3 * middle('token_seconds'):.1f}",
-                f"{middle('bytes') / 1e6:.1f}",
-            ]
-        )
-    return shown
+    whole = groups[DENSE, 1.0]
+    ordered = sorted(groups.items(), key=lambda group: (-group[0][1], group[0][0]))
+    return [_line(cell, list(own.values()), [whole[i] for i in own]) for cell, own in ordered]
+
+
+def _line(cell: tuple[str, float], own: Sequence[Row], whole: Sequence[Row]) -> list[str]:
+    (method, budget), dense = cell, cell[0] == DENSE
+    tokens, nats = (np.array([getattr(row, field) for row in own]) for field in ("tokens", "nats"))
+    lost = nats - np.array([row.nats for row in whole])
+    low, high = interval(lost, tokens)
+    prompt, token, size = (
+        statistics.median(getattr(row, field) for row in own) for field in ("prompt_seconds", "token_seconds", "bytes")
+    )
+    return [
+        method.partition(":")[0],
+        f"{budget:.0%}",
+        f"{math.exp(nats.sum() / tokens.sum()):.2f}",
+        "" if dense else f"{lost.sum() / tokens.sum():.3f}",
+        "" if dense else f"{low:.3f} to {high:.3f}",
+        f"{prompt:.2f}",
+        f"{1e3 * token:.1f}",
+        f"{size / 1e6:.1f}",
+    ]

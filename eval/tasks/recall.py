@@ -1,6 +1,6 @@
 """Facts in a long text: what a smaller cache loses.
 
-Eight hundred tokens and more of sentences without meaning hold facts: codes of cities, of which one is asked for that stands
+Sentences without meaning, about 850 tokens of them, hold facts: codes of cities, of which one is asked for that stands
 in the `first`, the `middle` or the `last` third of the text, alone or among `several` of its kind; or a chain of two
 variables, of which the last one's value is asked (`chain`). The question stands behind the text, in the same prompt.
 One question an item, the kinds in turn.

@@ -1,4 +1,4 @@
-"""The facts of `recall` in a text of about 4,000 tokens."""
+"""The facts of `recall`, in a text of about 4,000 tokens."""
 
 from __future__ import annotations
 

@@ -101,6 +101,11 @@ class Part:
         mean over its key-value heads."""
         return tokens
 
+    def held(self, layer: int, present: Tensor) -> Tensor:
+        """[B, S] the share of a layer's key-value heads whose cache holds each position of the padded prompt, of those
+        `present` [B, S], 0 or 1, in the layer."""
+        return present
+
     def attended(self, layer: int, sample: int, columns: float) -> float:
         """To how many of the columns of a sample's prompt in a layer's cache the first token of the answer attends."""
         return columns
@@ -164,6 +169,14 @@ class Trace:
         for sample, positions in enumerate(self.positions_at(layer)):
             present[sample, positions] = True
         return present
+
+    def held_at(self, layer: int) -> list[Tensor]:
+        """For each picture [N] in [0, 1]: the share of a decoder layer's key-value heads whose cache holds the token's
+        column behind the prompt."""
+        held = self.present_at(layer).float()
+        for part in self.parts.values():
+            held = part.held(layer, held)
+        return [held.view(-1)[p.rows.cpu()][p.dense.place] for p in self.pictures]
 
     def kept(self) -> list[Kept]:
         """For each sample what was kept, for `Patch.replaying`."""

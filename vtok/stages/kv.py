@@ -327,5 +327,14 @@ class Evicted(Part):
     def cached(self, layer: int, sample: int, tokens: float) -> float:
         return self.counts[layer][sample].float().mean().item() if layer in self.counts else tokens
 
+    def held(self, layer: int, present: Tensor) -> Tensor:
+        if layer not in self.positions:
+            return present
+        place = self.positions[layer].cpu()
+        batch, length = present.shape
+        held = torch.zeros(batch, length + 1)  # one place more, for the -1
+        held.scatter_add_(1, place.flatten(1) % (length + 1), torch.ones(place.shape).flatten(1))
+        return held[:, :length] / place.shape[1]
+
     def to_dict(self) -> dict[str, Any]:
         return {"kv_columns": {str(layer): counts.tolist() for layer, counts in self.counts.items()}}
