@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
+import kvpress_kept
 import pytest
 import torch
 from contract import batch, mixed, noise, picture, run, tiny
@@ -16,6 +19,7 @@ from vtok.errors import InvalidValue, Unsupported
 from vtok.stages.kv import KV
 
 TEXT = "causal_lm"
+KVPRESS = Path(kvpress_kept.__file__).with_suffix(".json")
 METHODS = {
     "h2o": vtok.H2O(keep=0.4),
     "keyformer": vtok.Keyformer(keep=0.4),
@@ -232,6 +236,16 @@ def test_snapkv_golden():
     second = [0.187083, 0.255287, 0.209001, 0.111419, 0.061399, 0.111825, 0.145028, 0.182895]
     torch.testing.assert_close(method.score(seen)[0, :, :8], torch.tensor([first, second]), atol=2e-6, rtol=0)
     assert kept(method, seen) == [[0, 1, 8, 9, 16, 17, 18, 19], [1, 10, 11, 12, 16, 17, 18, 19]]
+
+
+@pytest.mark.parametrize("name", ["snapkv", "streaming_llm"])
+def test_what_stays_is_what_kvpress_keeps(name):
+    model = kvpress_kept.model()
+    with vtok.patch(model, name, keep=1 - kvpress_kept.RATIO) as patch, torch.no_grad():
+        model(kvpress_kept.prompt(), use_cache=True)
+    for layer, heads in enumerate(json.loads(KVPRESS.read_text())[name]):
+        ours = patch.trace.parts["kv"].positions[layer][0].sort().values
+        assert ours.tolist() == heads
 
 
 def test_kvzip_golden():
