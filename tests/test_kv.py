@@ -182,17 +182,19 @@ def test_a_budget_above_the_prompt_changes_nothing(method):
     assert torch.equal(torch.stack(dense.logits), torch.stack(ours.logits))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("kvzip", "apart")])
+@pytest.mark.parametrize("method", METHODS)
 def test_bytes_are_freed(method):
-    """What the cache holds is what the trace says, and a bounded one does not grow."""
+    """What the cache holds is what the trace says, padding of heads that hold fewer included, and a bounded one does
+    not grow."""
     model, one, _ = model_of(TEXT)
+    uneven = method in ("kvzip", "apart")  # layers and heads share a budget; here all is text, of which 60 % stay
     with vtok.patch(model, METHODS[method]) as patch:
         cache = cache_in(run(model, one))
         size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-        assert size == patch.trace.kv_bytes()["compressed"] < 0.41 * patch.trace.kv_bytes()["dense"]
+        assert size == patch.trace.kv_bytes()["compressed"] < (0.9 if uneven else 0.41) * patch.trace.kv_bytes()["dense"]
         out = model.generate(**one, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
     grown = [layer.keys.shape[2] - 13 for layer in cache_in(out).layers]
-    assert grown == [0 if METHODS[method].bounded else 8] * 4
+    assert uneven or grown == [0 if METHODS[method].bounded else 8] * 4
     assert cache_in(out).get_seq_length() == 33 + 8
 
 

@@ -101,6 +101,11 @@ class Part:
         mean over its key-value heads."""
         return tokens
 
+    def stored(self, layer: int, sample: int, columns: float) -> float:
+        """How many columns wide the layer's cache is for this: as the head with the most needs, since all are stored in
+        one tensor."""
+        return columns
+
     def held(self, layer: int, present: Tensor) -> Tensor:
         """[B, S] the share of a layer's key-value heads whose cache holds each position of the padded prompt, of those
         `present` [B, S], 0 or 1, in the layer."""
@@ -322,6 +327,11 @@ class Trace:
             "compressed": [self._attended(b, x) for b, x in enumerate(cached["compressed"])],
         }
 
+    def _stored(self, sample: int, held: list[float]) -> list[float]:
+        for part in self.parts.values():
+            held = [part.stored(layer, sample, n) for layer, n in enumerate(held)]
+        return held
+
     def _attended(self, sample: int, held: list[float]) -> list[float]:
         for part in self.parts.values():
             held = [part.attended(layer, sample, n) for layer, n in enumerate(held)]
@@ -346,10 +356,13 @@ class Trace:
         return next((merged for part in self.parts.values() if (merged := part.merged_at(patches))), ())
 
     def kv_bytes(self) -> dict[str, int]:
-        """{"dense", "compressed"}: bytes of the prompt's keys and values, padding of ragged batches left out."""
-        text, size = self.shapes.text, self.bytes_per_value
+        """{"dense", "compressed"}: bytes of the prompt's keys and values, padding of ragged batches left out. Heads
+        that hold fewer columns than another one of their layer take as many bytes."""
+        text, size, columns = self.shapes.text, self.bytes_per_value, self.cached()
+        stored = [self._stored(b, held) for b, held in enumerate(columns["compressed"])]
         return {
-            kind: sum(kv_bytes(text, counts, size) for counts in samples) for kind, samples in self.cached().items()
+            kind: sum(kv_bytes(text, counts, size) for counts in samples)
+            for kind, samples in {"dense": columns["dense"], "compressed": stored}.items()
         }
 
     @property

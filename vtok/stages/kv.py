@@ -327,6 +327,9 @@ class Evicted(Part):
     def cached(self, layer: int, sample: int, tokens: float) -> float:
         return self.counts[layer][sample].float().mean().item() if layer in self.counts else tokens
 
+    def stored(self, layer: int, sample: int, columns: float) -> float:
+        return self.counts[layer][sample].max().item() if layer in self.counts else columns
+
     def held(self, layer: int, present: Tensor) -> Tensor:
         if layer not in self.positions:
             return present
