@@ -17,6 +17,7 @@ from vtok.engine.cache import NAME, CompressedCache, cache_in
 from vtok.engine.columns import Columns, chosen, uniform
 from vtok.errors import InvalidValue, Unsupported
 from vtok.stages.kv import KV
+from vtok.types import best
 
 TEXT = "causal_lm"
 KVPRESS = Path(kvpress_kept.__file__).with_suffix(".json")
@@ -191,7 +192,8 @@ def test_bytes_are_freed(method):
     with vtok.patch(model, METHODS[method]) as patch:
         cache = cache_in(run(model, one))
         size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-        assert size == patch.trace.kv_bytes()["compressed"] < (0.9 if uneven else 0.41) * patch.trace.kv_bytes()["dense"]
+        told = patch.trace.kv_bytes()
+        assert size == told["compressed"] < (0.9 if uneven else 0.41) * told["dense"]
         out = model.generate(**one, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
     grown = [layer.keys.shape[2] - 13 for layer in cache_in(out).layers]
     assert uneven or grown == [0 if METHODS[method].bounded else 8] * 4
@@ -238,6 +240,16 @@ def test_snapkv_golden():
     second = [0.187083, 0.255287, 0.209001, 0.111419, 0.061399, 0.111825, 0.145028, 0.182895]
     torch.testing.assert_close(method.score(seen)[0, :, :8], torch.tensor([first, second]), atol=2e-6, rtol=0)
     assert kept(method, seen) == [[0, 1, 8, 9, 16, 17, 18, 19], [1, 10, 11, 12, 16, 17, 18, 19]]
+
+
+def test_the_best_are_those_of_a_sort():
+    score = torch.randint(0, 4, (5, 3, 17), generator=torch.Generator().manual_seed(0)).float()
+    score[0, 0, 5:] = -torch.inf
+    for count in (0, 1, 6, 17):
+        wanted = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
+        same = torch.zeros(score.shape, dtype=torch.bool).scatter_(-1, wanted, True)
+        assert torch.equal(best(score, torch.full((5, 3, 1), count), max(count, 1)), same)
+        assert torch.equal(best(score, torch.full((5, 3, 1), count), 17), same)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "streaming_llm"])

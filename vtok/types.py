@@ -58,6 +58,14 @@ def ranks(score: Tensor, group: Tensor | None = None, sizes: Tensor | None = Non
     return torch.empty_like(order).scatter_(-1, order, place)
 
 
+def best(score: Tensor, count: Tensor, most: int) -> Tensor:
+    """`ranks(score) < count`, [..., L] bool, without sorting all. count: [..., 1] long, `most` at most."""
+    top = score.topk(min(max(1, most), score.shape[-1]), dim=-1).values
+    edge = top.gather(-1, (count - 1).clamp(min=0, max=top.shape[-1] - 1))
+    above, level = score > edge, score == edge
+    return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
 @dataclass(frozen=True)
 class Plane:
     """A rectangle of visual tokens in raster order: a whole picture, a thumbnail, the merged crops, a video frame.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vtok.engine.decoder import Seen
 from vtok.options import AtLeast0, AtLeast1, In, Keep
 from vtok.stages.attend import Attend
-from vtok.types import keep_count, keep_counts, ranks
+from vtok.types import best, keep_count, keep_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class TokenSelect(Attend):
         total = ends + keep_counts(valid.sum(1), self.keep)  # [B]
         score = vote.masked_fill(always, torch.inf).masked_fill(~valid, -torch.inf)
         again = (query, vote) if self.theta is not None else None
-        return valid & (ranks(score) < total[:, None]), most, again
+        return valid & best(score, total[:, None], most), most, again
 
 
 def votes(query: Tensor, key: Tensor, candidates: Tensor) -> Tensor:

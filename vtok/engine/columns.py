@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok.kernels.attention_column_sums import attention_column_sums
-from vtok.types import ranks
+from vtok.types import best
 
 if TYPE_CHECKING:
     from vtok.engine.decoder import Seen
@@ -120,15 +120,19 @@ class Held:
         return Held({i: layer.each(change, change) for i, layer in self.layers.items()}, self.steps)
 
 
-def chosen(score: Tensor, valid: Tensor, budget: Tensor, visual: Tensor | None = None) -> Tensor:
+def chosen(
+    score: Tensor, valid: Tensor, budget: Tensor, visual: Tensor | None = None, most: int | None = None
+) -> Tensor:
     """[B, G, L] bool: the columns that stay, those with the best scores, ties to the earlier.
 
-    score, valid: [B, G, L]. budget: [B, 1] of each row; or [B, 2] of `visual` ones [B, G, L] and of the others."""
+    score, valid: [B, G, L]. budget: [B, 1] of each row; or [B, 2] of `visual` ones [B, G, L] and of the others. most:
+    no budget is above, where that is known."""
     score = score.nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     kinds = [valid] if visual is None else [valid & visual, valid & ~visual]
     keep = torch.zeros_like(valid)
-    for kind, most in zip(kinds, budget.unbind(1)):
-        keep |= kind & (ranks(score.masked_fill(~kind, -torch.inf)) < most[:, None, None])
+    for kind, count in zip(kinds, budget.unbind(1)):
+        count = count[:, None, None].expand(-1, score.shape[1], -1)
+        keep |= kind & best(score.masked_fill(~kind, -torch.inf), count, score.shape[2] if most is None else most)
     return keep
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok.compressor import Compressor
+from vtok.engine.cache import take
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
@@ -99,9 +100,8 @@ class AttendStage(Stage[Attend]):
         if again is not None:
             state.before[layer] = again
         index = kept_last(chosen, most)
-        groups, width = seen.key.shape[1], seen.key.shape[3]
-        at = index[:, None, :, None].expand(-1, groups, -1, width)
-        return seen.key.gather(2, at), seen.value.gather(2, at), _of_columns(seen.mask, index, chosen)
+        at = index[:, None].expand(-1, seen.key.shape[1], -1)
+        return take(seen.key, at), take(seen.value, at), _of_columns(seen.mask, index, chosen)
 
 
 def _of_columns(mask: Any, index: Tensor, chosen: Tensor) -> Any:

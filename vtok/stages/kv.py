@@ -210,7 +210,8 @@ class KVStage(Stage[KV]):
                 state.note(p, layer, valid, torch.arange(valid.shape[2], device=valid.device).expand_as(valid))
                 return
             score, stays = found
-            keep = chosen(score.masked_fill(stays, torch.inf), valid, record.budget, record.visual)
+            most = None if self.compressor.apart else record.width
+            keep = chosen(score.masked_fill(stays, torch.inf), valid, record.budget, record.visual, most)
             width = int(keep.sum(2).max()) if self.compressor.apart else min(record.width, keep.shape[2])
             self._cut(p, state, layer, score, keep, width, even=True)
 
