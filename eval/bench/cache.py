@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from vtok.errors import InvalidValue
-from vtok.eval.bench import machine, texts
+from vtok.eval.bench import machine, passages
 from vtok.eval.bench.measure import How
 from vtok.eval.results.cells import Cell, cells
 from vtok.eval.results.statistics import interval
@@ -98,7 +98,7 @@ def run(
             told = {"machine": about, "what": what, "refused": refused, "rows": [asdict(row) for row in rows]}
             out.write_text(json.dumps(told, indent=1) + "\n")
     for prompt in prompts:
-        for kind in texts.KINDS:
+        for kind in passages.KINDS:
             console.print(table([row for row in rows if (row.kind, row.prompt) == (kind, prompt)]))
     for cell, reason in refused.items():
         console.print(f"not run: {cell}: {reason}", style="dim", highlight=False, markup=False)
@@ -115,7 +115,7 @@ def _known(out: Path | None, what: dict[str, Any]) -> list[Row]:
 
 def _passages(tokenizer: Any, prompts: Sequence[int], count: int, answer: int) -> Iterator[tuple]:
     for prompt in prompts:
-        found = {kind: texts.passages(tokenizer, kind, prompt + answer, count) for kind in texts.KINDS}
+        found = {kind: passages.of(tokenizer, kind, prompt + answer, count) for kind in passages.KINDS}
         yield from ((kind, prompt, i, found[kind][i]) for i in range(count) for kind in found)
 
 

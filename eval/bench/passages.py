@@ -27,7 +27,7 @@ def code() -> str:
 KINDS: dict[str, Callable[[], str]] = {"prose": prose, "code": code}
 
 
-def passages(tokenizer: Any, kind: str, tokens: int, count: int) -> list[list[int]]:
+def of(tokenizer: Any, kind: str, tokens: int, count: int) -> list[list[int]]:
     """Ids of `count` passages of so many tokens, from places spread evenly over all there is of a kind of `KINDS`."""
     text = KINDS[kind]()
     starts = [i * len(text) // count for i in range(count)]
