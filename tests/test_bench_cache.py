@@ -75,7 +75,9 @@ def test_a_killed_run_goes_on(model, tmp_path, monkeypatch):
 def test_the_table_is_paired():
     row = lambda method, passage, nats: cache.Row("prose", passage, 8, method, 0.5, 10, nats, 1.0, 0.1, 10**6)
     whole = [cache.Row("prose", i, 8, DENSE, 1.0, 10, 20.0 + 10 * i, 2.0, 0.2, 2 * 10**6) for i in range(12)]
-    lines = cache.lines([*whole, *(row("a", i, 21.0 + 10 * i) for i in range(12))])
+    part = [row("a", i, 21.0 + 10 * i) for i in range(12)]
+    assert cache.lines([*whole[:9], *part[:9]])[1][4] == ""  # too few for an interval
+    lines = cache.lines([*whole, *part])
     assert lines[0][:4] == [DENSE, "100%", f"{math.exp(7.5):.2f}", ""]
     assert lines[1][:5] == ["a", "50%", f"{math.exp(7.6):.2f}", "0.100", "0.100 to 0.100"]
     assert lines[1][5:] == ["1.00", "100.0", "1.0"]

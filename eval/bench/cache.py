@@ -30,11 +30,11 @@ from vtok.errors import InvalidValue
 from vtok.eval.bench import machine, passages
 from vtok.eval.bench.measure import How
 from vtok.eval.results.cells import Cell, cells
-from vtok.eval.results.statistics import interval
+from vtok.eval.results.statistics import FEWEST, interval
 from vtok.runs import DENSE
 from vtok.timing import Marks, clock
 
-HEAD = ("method", "cache", "perplexity", "nats lost", "95 %", "prompt s", "token ms", "MB")
+HEAD = ("method", "cache", "perplexity", "nats lost", "95 %", "prompt, s", "token, ms", "MB")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def _dense_bytes(model: nn.Module, columns: int) -> int:
 
 def table(rows: Sequence[Row]) -> Table:
     """Of one kind of text and one length, in 80 columns."""
-    drawn = Table(title=f"{rows[0].kind}, prompts of {rows[0].prompt} tokens", box=None, title_justify="left")
+    title = f"{rows[0].kind}, prompts of {rows[0].prompt} tokens"
+    drawn = Table(title=title, box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
     for name in HEAD:
         drawn.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for line in lines(rows):
@@ -173,6 +174,7 @@ def _line(cell: tuple[str, float], own: Sequence[Row], whole: Sequence[Row]) -> 
     tokens, nats = (np.array([getattr(row, field) for row in own]) for field in ("tokens", "nats"))
     lost = nats - np.array([row.nats for row in whole])
     low, high = interval(lost, tokens)
+    known = not dense and len(own) >= FEWEST["items"]
     prompt, token, size = (
         statistics.median(getattr(row, field) for row in own) for field in ("prompt_seconds", "token_seconds", "bytes")
     )
@@ -181,7 +183,7 @@ def _line(cell: tuple[str, float], own: Sequence[Row], whole: Sequence[Row]) -> 
         f"{budget:.0%}",
         f"{math.exp(nats.sum() / tokens.sum()):.2f}",
         "" if dense else f"{lost.sum() / tokens.sum():.3f}",
-        "" if dense else f"{low:.3f} to {high:.3f}",
+        f"{low:.3f} to {high:.3f}" if known else "",
         f"{prompt:.2f}",
         f"{1e3 * token:.1f}",
         f"{size / 1e6:.1f}",

@@ -24,7 +24,8 @@ class KVzip(Rereading):
     Differs from the paper: the repeated tokens alone do the work unless `ask` is given, since a model has no tokenizer
         at hand, where the official code says "Repeat the previous context:"; a prompt's pictures are repeated as their
         embeddings, which is ours.
-    Not good for: a cache that is asked once. It costs two to three prefills more.
+    Not good for: a cache that is asked once. It costs two to three prefills more. Bytes: all heads of a layer take as
+        many as the one that holds the most; with `even` they hold what `keep` says.
     """
 
     name = "kvzip"
