@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -20,7 +20,7 @@ from vtok.text.decoding.tree import Shape, Tree, Verdict, shape
 
 NONE = -1  # no draft known
 TRUST = 4  # trials at a place that weigh as much as what is believed of it before
-SIZES = (4, 8, 16, 32, 64)  # how many drafts may be asked for, beside all
+SIZES = (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63)  # how many drafts may be asked for; with the root even numbers of rows
 # The tree "2.2.2" of the paper's code: how many children its nodes have, level by level, the root first.
 COUNTS = (
     (8,),
@@ -53,18 +53,17 @@ class Table:
     def __init__(self, vocabulary: int, k: int) -> None:
         self.rows = torch.full((vocabulary, k), NONE, dtype=torch.int32).numpy()
 
-    def fill(self, template: Shape, places: Sequence[int], root: int) -> tuple[Tree, list[int]]:
-        """A template filled from a root on, at these places, ascending. Where no token is known, the place and what is
-        below it are left out. Returns the tree, and of each of its nodes the place."""
-        new, parents, tokens = {0: 0}, [-1], [root]
+    def fill(self, template: Shape, places: Iterable[int], root: int, nodes: int) -> dict[int, int]:
+        """A template filled from a root on, at the first of these places, parents before children, at which a token is
+        known. Returns place -> token, the root's and up to `nodes` more."""
+        tokens = {0: root}
         for place in places:
-            above = new.get(template.parents[place])
-            if above is None or (token := int(self.rows[tokens[above], template.ranks[place]])) == NONE:
-                continue
-            new[place] = len(tokens)
-            parents.append(above)
-            tokens.append(token)
-        return Tree(shape(tuple(parents)), tuple(tokens)), list(new)
+            if len(tokens) > nodes:
+                break
+            above = tokens.get(template.parents[place])
+            if above is not None and (token := int(self.rows[above, template.ranks[place]])) != NONE:
+                tokens[place] = token
+        return tokens
 
     def write(self, tokens: Sequence[int], logits: Tensor, banned: frozenset[int]) -> None:
         """Behind each token, its likeliest followers: logits [R, V]. A token that is there twice takes the later row;
@@ -147,37 +146,40 @@ class TokenRecycling(Decoder):
 
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
-        recycler = Recycler(self, target.placeholders)
+        recycler = Recycler(self, target)
         for tokens, logits in target.prompt_logits():
             recycler.write(tokens, logits)
         yield recycler
 
 
 class Recycler(Drafter):
-    """Token Recycling for one call of `generate`."""
+    """Token Recycling for one call of `generate`.
 
-    def __init__(self, decoder: TokenRecycling, banned: frozenset[int]) -> None:
-        self.learned, self.banned = decoder._learned, banned
+    found: place -> token of what could be drafted now, the root first, then those that are accepted most often.
+    places: of each node of the last tree."""
+
+    def __init__(self, decoder: TokenRecycling, target: Target) -> None:
+        self.learned, self.target = decoder._learned, target
         self.k, self.limit = decoder.k, decoder.nodes
-        self.places: list[int] = [0]  # of each node of the last tree
-
-    def _order(self) -> tuple[list[int], list[float]]:
-        """The template's places but the root, those first that are accepted most often, and how often."""
-        values = self.learned.places.values()
-        order = sorted(range(1, len(values)), key=values.__getitem__, reverse=True)[: self.limit]  # parents stay first
-        return order, [values[place] for place in order]
+        self.found: dict[int, int] = {}
+        self.places: list[int] = [0]
 
     def sizes(self) -> list[tuple[int, float]]:
-        sums = list(itertools.accumulate(self._order()[1]))
-        return [(n, sums[n - 1]) for n in (*SIZES, len(sums)) if n <= len(sums)]
+        if self.learned.table is None:
+            return []
+        places = self.learned.places
+        values = places.values()
+        order = sorted(range(1, len(values)), key=values.__getitem__, reverse=True)  # parents stay first
+        self.found = self.learned.table.fill(places.template, order, int(self.target.ids[0, -1]), self.limit)
+        sums = list(itertools.accumulate(values[place] for place in list(self.found)[1:]))
+        return [(n, sums[n - 1]) for n in sorted({*SIZES, len(sums)} - {0}) if n <= len(sums)]
 
     def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
         template = self.learned.places.template
-        if self.learned.table is None:
-            return Tree(shape((-1,)), (int(ids[0, -1]),))
-        best = sorted(place for place in self._order()[0][:nodes] if template.depths[place] <= depth)
-        tree, self.places = self.learned.table.fill(template, best, int(ids[0, -1]))
-        return tree
+        self.places = sorted(place for place in list(self.found)[: nodes + 1] if template.depths[place] <= depth)
+        new = {-1: -1} | {place: node for node, place in enumerate(self.places)}
+        parents = tuple(new[template.parents[place]] for place in self.places)
+        return Tree(shape(parents), tuple(self.found[place] for place in self.places))
 
     def learn(self, tree: Tree, logits: Tensor, verdict: Verdict) -> None:
         """All nodes teach, and the accepted ones have the last word."""
@@ -198,4 +200,4 @@ class Recycler(Drafter):
                 f"This TokenRecycling knows the followers of {len(learned.table.rows)} tokens, and the model has "
                 f"{vocabulary}: make another object for it."
             )
-        learned.table.write(tokens, logits, self.banned)
+        learned.table.write(tokens, logits, self.target.placeholders)
