@@ -106,3 +106,26 @@ def rl(
     met = work.run(options.numbers(visual, int, "--visual"), names, keeps, step, out, threads)
     if check and not met:
         raise typer.Exit(1)
+
+
+@app.command()
+def decoding(
+    tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is asked.")] = 2,
+    prompts: Annotated[int, typer.Option(min=1, max=4, help="Measured prompts of each kind of text.")] = 4,
+    layers: Annotated[int, typer.Option(min=1, max=30, help="Of the draft model: SmolLM2's first ones.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, or to go on with.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
+    threads: options.Threads = 1,
+) -> None:
+    """Decoders against plain greedy search and transformers' own, on SmolLM2: ordinary and repetitive text, and code.
+
+    \b
+    Example:
+      vtok bench decoding --out decoding.json
+    """
+    from vtok.eval.bench import decoding as work
+
+    met = work.run(work.Asked(tokens, rounds, prompts, layers), out, threads)
+    if check and not met:
+        raise typer.Exit(1)
