@@ -133,7 +133,7 @@ def _round(
     for i, inputs in enumerate(asking):
         order = list(found) if (i % 2 == 0) ^ backwards else list(found)[::-1]
         if i < FIRST:
-            order = [name for name in order if kept.get(name)]
+            order = [name for name in order if "custom_generate" in kept.get(name, ())]
         done = {name: _answer(model, inputs, kept.get(name) or found[name].make(), tokens) for name in order}
         if i < FIRST:
             continue

@@ -114,6 +114,9 @@ def decoding(
     rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is asked.")] = 2,
     prompts: Annotated[int, typer.Option(min=1, max=4, help="Measured prompts of each kind of text.")] = 4,
     layers: Annotated[int, typer.Option(min=1, max=30, help="Of the draft model: SmolLM2's first ones.")] = 8,
+    columns: Annotated[
+        int | None, typer.Option(metavar="N", help="Self-speculation behind a cache of so many columns instead.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, or to go on with.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
     threads: options.Threads = 1,
@@ -121,11 +124,17 @@ def decoding(
     """Decoders against plain greedy search and transformers' own, on SmolLM2: ordinary and repetitive text, and code.
 
     \b
-    Example:
+    Examples:
       vtok bench decoding --out decoding.json
+      vtok bench decoding --columns 16384 --out columns.json
     """
-    from vtok.eval.bench import decoding as work
+    if columns is not None:
+        from vtok.eval.bench import columns as long
 
-    met = work.run(work.Asked(tokens, rounds, prompts, layers), out, threads)
+        met = long.run(long.Asked(columns, tokens), out, threads)
+    else:
+        from vtok.eval.bench import decoding as work
+
+        met = work.run(work.Asked(tokens, rounds, prompts, layers), out, threads)
     if check and not met:
         raise typer.Exit(1)

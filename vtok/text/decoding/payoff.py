@@ -87,7 +87,7 @@ class Payoff:
         return statistics.median(self.plain)
 
     def costs(self, kind: str) -> dict[int, float]:
-        """What steps with so many drafts of a kind take, in plain steps, of those that were measured, ascending. A guess
+        """How many drafts of a kind -> what such a step takes, in plain steps, of those that were measured. A guess
         counts as one measurement more: of so few, one may have been disturbed."""
         known, times = self.known.get(kind, {}), self.drafted.get(kind, {})
         costs = dict(known)
@@ -138,8 +138,8 @@ class Payoff:
 
 
 def guess(n: int, costs: Mapping[int, float]) -> float:
-    """What a step with n drafts takes at least, in plain steps, by what others take: a draft more takes no more than one
-    took so far, and more drafts take no less."""
+    """What a step with n drafts takes at least, in plain steps, by what others take: one more draft takes no more than
+    those so far, and more drafts take no less."""
     fewer = [cost + (n - m) * min(GUESS, (cost - 1) / m) for m, cost in costs.items() if m < n]
     more = [cost for m, cost in costs.items() if m > n]
     return max(1.0, min([*(fewer or [1 + n * GUESS]), *more]))
