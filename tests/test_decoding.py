@@ -410,17 +410,26 @@ def test_placeholders_are_not_drafted():
 
 
 def test_the_prompt_teaches():
-    """The followers of a token are those that the model found at its last place in the prompt."""
-    model = text_model()
-    hot = decoder(seed=5)
+    """Behind a token comes what followed it at its last place in the prompt, then what the model found likely there."""
+    model, hot = text_model(), decoder(seed=5)
     model.generate(prompt(), max_new_tokens=1, do_sample=False, custom_generate=hot)
     with torch.no_grad():
-        best = model(prompt()).logits[0].topk(8, -1).indices
-    tokens = prompt()[0].tolist()
-    for place in range(7, 12):
-        if token_is_last := tokens[place] not in tokens[place + 1 :]:
-            assert hot._learned.table.rows[tokens[place]].tolist() == best[place].tolist()
-    assert token_is_last and (hot._learned.table.rows >= 0).any(1).sum() == len(set(tokens[7:]))
+        best = model(prompt()).logits[0].topk(8, -1).indices.tolist()
+    tokens, rows = prompt()[0].tolist(), hot._learned.table.rows.tolist()
+    assert len(set(tokens)) == 12  # each has one place
+    for place, token in enumerate(tokens):
+        known = best[place] if place >= 7 else []
+        real = tokens[place + 1 : place + 2]
+        expected = [*real, *(other for other in known if other not in real)]
+        assert rows[token] == (expected + [-1] * 8)[:8]
+    assert sum(row[0] >= 0 for row in rows) == 12
+
+
+def test_a_prompt_puts_what_follows_first():
+    table = Table(6, 3)
+    table.write([1], torch.tensor([[0.0, 1, 2, 3, 4, 5]]), frozenset())
+    table.follow([1, 4, 1, 2, 5, 0], banned=frozenset({5}))
+    assert table.rows.tolist() == [[-1] * 3, [2, 4, 5], [-1] * 3, [-1] * 3, [1, -1, -1], [-1] * 3]
 
 
 # ---- how many drafts -----------------------------------------------------------------------------------------------

@@ -74,6 +74,14 @@ class Table:
             logits = logits.index_fill(1, torch.tensor(inside, device=logits.device), -torch.inf)
         self.rows[list(last)] = logits.topk(self.rows.shape[1], -1).indices.int().cpu().numpy()
 
+    def follow(self, text: Sequence[int], banned: frozenset[int]) -> None:
+        """Behind each token of a text comes first what really followed, then what was known."""
+        for token, follower in itertools.pairwise(text):
+            if token not in banned and follower not in banned:
+                row = self.rows[token].tolist()
+                others = [known for known in row if known != follower]
+                self.rows[token] = [follower, *others][: len(row)]
+
 
 class Places:
     """How often a draft was accepted at each place of a template, once what is above it was."""
@@ -116,11 +124,13 @@ class TokenRecycling(Decoder):
     template: the tree, as paths of ranks: (1, 0) is what is likeliest behind the second likeliest follower.
     k: how many followers are remembered of a token.
     nodes: at most so many drafts a step, those of the template that were accepted most often.
-    seed: of how many of the prompt's last tokens the followers are remembered too; 0 for none.
+    seed: of how many of the prompt's last tokens the likely followers are remembered too, which takes as many rows of
+        the output head; 0 for none.
     adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay. False checks
         `nodes` at each step.
-    Differs from the paper: `seed` and `adapt`; a token not seen yet has no drafts, where the paper's code drafts token
-    0; placeholders of pictures are never drafted; sampling is supported, and is exact.
+    Differs from the paper: `seed` and `adapt`; behind a token of the prompt comes first what followed it there, so that
+    quotes are drafted; a token not seen yet has no drafts, where the paper's code drafts token 0; placeholders of
+    pictures are never drafted; sampling is supported, and is exact.
     """
 
     paper: ClassVar[str] = "Turning Trash into Treasure: Accelerating Inference with Token Recycling, arXiv 2408.08696"
@@ -128,7 +138,7 @@ class TokenRecycling(Decoder):
     template: tuple[tuple[int, ...], ...] = TEMPLATE
     k: AtLeast1 = 8
     nodes: AtLeast1 = 80
-    seed: AtLeast0 = 256
+    seed: AtLeast0 = 64
     adapt: bool = True
     _learned: Learned = field(init=False, repr=False, compare=False)
     _running: Running = field(init=False, repr=False, compare=False, default_factory=Running)
@@ -149,6 +159,8 @@ class TokenRecycling(Decoder):
         recycler = Recycler(self, target)
         for tokens, logits in target.prompt_logits():
             recycler.write(tokens, logits)
+        if self._learned.table is not None and self.seed:
+            self._learned.table.follow(target.ids[0].tolist(), target.placeholders)
         yield recycler
 
 
