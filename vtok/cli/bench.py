@@ -110,10 +110,10 @@ def rl(
 
 @app.command()
 def decoding(
-    tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is asked.")] = 2,
-    prompts: Annotated[int, typer.Option(min=1, max=4, help="Measured prompts of each kind of text.")] = 4,
-    layers: Annotated[int, typer.Option(min=1, max=30, help="Of the draft model: SmolLM2's first ones.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is asked.")] = 1,
+    prompts: Annotated[int, typer.Option(min=1, max=4, help="Measured prompts of each kind of text.")] = 2,
+    layers: Annotated[int, typer.Option(min=1, max=30, help="Of the draft model: SmolLM2's first ones.")] = 4,
     columns: Annotated[
         int | None, typer.Option(metavar="N", help="Self-speculation behind a cache of so many columns instead.")
     ] = None,

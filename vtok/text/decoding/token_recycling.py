@@ -20,7 +20,7 @@ from vtok.text.decoding.tree import Shape, Tree, Verdict, shape
 
 NONE = -1  # no draft known
 TRUST = 4  # trials at a place that weigh as much as what is believed of it before
-SIZES = (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63)  # how many drafts may be asked for; with the root even numbers of rows
+SIZES = (1, 2, 3, 7, 15, 31, 63)  # how many drafts may be asked for, beside all; few, since each is to be timed
 # The tree "2.2.2" of the paper's code: how many children its nodes have, level by level, the root first.
 COUNTS = (
     (8,),
