@@ -93,6 +93,8 @@ def test_behind_a_repeated_cache(monkeypatch, tmp_path):
     run = json.loads(out.read_text())
     rows = columns.rows_of(run)
     assert all(row["same"] for row in rows.values()) and run["rounds"]["0.5, 2"]["drafted"] >= 8
+    columns.run(columns.Asked(columns=120, tokens=10, keeps=(0.5,), lengths=(2,)), out)
+    assert len(lengths) == 5  # nothing was left to do
     run["rounds"]["plain"]["seconds"] = 3 * run["rounds"]["0.5, as many as pay"]["seconds"]
     assert columns.bar(run) == (True, columns.bar(run)[1]) and "3.00 times" in columns.bar(run)[1]
     run["rounds"]["0.5, 2"]["ids"][0] += 1

@@ -26,12 +26,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtok
 from vtok.engine.cache import cache_in, tree_mask
-from vtok.text.decoding import attention
+from vtok.text.decoding import attention, token_recycling
 from vtok.text.decoding.loop import Scores
 from vtok.text.decoding.ngram import Index
 from vtok.text.decoding.payoff import Payoff
 from vtok.text.decoding.self_speculation import View
-from vtok.text.decoding.token_recycling import TEMPLATE, Recycler, Table
+from vtok.text.decoding.token_recycling import NONE, TEMPLATE, Recycler, Table
 from vtok.text.decoding.tree import Shape, Tree, Verdict, follow
 from vtok.text.decoding.view import compressed
 
@@ -377,17 +377,35 @@ def test_the_distribution_is_the_models():
 def test_the_later_row_stays():
     table = Table(6, 2)
     logits = torch.tensor([[0.0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 9, 0, 8, 0, 0]])
-    table.write([2, 3, 2], logits, frozenset())
+    table.write([NONE] * 3, [2, 3, 2], logits, frozenset())
     assert table.rows.tolist() == [[-1, -1], [-1, -1], [1, 3], [0, 1], [-1, -1], [-1, -1]]
     template = Shape.of_paths([(0,), (1,), (0, 0), (1, 0), (1, 1)])
-    assert table.fill(template, [1, 2, 3, 4, 5], 2, 9) == {0: 2, 1: 1, 2: 3, 4: 0, 5: 1}  # nothing is known behind 1
-    assert table.fill(template, [1, 3, 2, 4, 5], 2, 3) == {0: 2, 1: 1, 2: 3, 4: 0}  # what is unknown takes no place
+    filled = {0: 2, 1: 1, 2: 3, 4: 0, 5: 1}  # nothing is known behind 1
+    assert table.fill(template, [1, 2, 3, 4, 5], NONE, 2, 9) == filled
+    assert table.fill(template, [1, 3, 2, 4, 5], NONE, 2, 3) == {
+        0: 2,
+        1: 1,
+        2: 3,
+        4: 0,
+    }  # what is unknown takes no place
+
+
+def test_followers_of_a_pair_come_first(monkeypatch):
+    table, template = Table(6, 3), Shape.of_paths([(0,), (1,), (2,), (0, 0)])
+    table.write([4, 5], [2, 2], torch.tensor([[0.0, 9, 8, 7, 0, 1], [6.0, 5, 0, 0, 4, 0]]), frozenset())
+    fill = lambda before: list(table.fill(template, [1, 2, 3, 4], before, 2, 9).values())[1:4]
+    assert fill(5) == fill(NONE) == [0, 1, 4] and fill(4) == [1, 2, 3]  # of the token alone what came last
+    table.follow([4, 2, 5, 3], frozenset())
+    assert fill(4) == [5, 1, 2] and fill(5) == [0, 1, 4] and fill(0) == [5, 0, 1]
+    monkeypatch.setattr(token_recycling, "PAIRS", len(table.pairs))
+    table.follow([0, 1, 2], frozenset())  # (0, 1) is new, and the oldest goes
+    assert fill(5) == [5, 0, 1] and fill(4) == [5, 1, 2]
 
 
 def test_the_accepted_route_has_the_last_word():
     """Of a token that is in a tree twice, the row from the place where it really stands is remembered."""
     hot = decoder(template=((0,), (1,), (0, 0)))
-    recycler = Recycler(hot, SimpleNamespace(placeholders=frozenset()))
+    recycler = Recycler(hot, SimpleNamespace(placeholders=frozenset(), ids=torch.tensor([[1]])))
     recycler.places = [0, 1, 2, 3]
     tree, logits = Tree(Shape((-1, 0, 0, 1)), (1, 2, 3, 3)), torch.eye(9)[:4] * 9
     recycler.learn(tree, logits, Verdict((0, 1, 3), 4))
@@ -427,7 +445,7 @@ def test_the_prompt_teaches():
 
 def test_a_prompt_puts_what_follows_first():
     table = Table(6, 3)
-    table.write([1], torch.tensor([[0.0, 1, 2, 3, 4, 5]]), frozenset())
+    table.write([NONE], [1], torch.tensor([[0.0, 1, 2, 3, 4, 5]]), frozenset())
     table.follow([1, 4, 1, 2, 5, 0], banned=frozenset({5}))
     assert table.rows.tolist() == [[-1] * 3, [2, 4, 5], [-1] * 3, [-1] * 3, [1, -1, -1], [-1] * 3]
 

@@ -50,8 +50,8 @@ class Asked:
 
     columns: int = 16384
     tokens: int = 48
-    keeps: tuple[float, ...] = (0.05, 0.1)
-    lengths: tuple[int, ...] = (2, 3, 4)
+    keeps: tuple[float, ...] = (0.05,)
+    lengths: tuple[int, ...] = (2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,10 +174,11 @@ def _answer(
 def begun(out: Path | None, asked: Any) -> dict[str, Any]:
     """What a run has so far. Raises `InvalidValue` where the file is of a run that was asked for something else."""
     about = machine.describe("cpu", "float32") | {"python": platform.python_version()}
+    wanted = json.loads(json.dumps(asdict(asked)))
     if out is None or not out.exists():
-        return {"machine": about, "asked": asdict(asked), "rounds": {}}
+        return {"machine": about, "asked": wanted, "rounds": {}}
     found = json.loads(out.read_text())
-    if found.get("asked") != asdict(asked):
+    if found.get("asked") != wanted:
         raise InvalidValue(
             f"{out} is of a run that was asked for {found.get('asked')}: take another file, or delete it."
         )
