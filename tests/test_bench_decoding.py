@@ -1,6 +1,8 @@
 """`vtok bench decoding`: what it measures, that a killed run goes on, and its bars. On a small random model."""
 
+import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from test_decoding import prompt, text_model
 import vtok
 from vtok.eval.bench import columns, decoding
 from vtok.eval.bench.texts import KINDS, repeated
+from vtok.markdown import table
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture
@@ -57,8 +62,17 @@ def test_rows_and_bars(small, tmp_path):
     assert any(not met and "50% of the texts" in said for met, said in bars)
 
 
+@pytest.mark.skipif(not DOCS.is_dir(), reason="not in a checkout")
+@pytest.mark.parametrize("work", [decoding, columns])
+def test_the_docs_say_what_was_measured(work):
+    run = json.loads((DOCS / "text" / f"{work.__name__.rpartition('.')[2]}.json").read_text())
+    page = (DOCS / "text.md").read_text()
+    lines = table(*(lambda head, *rows: (head, rows))(*work.cells(run))).splitlines()
+    assert len(lines) > 4 and all(line in page for line in lines[2:])
+
+
 def test_forwards_of_transformers_are_counted(small):
-    how = {"assistant_model": small}  # drafts what it would say: all is accepted
+    how = {"assistant_model": copy.deepcopy(small)}  # drafts what the model would say
     ids, row = decoding._answer(small, {"input_ids": prompt()}, how, 12)
     assert row["tokens"] == len(ids) == 12 and row["steps"] < 12 and row["accepted"] == row["tokens"] - row["steps"] > 0
     assert row["accepted"] <= row["drafted"]

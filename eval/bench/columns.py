@@ -112,7 +112,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = None) -> bool:
 
 
 def variants(asked: Asked) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {PLAIN: {"drafts": False}}
+    found: dict[str, dict[str, Any]] = {PLAIN: {"draft": [SnapKV()], "drafts": False, "ngram": False}}
     for keep in asked.keeps:
         draft = {"draft": [SnapKV(keep=keep)]}
         for length in asked.lengths:
@@ -206,10 +206,10 @@ def least(gain: float, keep: float, rate: float) -> float:
     return max(0.0, min(found))
 
 
-def cells(rows: dict[str, dict[str, float]]) -> list[list[str]]:
-    """The cells of the table."""
-    found = []
-    for name, row in rows.items():
+def cells(run_: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of the table."""
+    found = [list(HEAD)]
+    for name, row in rows_of(run_).items():
         keep, _, drafts = name.partition(", ")
         accepted = "" if row["accepted"] != row["accepted"] else f"{100 * row['accepted']:.0f}"
         part = name if name == PLAIN else f"{100 * float(keep):g} % of the columns"
@@ -221,6 +221,6 @@ def _table(run_: dict[str, Any]) -> Table:
     table = Table(title=f"Behind {run_['asked']['columns']:,} columns, CPU time")
     for head in HEAD:
         table.add_column(head, justify="left" if head == HEAD[0] else "right")
-    for row in cells(rows_of(run_)):
+    for row in cells(run_)[1:]:
         table.add_row(*row)
     return table

@@ -37,7 +37,6 @@ from vtok.text.decoding.spectr import SpecTr
 from vtok.text.decoding.token_recycling import TokenRecycling
 
 PLAIN = "plain"
-HEAD = ("decoder", "tokens a step", "accepted %", "speed, CPU", "speed, wall", "same text")
 FASTER = {"repetitive": 1.5, "ordinary": 1.15}  # than plain: `JUDGED`
 JUDGED = "TokenRecycling, kept"
 SLOWEST = 1 / 1.05  # of plain's speed: decoders that adapt
@@ -80,8 +79,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = 1) -> bool:
                 run_["rounds"][name] = _round(model, asking, entrants(model, asked.layers), asked.tokens, number % 2)
             if out is not None:
                 written(out, run_)
-    for kind in KINDS:
-        console.print(_table(run_, kind))
+    console.print(_table(run_))
     verdicts = bars(run_)
     for met, sentence in verdicts:
         console.print(f"{'ok  ' if met else 'MISS'} {sentence}")
@@ -232,25 +230,24 @@ def bars(run_: dict[str, Any]) -> list[tuple[bool, str]]:
     return found
 
 
-def cells(rows: dict[str, dict[str, float]]) -> list[list[str]]:
-    """The cells of a kind's table."""
-    return [
-        [
-            name,
-            f"{row['tokens_a_step']:.2f}",
-            "" if row["accepted"] != row["accepted"] else f"{100 * row['accepted']:.0f}",
-            f"{row['cpu']:.2f}",
-            f"{row['wall']:.2f}",
-            f"{row['same']:.0%}",
-        ]
-        for name, row in rows.items()
-    ]
+def cells(run_: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of the table: of each kind the speed, in plain's, tokens a step, and accepted drafts in percent."""
+    found = {kind: rows for kind in KINDS if (rows := rows_of(run_, kind))}
+    lines = [["decoder", *(f"{kind}: {what}" for kind in found for what in ("speed", "a step", "%"))]]
+    for name in next(iter(found.values()), ()):
+        line = [name]
+        for row in (rows[name] for rows in found.values()):
+            accepted = "" if row["accepted"] != row["accepted"] else f"{100 * row['accepted']:.0f}"
+            line += [f"{row['cpu']:.2f}", f"{row['tokens_a_step']:.2f}", accepted]
+        lines.append(line)
+    return lines
 
 
-def _table(run_: dict[str, Any], kind: str) -> Table:
-    table = Table(title=f"{kind}: speeds in plain's, medians")
-    for head in HEAD:
-        table.add_column(head, justify="left" if head == "decoder" else "right")
-    for row in cells(rows_of(run_, kind)):
-        table.add_row(*row)
+def _table(run_: dict[str, Any]) -> Table:
+    head, *lines = cells(run_)
+    table = Table(title="speed in plain's, by CPU time, medians; tokens a step; % of the drafts accepted")
+    for name in head:
+        table.add_column(name, justify="left" if name == "decoder" else "right")
+    for line in lines:
+        table.add_row(*line)
     return table
