@@ -56,10 +56,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Entrant:
-    """make: what `generate` is given, beside inputs. kept: whether one object serves all prompts of a round."""
+    """make: what `generate` is given, beside inputs. kept: whether one object serves all prompts of a round, and has seen
+    the first of them when measuring begins; else each prompt has a new one."""
 
     make: Callable[[], dict[str, Any]]
-    kept: bool = True
+    kept: bool = False
 
 
 def run(asked: Asked, out: Path | None, threads: int | None = 1) -> bool:
@@ -94,9 +95,9 @@ def entrants(model: nn.Module, layers: int) -> dict[str, Entrant]:
         PLAIN: Entrant(dict),
         "prompt lookup of transformers": Entrant(lambda: {"prompt_lookup_num_tokens": LOOKED_UP}),
         f"assistant of transformers, {layers} layers": Entrant(lambda: {"assistant_model": small}),
-        "TokenRecycling, new": Entrant(partial(custom, TokenRecycling), kept=False),
-        JUDGED: Entrant(partial(custom, TokenRecycling)),
-        "NGram": Entrant(partial(custom, NGram)),
+        "TokenRecycling, new": Entrant(partial(custom, TokenRecycling)),
+        JUDGED: Entrant(partial(custom, TokenRecycling), kept=True),
+        "NGram, kept": Entrant(partial(custom, NGram), kept=True),
         "SelfSpeculation, SnapKV": Entrant(partial(custom, SelfSpeculation, draft=[SnapKV(keep=0.25)])),
         f"DySpec, {layers} layers": Entrant(partial(custom, DySpec, draft=small)),
         f"SpecTr, {layers} layers": Entrant(partial(custom, SpecTr, draft=small)),
@@ -133,7 +134,7 @@ def _round(
     for i, inputs in enumerate(asking):
         order = list(found) if (i % 2 == 0) ^ backwards else list(found)[::-1]
         if i < FIRST:
-            order = [name for name in order if "custom_generate" in kept.get(name, ())]
+            order = [name for name in order if name in kept]
         done = {name: _answer(model, inputs, kept.get(name) or found[name].make(), tokens) for name in order}
         if i < FIRST:
             continue
