@@ -56,8 +56,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Entrant:
-    """make: what `generate` is given, beside inputs. kept: whether one object serves all prompts of a round, and has seen
-    the first of them when measuring begins; else each prompt has a new one."""
+    """make: what `generate` is given, beside inputs. kept: whether one object serves all of a round, and has answered
+    the first prompts when measuring begins; else each prompt has a new one."""
 
     make: Callable[[], dict[str, Any]]
     kept: bool = False
