@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -26,6 +25,7 @@ from vtok import models
 from vtok.compressors.snapkv import SnapKV
 from vtok.errors import InvalidValue
 from vtok.eval.bench.decoding import begun, timed, written
+from vtok.markdown import table
 from vtok.text.decoding.loop import Drafter
 from vtok.text.decoding.self_speculation import SelfSpeculation
 from vtok.text.decoding.target import Target
@@ -103,7 +103,8 @@ def run(asked: Asked, out: Path | None, threads: int | None = None) -> bool:
             run_["rounds"][name] = _measured(model, inputs, asked, options)
         if out is not None:
             written(out, run_)
-    console.print(_table(run_))
+    head, *lines = cells(run_)
+    console.print(table(head, lines), soft_wrap=True, highlight=False, markup=False)
     for row in break_even():
         console.print(", ".join(f"{key}: {value}" for key, value in row.items()))
     met, sentence = bar(run_)
@@ -215,12 +216,3 @@ def cells(run_: dict[str, Any]) -> list[list[str]]:
         part = name if name == PLAIN else f"{100 * float(keep):g} % of the columns"
         found.append([part, drafts, f"{row['tokens_a_step']:.2f}", accepted, f"{row['ms']:.0f}", f"{row['speed']:.2f}"])
     return found
-
-
-def _table(run_: dict[str, Any]) -> Table:
-    table = Table(title=f"Behind {run_['asked']['columns']:,} columns, CPU time")
-    for head in HEAD:
-        table.add_column(head, justify="left" if head == HEAD[0] else "right")
-    for row in cells(run_)[1:]:
-        table.add_row(*row)
-    return table

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from vtok import models
@@ -29,6 +28,7 @@ from vtok.compressors.snapkv import SnapKV
 from vtok.errors import InvalidValue
 from vtok.eval.bench import machine
 from vtok.eval.bench.texts import FIRST, KINDS, prompts, repeated
+from vtok.markdown import table
 from vtok.text.decoding.dyspec import DySpec
 from vtok.text.decoding.loop import Decoder
 from vtok.text.decoding.ngram import NGram
@@ -80,7 +80,8 @@ def run(asked: Asked, out: Path | None, threads: int | None = 1) -> bool:
                 run_["rounds"][name] = _round(model, asking, entrants(model, asked.layers), asked.tokens, number % 2)
             if out is not None:
                 written(out, run_)
-    console.print(_table(run_))
+    head, *lines = cells(run_)
+    console.print(table(head, lines), soft_wrap=True, highlight=False, markup=False)
     verdicts = bars(run_)
     for met, sentence in verdicts:
         console.print(f"{'ok  ' if met else 'MISS'} {sentence}")
@@ -242,13 +243,3 @@ def cells(run_: dict[str, Any]) -> list[list[str]]:
             line += [f"{row['cpu']:.2f}", f"{row['tokens_a_step']:.2f}", accepted]
         lines.append(line)
     return lines
-
-
-def _table(run_: dict[str, Any]) -> Table:
-    head, *lines = cells(run_)
-    table = Table(title="speed in plain's, by CPU time, medians; tokens a step; % of the drafts accepted")
-    for name in head:
-        table.add_column(name, justify="left" if name == "decoder" else "right")
-    for line in lines:
-        table.add_row(*line)
-    return table
