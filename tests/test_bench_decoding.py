@@ -96,18 +96,20 @@ def test_behind_a_repeated_cache(monkeypatch, tmp_path):
     """The cache is as long as was asked for, and drafts change nothing in the text."""
     model, out = text_model(), tmp_path / "columns.json"
     monkeypatch.setattr(columns, "REAL", 40)
+    monkeypatch.setattr(columns, "KEEPS", (0.5,))
+    monkeypatch.setattr(columns, "LENGTHS", (2,))
     monkeypatch.setattr("vtok.models.load", lambda *args: (model, None))
     monkeypatch.setattr(columns, "_long", lambda tokenizer: {"input_ids": prompt(40)})
     lengths, repeat = [], columns._repeat
     monkeypatch.setattr(
         columns, "_repeat", lambda cache, n: repeat(cache, n) or lengths.append(cache.layers[0].keys.shape[2])
     )
-    columns.run(columns.Asked(columns=120, tokens=10, keeps=(0.5,), lengths=(2,)), out)
+    columns.run(columns.Asked(columns=120, tokens=10), out)
     assert lengths == [120, 60, 120, 60, 120]  # plain; then of each variant what drafts see, and all
     run = json.loads(out.read_text())
     rows = columns.rows_of(run)
     assert all(row["same"] for row in rows.values()) and run["rounds"]["0.5, 2"]["drafted"] >= 8
-    columns.run(columns.Asked(columns=120, tokens=10, keeps=(0.5,), lengths=(2,)), out)
+    columns.run(columns.Asked(columns=120, tokens=10), out)
     assert len(lengths) == 5  # nothing was left to do
     run["rounds"]["plain"]["seconds"] = 3 * run["rounds"]["0.5, as many as pay"]["seconds"]
     assert columns.bar(run) == (True, columns.bar(run)[1]) and "3.00 times" in columns.bar(run)[1]

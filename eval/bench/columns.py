@@ -31,6 +31,8 @@ from vtok.text.decoding.self_speculation import SelfSpeculation
 from vtok.text.decoding.target import Target
 
 REAL = 2048  # columns of the text
+KEEPS = (0.1, 0.05)  # of the columns, on which drafts are made
+LENGTHS = (2, 4)  # drafts a step, beside as many as pay
 PLAIN = "plain"
 BAR = 1.4
 HEAD = ("drafts on", "drafts a step", "tokens a step", "accepted %", "ms a token", "speed")
@@ -46,12 +48,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Asked:
-    """columns: of the cache, a multiple of `REAL`. keeps: what drafts are made on. lengths: drafts a step."""
+    """columns: of the cache, a multiple of `REAL`."""
 
     columns: int = 16384
-    tokens: int = 48
-    keeps: tuple[float, ...] = (0.05,)
-    lengths: tuple[int, ...] = (2, 4)
+    tokens: int = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = None) -> bool:
     console, run_ = Console(), begun(out, asked)
     model, tokenizer = models.load(models.SMOLLM2, "cpu")
     inputs = _long(tokenizer)
-    for name, options in variants(asked).items():
+    for name, options in variants().items():
         if name in run_["rounds"]:
             continue
         with console.status(name):
@@ -112,11 +112,11 @@ def run(asked: Asked, out: Path | None, threads: int | None = None) -> bool:
     return met
 
 
-def variants(asked: Asked) -> dict[str, dict[str, Any]]:
+def variants() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {PLAIN: {"draft": [SnapKV()], "drafts": False, "ngram": False}}
-    for keep in asked.keeps:
+    for keep in KEEPS:
         draft = {"draft": [SnapKV(keep=keep)]}
-        for length in asked.lengths:
+        for length in LENGTHS:
             found[f"{keep:g}, {length}"] = {**draft, "length": length, "adapt": False, "ngram": False}
         found[f"{keep:g}, as many as pay"] = {**draft, "ngram": False}
     return found
