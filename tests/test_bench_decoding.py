@@ -65,10 +65,13 @@ def test_rows_and_bars(small, tmp_path):
 @pytest.mark.skipif(not DOCS.is_dir(), reason="not in a checkout")
 @pytest.mark.parametrize("work", [decoding, columns])
 def test_the_docs_say_what_was_measured(work):
-    run = json.loads((DOCS / "text" / f"{work.__name__.rpartition('.')[2]}.json").read_text())
-    page = (DOCS / "text.md").read_text()
-    lines = table(*(lambda head, *rows: (head, rows))(*work.cells(run))).splitlines()
-    assert len(lines) > 4 and all(line in page for line in lines[2:])
+    file = DOCS / "text" / f"{work.__name__.rpartition('.')[2]}.json"
+    if not file.exists():
+        pytest.skip("not measured yet")
+    head, *rows = work.cells(json.loads(file.read_text()))
+    lines = table(head, rows).splitlines()[2:]
+    page = (DOCS / "text.md").read_text().splitlines()
+    assert len(lines) > 1 and set(lines) <= set(page)
 
 
 def test_forwards_of_transformers_are_counted(small):
