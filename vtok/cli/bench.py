@@ -139,3 +139,34 @@ def cache(
         status("")
         how = How(1, str(network.device), str(network.dtype).removeprefix("torch."), tokens, cpu_time=cpu_time)
         work.run(network, tokenizer, model, chosen, shares, lengths, passages, how, out)
+
+
+def decoding(
+    tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is asked.")] = 1,
+    prompts: Annotated[int, typer.Option(min=1, max=4, help="Measured prompts of each kind of text.")] = 2,
+    layers: Annotated[int, typer.Option(min=1, max=30, help="Of the draft model: SmolLM2's first ones.")] = 4,
+    columns: Annotated[
+        int | None, typer.Option(metavar="N", help="Self-speculation behind a cache of so many columns instead.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, or to go on with.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
+    threads: options.Threads = 1,
+) -> None:
+    """Decoders against plain greedy search and transformers' own, on SmolLM2: ordinary and repetitive text, and code.
+
+    \b
+    Examples:
+      vtok bench decoding --out decoding.json
+      vtok bench decoding --columns 16384 --out columns.json
+    """
+    if columns is not None:
+        from vtok.eval.bench import columns as long
+
+        met = long.run(long.Asked(columns, tokens), out, threads)
+    else:
+        from vtok.eval.bench import decoding as work
+
+        met = work.run(work.Asked(tokens, rounds, prompts, layers), out, threads)
+    if check and not met:
+        raise typer.Exit(1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vtok.errors import NothingToReport
 
-GUESS = 1 / 16  # of a plain step: what a draft is taken to cost until one was checked
+GUESS = 1 / 16  # of a plain step: what one more draft is taken to cost, at most, where so many were not checked yet
 AGAIN = 64  # steps with drafts, until a plain one is measured anew
-PLAIN, DRAFTED = 8, 32  # how many steps are remembered
+STEPS = 8  # of one number of drafts, how many steps are remembered
 FORGET, TRUST = 0.97, 2  # how much a trial counts after another one; trials that weigh as much as the prior
 
 
@@ -53,7 +53,9 @@ class Stats:
 
 class Payoff:
     """Chooses how many drafts to check, none where they cost more time than they save, by the times of the steps
-    themselves: a step with n drafts is taken to last a + b n, where a is the time of a plain step.
+    themselves. Each number of drafts has a time of its own, since times jump: a product of matrices with 12 rows may
+    take longer than one with 16. Where so many were not checked yet, the time is guessed from that of others, rather
+    too low than too high, so that they are tried.
 
     slack: the share of the time so far that trying may lose, so that nothing is slower than plain decoding by more.
     clock: seconds.
@@ -61,16 +63,16 @@ class Payoff:
 
     def __init__(self, slack: float = 0.05, clock: Callable[[], float] = time.perf_counter) -> None:
         self.slack, self.clock = slack, clock
-        self.plain: deque[float] = deque(maxlen=PLAIN)
-        self.drafted: dict[str, deque[tuple[int, float]]] = {}  # kind of drafts -> (how many, seconds of the step)
-        self.known: dict[str, float] = {}  # kind -> what one took in former calls, in plain steps
+        self.plain: deque[float] = deque(maxlen=STEPS)
+        self.drafted: dict[str, dict[int, deque[float]]] = {}  # kind of drafts -> how many -> seconds of the step
+        self.known: dict[str, dict[int, float]] = {}  # the same of former calls, in plain steps
         self.since_plain = 0
         self.began = self.lost = self.prefill = 0.0
 
     def begin(self) -> None:
         """A call of `generate` begins. Former calls were of other lengths: of their times only ratios are taken on."""
         if self.plain:
-            self.known |= {kind: self.draft(kind) / self.step for kind in self.drafted}
+            self.known = {kind: self.costs(kind) for kind in {*self.known, *self.drafted}}
         self.plain.clear()
         self.drafted.clear()
         self.began, self.lost = self.clock(), 0.0
@@ -84,27 +86,31 @@ class Payoff:
         """Seconds of a plain step."""
         return statistics.median(self.plain)
 
-    def draft(self, kind: str) -> float:
-        """Seconds that one more draft of a kind takes."""
-        steps = self.drafted.get(kind)
-        if not steps:
-            return self.known.get(kind, GUESS) * self.step
-        over = sum(n * (seconds - self.step) for n, seconds in steps)
-        return max(0.0, over / sum(n * n for n, _ in steps))
+    def costs(self, kind: str) -> dict[int, float]:
+        """How many drafts of a kind -> what such a step takes, in plain steps, of those that were measured. A guess
+        counts as one measurement more: of so few, one may have been disturbed."""
+        known, times = self.known.get(kind, {}), self.drafted.get(kind, {})
+        costs = dict(known)
+        for n in sorted({*known, *times}):
+            before = known.get(n) or guess(n, {m: cost for m, cost in costs.items() if m < n})
+            costs[n] = statistics.median([before, *(seconds / self.step for seconds in times.get(n, ()))])
+        return costs
 
     def choose(self, sizes: Sequence[tuple[int, float]], kind: str = "") -> int:
         """How many drafts to check now, 0 for none.
 
         sizes: (drafts, how many of them are expected to be accepted), of what can be had. kind: those of one kind take
         one time each."""
-        if len(self.plain) < 2 or self.since_plain >= AGAIN or not sizes:
+        if len(self.plain) < (1 if self.known else 2) or self.since_plain >= AGAIN or not sizes:
             return 0
-        plain, draft = self.step, self.draft(kind)
-        gain, best = max((plain * (1 + accepted) / (plain + draft * n), n) for n, accepted in sizes)
-        if gain > 1 and (kind in self.drafted or kind in self.known):
-            return best
-        trial = min(n for n, _ in sizes)
-        return trial if self.affords(draft * trial) else 0
+        costs = self.costs(kind)
+        taken = {n: costs[n] if n in costs else guess(n, costs) for n, _ in sizes}
+        gains = sorted(((1 + accepted) / taken[n], n) for n, accepted in sizes)
+        for gain, n in reversed(gains):
+            if gain > 1 and (n in costs or self.affords((taken[n] - 1) * self.step)):
+                return n
+        trial = min(taken)
+        return trial if self.affords((taken[trial] - 1) * self.step) else 0
 
     def affords(self, seconds: float) -> bool:
         """Whether a loss of so much is still within what trying may cost."""
@@ -121,7 +127,7 @@ class Payoff:
             self.plain.append(seconds)
             self.since_plain = 0
             return
-        self.drafted.setdefault(kind, deque(maxlen=DRAFTED)).append((drafts, seconds))
+        self.drafted.setdefault(kind, {}).setdefault(drafts, deque(maxlen=STEPS)).append(seconds)
         self.since_plain += 1
         if self.plain:  # gains pay losses back, and are not saved up
             self.lost = max(0.0, self.lost + seconds - emitted * self.step)
@@ -129,6 +135,14 @@ class Payoff:
     def spent(self, seconds: float) -> None:
         """So much was spent beside the steps."""
         self.lost += seconds
+
+
+def guess(n: int, costs: Mapping[int, float]) -> float:
+    """What a step with n drafts takes at least, in plain steps, by what others take: one more draft takes no more than
+    those so far, and more drafts take no less."""
+    fewer = [cost + (n - m) * min(GUESS, (cost - 1) / m) for m, cost in costs.items() if m < n]
+    more = [cost for m, cost in costs.items() if m > n]
+    return max(1.0, min([*(fewer or [1 + n * GUESS]), *more]))
 
 
 class Rates:

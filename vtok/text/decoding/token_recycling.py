@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -18,9 +18,10 @@ from vtok.text.decoding.loop import Decoder, Drafter, Running
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Shape, Tree, Verdict, shape
 
-NONE = -1  # no draft known
+NONE = -1  # no token, or none known; and the place above a template's root
+PAIRS = 1 << 16  # of two tokens, how many are remembered
 TRUST = 4  # trials at a place that weigh as much as what is believed of it before
-SIZES = (4, 8, 16, 32, 64)  # how many drafts may be asked for, beside all
+SIZES = (1, 2, 3, 7, 15, 31, 63)  # how many drafts may be asked for, beside all; few, since each is to be timed
 # The tree "2.2.2" of the paper's code: how many children its nodes have, level by level, the root first.
 COUNTS = (
     (8,),
@@ -45,35 +46,67 @@ TEMPLATE = paths(COUNTS)
 
 
 class Table:
-    """What is likely behind each token.
+    """What is likely behind each token, and behind each pair of tokens.
 
     rows: [V, K] int32, on the host: the tokens that the model found likeliest behind a token, NONE where unknown.
+    pairs: (the token before, a token) -> the same where both stood, of the latest `PAIRS`.
     """
 
     def __init__(self, vocabulary: int, k: int) -> None:
         self.rows = torch.full((vocabulary, k), NONE, dtype=torch.int32).numpy()
+        self.pairs: dict[tuple[int, int], list[int]] = {}
 
-    def fill(self, template: Shape, places: Sequence[int], root: int) -> tuple[Tree, list[int]]:
-        """A template filled from a root on, at these places, ascending. Where no token is known, the place and what is
-        below it are left out. Returns the tree, and of each of its nodes the place."""
-        new, parents, tokens = {0: 0}, [-1], [root]
+    def behind(self, before: int, token: int) -> list[int]:
+        """Up to K followers, the likeliest first: those of the pair, then those of the token."""
+        k, row = self.rows.shape[1], [known for known in self.rows[token].tolist() if known != NONE]
+        pair = self.pairs.get((before, token))
+        return row if pair is None else [*pair, *(known for known in row if known not in pair)][:k]
+
+    def fill(self, template: Shape, places: Iterable[int], before: int, root: int, nodes: int) -> dict[int, int]:
+        """A template filled from a root on, at the first of these places, parents before children, at which a token is
+        known. before: what stands before the root. Returns place -> token, the root's and up to `nodes` more."""
+        tokens, followers = {NONE: before, 0: root}, {}
         for place in places:
-            above = new.get(template.parents[place])
-            if above is None or (token := int(self.rows[tokens[above], template.ranks[place]])) == NONE:
+            if len(tokens) > nodes + 1:
+                break
+            parent, rank = template.parents[place], template.ranks[place]
+            if parent not in tokens:
                 continue
-            new[place] = len(tokens)
-            parents.append(above)
-            tokens.append(token)
-        return Tree(shape(tuple(parents)), tuple(tokens)), list(new)
+            if parent not in followers:
+                followers[parent] = self.behind(tokens[template.parents[parent]], tokens[parent])
+            if rank < len(followers[parent]):
+                tokens[place] = followers[parent][rank]
+        del tokens[NONE]
+        return tokens
 
-    def write(self, tokens: Sequence[int], logits: Tensor, banned: frozenset[int]) -> None:
-        """Behind each token, its likeliest followers: logits [R, V]. A token that is there twice takes the later row;
-        `banned` ones are no followers."""
-        last = {token: row for row, token in enumerate(tokens)}
-        logits = logits[list(last.values())] if len(last) < len(tokens) else logits
+    def write(self, before: Sequence[int], tokens: Sequence[int], logits: Tensor, banned: frozenset[int]) -> None:
+        """Behind each token, its likeliest followers: logits [R, V]. before: the token before each, NONE where that is
+        not known. What is there twice takes the later row; `banned` ones are no followers."""
         if inside := [token for token in banned if token < logits.shape[1]]:
             logits = logits.index_fill(1, torch.tensor(inside, device=logits.device), -torch.inf)
-        self.rows[list(last)] = logits.topk(self.rows.shape[1], -1).indices.int().cpu().numpy()
+        best = logits.topk(self.rows.shape[1], -1).indices.int().cpu().numpy()
+        last = {token: row for row, token in enumerate(tokens)}
+        self.rows[list(last)] = best[list(last.values())]
+        for pair, row in zip(zip(before, tokens), best.tolist()):
+            self._remember(pair, row)
+
+    def follow(self, text: Sequence[int], banned: frozenset[int]) -> None:
+        """Behind each token of a text comes first what really followed, then what was known."""
+        for before, token, follower in zip([NONE, *text], text, text[1:]):
+            if token in banned or follower in banned:
+                continue
+            k, row = self.rows.shape[1], self.rows[token].tolist()
+            self.rows[token] = [follower, *(known for known in row if known != follower)][:k]
+            others = self.pairs.get((before, token), [])
+            self._remember((before, token), [follower, *(known for known in others if known != follower)][:k])
+
+    def _remember(self, pair: tuple[int, int], row: list[int]) -> None:
+        if pair[0] == NONE:
+            return
+        self.pairs.pop(pair, None)  # so that it comes last
+        self.pairs[pair] = row
+        if len(self.pairs) > PAIRS:
+            del self.pairs[next(iter(self.pairs))]
 
 
 class Places:
@@ -117,11 +150,14 @@ class TokenRecycling(Decoder):
     template: the tree, as paths of ranks: (1, 0) is what is likeliest behind the second likeliest follower.
     k: how many followers are remembered of a token.
     nodes: at most so many drafts a step, those of the template that were accepted most often.
-    seed: of how many of the prompt's last tokens the followers are remembered too; 0 for none.
+    seed: of how many of the prompt's last tokens the likely followers are remembered too, which takes as many rows of
+        the output head; 0 for nothing of the prompt at all.
     adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay. False checks
         `nodes` at each step.
-    Differs from the paper: `seed` and `adapt`; a token not seen yet has no drafts, where the paper's code drafts token
-    0; placeholders of pictures are never drafted; sampling is supported, and is exact.
+    Differs from the paper: `seed` and `adapt`; the table has the followers of pairs of tokens too, of the latest
+    65,536, which come before those of the second token alone; what really followed in the prompt comes first, so that
+    quotes are drafted; a token not seen yet has no drafts, where the paper's code drafts token 0; placeholders of
+    pictures are never drafted; sampling is supported, and is exact.
     """
 
     paper: ClassVar[str] = "Turning Trash into Treasure: Accelerating Inference with Token Recycling, arXiv 2408.08696"
@@ -129,7 +165,7 @@ class TokenRecycling(Decoder):
     template: tuple[tuple[int, ...], ...] = TEMPLATE
     k: AtLeast1 = 8
     nodes: AtLeast1 = 80
-    seed: AtLeast0 = 256
+    seed: AtLeast0 = 64
     adapt: bool = True
     _learned: Learned = field(init=False, repr=False, compare=False)
     _running: Running = field(init=False, repr=False, compare=False, default_factory=Running)
@@ -147,37 +183,45 @@ class TokenRecycling(Decoder):
 
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
-        recycler = Recycler(self, target.placeholders)
+        recycler = Recycler(self, target)
         for tokens, logits in target.prompt_logits():
             recycler.write(tokens, logits)
+        if self._learned.table is not None and self.seed:
+            self._learned.table.follow(target.ids[0].tolist(), target.placeholders)
         yield recycler
 
 
 class Recycler(Drafter):
-    """Token Recycling for one call of `generate`."""
+    """Token Recycling for one call of `generate`.
 
-    def __init__(self, decoder: TokenRecycling, banned: frozenset[int]) -> None:
-        self.learned, self.banned = decoder._learned, banned
+    before: the token before the root, NONE where there is none. found: place -> token of what could be drafted now, the
+        root first, then those that are accepted most often.
+    places: of each node of the last tree."""
+
+    def __init__(self, decoder: TokenRecycling, target: Target) -> None:
+        self.learned, self.target = decoder._learned, target
         self.k, self.limit = decoder.k, decoder.nodes
-        self.places: list[int] = [0]  # of each node of the last tree
-
-    def _order(self) -> tuple[list[int], list[float]]:
-        """The template's places but the root, those first that are accepted most often, and how often."""
-        values = self.learned.places.values()
-        order = sorted(range(1, len(values)), key=values.__getitem__, reverse=True)[: self.limit]  # parents stay first
-        return order, [values[place] for place in order]
+        self.before = int(target.ids[0, -2]) if target.ids.shape[1] > 1 else NONE
+        self.found: dict[int, int] = {}
+        self.places: list[int] = [0]
 
     def sizes(self) -> list[tuple[int, float]]:
-        sums = list(itertools.accumulate(self._order()[1]))
-        return [(n, sums[n - 1]) for n in (*SIZES, len(sums)) if n <= len(sums)]
+        if self.learned.table is None:
+            return []
+        places = self.learned.places
+        values = places.values()
+        order = sorted(range(1, len(values)), key=values.__getitem__, reverse=True)  # parents stay first
+        root = int(self.target.ids[0, -1])
+        self.found = self.learned.table.fill(places.template, order, self.before, root, self.limit)
+        sums = list(itertools.accumulate(values[place] for place in list(self.found)[1:]))
+        return [(n, sums[n - 1]) for n in sorted({*SIZES, len(sums)} - {0}) if n <= len(sums)]
 
     def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
         template = self.learned.places.template
-        if self.learned.table is None:
-            return Tree(shape((-1,)), (int(ids[0, -1]),))
-        best = sorted(place for place in self._order()[0][:nodes] if template.depths[place] <= depth)
-        tree, self.places = self.learned.table.fill(template, best, int(ids[0, -1]))
-        return tree
+        self.places = sorted(place for place in list(self.found)[: nodes + 1] if template.depths[place] <= depth)
+        new = {-1: -1} | {place: node for node, place in enumerate(self.places)}
+        parents = tuple(new[template.parents[place]] for place in self.places)
+        return Tree(shape(parents), tuple(self.found[place] for place in self.places))
 
     def learn(self, tree: Tree, logits: Tensor, verdict: Verdict) -> None:
         """All nodes teach, and the accepted ones have the last word."""
@@ -185,11 +229,14 @@ class Recycler(Drafter):
             self.learned.places.note(self.places, tree, verdict.route)
         known = [node for node, token in enumerate(tree.tokens) if token >= 0]
         order = sorted(known, key=lambda node: (node in verdict.route, node))
+        before = [tree.tokens[tree.shape.parents[node]] if node else self.before for node in order]
         if order:
-            self.write([tree.tokens[node] for node in order], logits[order])
+            self.write([tree.tokens[node] for node in order], logits[order], before)
+        self.before = tree.tokens[verdict.route[-1]]
 
-    def write(self, tokens: Sequence[int], logits: Tensor) -> None:
-        """Remember what is likely behind each token: logits [R, V]. Raises `Unsupported` for another vocabulary."""
+    def write(self, tokens: Sequence[int], logits: Tensor, before: Sequence[int] = ()) -> None:
+        """Remember what is likely behind each token: logits [R, V]. before: the tokens before these, where known.
+        Raises `Unsupported` for another vocabulary."""
         learned, vocabulary = self.learned, logits.shape[1]
         if learned.table is None:
             learned.table = Table(vocabulary, min(self.k, vocabulary))
@@ -198,4 +245,4 @@ class Recycler(Drafter):
                 f"This TokenRecycling knows the followers of {len(learned.table.rows)} tokens, and the model has "
                 f"{vocabulary}: make another object for it."
             )
-        learned.table.write(tokens, logits, self.banned)
+        learned.table.write(before or [NONE] * len(tokens), tokens, logits, self.target.placeholders)
