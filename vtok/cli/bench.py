@@ -141,6 +141,7 @@ def cache(
         work.run(network, tokenizer, model, chosen, shares, lengths, passages, how, out)
 
 
+@app.command()
 def decoding(
     tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="How often each prompt is asked.")] = 1,
