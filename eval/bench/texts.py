@@ -33,7 +33,7 @@ PASSAGES = ("break", "del", "pass", "continue", "bltin-ellipsis-object", "contex
 SOURCES = (
     ("textwrap", "wrap"),
     ("calendar", "TextCalendar"),
-    ("bisect", "bisect_right"),
+    ("difflib", "SequenceMatcher"),
     ("string", "Formatter"),
     ("fractions", "Fraction"),
     ("statistics", "NormalDist"),
