@@ -165,16 +165,17 @@ class InLLMStage(Stage[InLLM]):
             kept = present.to(device).gather(1, rows.index) & rows.valid
             return kept, [text + n for text, n in zip(state.text, counts)]
         score = state.scores[layer].to(device).nan_to_num(-torch.inf).masked_fill(~visual, -torch.inf)
-        if budgets is None:  # as many as the score says: a wait for the device
-            kept = score > 0
-            counts = kept.sum(1).tolist()
-            return kept, [text + n for text, n in zip(state.text, counts)]
-        kept = torch.zeros_like(visual)
-        for t, budget in enumerate(zip(*budgets)):
-            mine = self._of_turn(p, rows, t, len(state.anchors)).to(device)
-            rank = ranks(score.masked_fill(~mine, -torch.inf))
-            kept |= mine & (rank < torch.tensor(budget, device=device)[:, None])
-        return kept, [text + sum(row) for text, row in zip(state.text, budgets)]
+        if budgets is None:  # as many as the score says
+            kept, counts = score > 0, None
+        else:
+            kept, counts = torch.zeros_like(visual), [sum(row) for row in budgets]
+            for t, budget in enumerate(zip(*budgets)):
+                mine = self._of_turn(p, rows, t, len(state.anchors)).to(device)
+                rank = ranks(score.masked_fill(~mine, -torch.inf))
+                kept |= mine & (rank < torch.tensor(budget, device=device)[:, None])
+        if any(state.schedule[before] is None for before in state.schedule if before <= layer):
+            counts = kept.sum(1).tolist()  # a wait for the device: a count may ask for more than a score left
+        return kept, [text + n for text, n in zip(state.text, counts)]
 
     def _of_turn(self, p: Pass, rows: Rows, turn: int, turns: int) -> Tensor:
         """[B, L] bool: the visual tokens of one turn."""
