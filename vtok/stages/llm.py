@@ -14,6 +14,7 @@ from torch import Tensor
 from vtok.compressor import Compressor
 from vtok.engine import ffn
 from vtok.engine.cache import Rows
+from vtok.engine.columns import uniform
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
@@ -29,6 +30,8 @@ class InLLM(Compressor):
     anchor: whose attention or activations count: "prompt_end", the prompt's last token, or "after_visual", the first
         text token behind the last visual one, which every forward can find. Never "the last position": in a training
         forward that is a token of the answer.
+    ranking: "own", or "random", the control: as many tokens stay behind each layer, drawn by their places alone. What
+        a method gains over it is what its scores are worth.
     """
 
     stage = "llm"
@@ -36,6 +39,7 @@ class InLLM(Compressor):
     movable = True
 
     anchor: Literal["prompt_end", "after_visual"] = "prompt_end"
+    ranking: Literal["own", "random"] = "own"
 
     @property
     def reads_prompt_end(self) -> bool:
@@ -165,6 +169,9 @@ class InLLMStage(Stage[InLLM]):
             kept = present.to(device).gather(1, rows.index) & rows.valid
             return kept, [text + n for text, n in zip(state.text, counts)]
         score = state.scores[layer].to(device).nan_to_num(-torch.inf).masked_fill(~visual, -torch.inf)
+        if self.compressor.ranking == "random":
+            drawn = drawn_by_place(p.rows[0].to(device), rows).masked_fill(~visual, -torch.inf)
+            score = drawn if budgets is not None else (score > 0).sum(1, keepdim=True) - ranks(drawn)
         if budgets is None:  # as many as the score says
             kept, counts = score > 0, None
         else:
@@ -248,6 +255,14 @@ class InLLMStage(Stage[InLLM]):
         with p.stopwatch, torch.no_grad():
             seen = activations_until(state.anchors[0], values, rows, state.pictures, state.most)
             state.scores[visit.layer] = self.compressor.score(seen).float()
+
+
+def drawn_by_place(whole: Rows, rows: Rows) -> Tensor:
+    """[B, L] numbers in (0, 1) that depend on how far each token stands behind the first of its sample alone.
+
+    whole: what entered the first layer."""
+    first = whole.index.masked_fill(~whole.valid, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+    return uniform(0, rows.index - first)
 
 
 def activations_until(end: Tensor, values: Tensor, rows: Rows, pictures: Tensor, most: int) -> Activations:
