@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
-from vtok.options import AtLeast0, AtLeast1, Depth, Keep, Share
+from vtok.options import AtLeast1, Depth, Keep, Share
+from vtok.safe_layer import AtSafeLayer, LastFull
 from vtok.stages.decode import Decode
-from vtok.stages.llm import InLLM
 from vtok.types import Activations, ranks
 
 PAPER = "CoreMatching: A Co-adaptive Sparse Inference Framework for VLMs, arXiv 2505.19235"
@@ -104,7 +104,7 @@ def _find_core(activations: Activations, rho: float, beta: float, quota: str, vo
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreTokens(InLLM):
+class CoreTokens(AtSafeLayer):
     """Keep the visual tokens that activate many of the prompt's core neurons, after an early decoder layer.
 
     rho, beta: a token votes for the strongest rho of its positive FFN activations; the beta of the layer's neurons with
@@ -124,7 +124,8 @@ class CoreTokens(InLLM):
     draw attention; here dropped tokens are gone. Where the sorted counts are a straight line, all tokens stay.
     """
 
-    name = "core_tokens"
+    name = probed = "core_tokens"
+    before = False
     needs = frozenset({"ffn"})
     paper = PAPER
     adaptive = True
@@ -134,7 +135,7 @@ class CoreTokens(InLLM):
     keep: float = field(default=1.0, init=False, repr=False)  # the elbow says it
     rho: Share = 0.2
     beta: Share = 0.4
-    layer: AtLeast0 = 2
+    layer: LastFull = 2
     inclusive: bool = True
     reference: Literal["core", "last", "official"] = "core"
     voters: Voters = "all"
@@ -153,17 +154,22 @@ class CoreTokens(InLLM):
     def is_identity(self) -> bool:
         return isinstance(self.min_keep, float) and self.min_keep == 1.0
 
-    def schedule(self, n_layers: int) -> dict[int, float | int | None]:
-        if self.layer >= n_layers - 1:
+    def at(self, n_layers: int) -> int:
+        """The layer that decides, of so many."""
+        layer = self.layer if isinstance(self.layer, int) else round(self.layer * n_layers)
+        if layer >= n_layers - 1:
             raise InvalidValue(
                 f"layer must be below the last of {n_layers} decoder layers, {n_layers - 1}, for a layer to see fewer "
                 f"tokens; got {self.layer}."
             )
-        return {self.layer: None}
+        return layer
 
-    def score(self, activations: Activations) -> Tensor:
-        """[B, L] bool: the core tokens."""
-        values, visual, picture = activations.values, activations.visual, activations.picture
+    def schedule(self, n_layers: int) -> dict[int, float | int | None]:
+        return {self.at(n_layers): None}
+
+    def rank(self, activations: Activations) -> Tensor:
+        """[B, L] long: how many neurons of the reference each token activates."""
+        values = activations.values
         reference = torch.zeros_like(values[:, 0], dtype=torch.bool)  # [B, F]
         if self.reference == "core":
             core = _find_core(activations, self.rho, self.beta, self.quota, self.voters)
@@ -172,8 +178,13 @@ class CoreTokens(InLLM):
             at = activations.anchor - (OFFICIAL_TOKEN if self.reference == "official" else 0)
             at = at.maximum(activations.prompt.to(torch.uint8).argmax(1))  # a prompt may be shorter
             reference = values.gather(1, at[:, None, None].expand(-1, 1, values.shape[2])).squeeze(1) > 0
+        return coactivation(values, reference)
+
+    def score(self, activations: Activations) -> Tensor:
+        """[B, L] bool: the core tokens."""
+        visual, picture = activations.visual, activations.picture
         b, length = visual.shape
-        counts, members = coactivation(values, reference)[:, None], visual[:, None]  # [B, 1, L]
+        counts, members = self.rank(activations)[:, None], visual[:, None]  # [B, 1, L]
         pictures = (picture.amax(1, keepdim=True) + 1).clamp(min=1)  # [B, 1]
         if self.per == "picture":
             members = members & (picture[:, None] == torch.arange(activations.pictures, device=picture.device)[:, None])
@@ -185,8 +196,7 @@ class CoreTokens(InLLM):
 
     def with_budget(self, budget: float, n_layers: int) -> CoreTokens:
         """`max_keep` such that the mean is within the budget, whatever the elbow says."""
-        seen = self.layer + 1
-        self.schedule(n_layers)
+        seen = self.at(n_layers) + 1
         most = (budget * n_layers - seen) / (n_layers - seen)
         if most <= 0:
             raise InvalidValue(

@@ -36,7 +36,7 @@ class DART(FastV):
     keys, where the official code goes through a Python set.
     """
 
-    name = "dart"
+    name = probed = "dart"
     paper = (
         "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494"
     )

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_column_sums import attention_column_sums
-from vtok.options import AtLeast1, Fraction, In
+from vtok.options import Fraction, In
+from vtok.safe_layer import AtSafeLayer, FullLayers
 from vtok.search import schedules
-from vtok.stages.llm import InLLM
 from vtok.types import Attention
 
 MEAN = 0.34  # of the schedule that G-Search found for LLaVA-1.5-7B (Table 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(InLLM):
+class Schedule(AtSafeLayer):
     """Before layer i only rate[i] of the visual tokens that entered stay, those with most attention in layer i - 1.
 
     The attention is that of the instruction, the prompt's text behind its first visual token, summed over its tokens
@@ -37,8 +37,9 @@ class Schedule(InLLM):
         used as they are if it is left out, else those below 1 are scaled to this mean.
     a, k: amplitude and steepness per layer of P-Sigmoid.
     r_min: its lowest rate.
-    first_full: how many layers see all tokens, two in the paper: the first layer ranks unlike all others. A `budget`
-        that leaves less than a quarter of itself for the layers behind them is refused.
+    first_full: how many layers see all tokens, two in the paper: the first layer ranks unlike all others; "auto", up
+        to the layer that a `probe` found safe. A `budget` that leaves less than a quarter of itself for the layers
+        behind them is refused.
     queries: "instruction", or "last" for the attention of the anchor alone, which is cheaper.
     rounding: of counts, "up" as in the paper, which leaves at least one token a sample, or "down". A `budget` rounds
         down, so that it is never exceeded.
@@ -47,7 +48,8 @@ class Schedule(InLLM):
     parameters and their defaults, `r_min`, and what other depths get.
     """
 
-    name = "schedule"
+    name = probed = "schedule"
+    acts = "first_full"
     needs = frozenset({"attention"})
     paper = "Searching Optimal Vision Token Reduction (G-Search, P-Sigmoid), arXiv 2412.00556"
     examples = ({"rates": (1, 0.92, 0.89, 0.3)}, {"keep": 0.7})  # of 16 tokens the second of the steps drops none
@@ -58,7 +60,7 @@ class Schedule(InLLM):
     a: Annotated[float, In("(0, 10]")] = 1.0
     k: Annotated[float, In("(0, 100]")] = 0.5
     r_min: Annotated[float, In("[0, 1]")] = 0.0
-    first_full: AtLeast1 = schedules.FULL
+    first_full: FullLayers = schedules.FULL
     queries: Literal["instruction", "last"] = "instruction"
     rounding: Literal["up", "down"] = "up"
 

@@ -55,6 +55,13 @@ class InLLM(Compressor):
         """[B, L] importance of each key at a layer of the schedule; only the entries of visual tokens are used. `seen`
         is what the compressor needs of the layer: "attention" or "ffn"."""
 
+    def rank(self, seen: Attention | Activations) -> Tensor:
+        """[B, L] by what tokens are ranked: the score, unless that says no more than which of them stay."""
+        return self.score(seen)
+
+    def check_depth(self, n_layers: int) -> None:
+        """Raise `InvalidValue` where an option was found on a decoder of another depth."""
+
     def remaining(self, n: int, keep: float | int, images: int) -> int:
         """How many of a sample's `n` visual tokens, those of `images` pictures, a value of `schedule()` means."""
         return min(n, keep * images if isinstance(keep, int) else math.floor(n * keep + 1e-9))
@@ -90,6 +97,7 @@ class InLLMStage(Stage[InLLM]):
     def __init__(self, compressor: InLLM, site: Site) -> None:
         super().__init__(compressor, site)
         self.n_layers = len(site.layers)
+        compressor.check_depth(self.n_layers)
         self.schedule = dict(sorted(compressor.schedule(self.n_layers).items()))  # raises where the depth is too small
         self.by_ffn = "ffn" in compressor.needs_now
         if self.by_ffn:
