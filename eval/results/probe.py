@@ -1,7 +1,7 @@
-"""The measurement behind `vtok probe`: at which decoder layers a method's score finds the tokens that an answer needs.
+"""The measurement behind `vtok probe`: at which decoder layers a method's score finds the tokens that answers need.
 
-A question says with boxes where its answer lies. Of its visual tokens those are needed whose middle lies in a box; where
-a box holds no middle, the one in which the box's middle lies. A score finds them as often as it puts a needed token
+A question says with boxes where its answer lies. Of its visual tokens those are needed whose middle lies in a box; if a
+box holds no middle, the one in which the box's middle lies. A score finds them as often as it puts a needed token
 before another one: the AUC, .5 by chance. Nothing is dropped, so each layer is asked about all tokens.
 """
 
@@ -122,20 +122,17 @@ def of_file(file: Path) -> Iterable[Asked]:
 
 
 def needed(layout: Layout, size: tuple[int, int], boxes: Iterable[Sequence[float]]) -> Tensor:
-    """[N] bool: the tokens of a picture of `size` (width, height) that boxes (left, top, right, bottom) in pixels need."""
-    cells = layout.boxes.double() * torch.tensor([*size, *size])
-    x, y = (cells[:, 0] + cells[:, 2]) / 2, (cells[:, 1] + cells[:, 3]) / 2
+    """[N] bool: the tokens that boxes (left, top, right, bottom) in pixels need, of a picture of `size` (width, height).
+
+    A thumbnail and a mosaic of crops show the picture each for itself, and so do both need tokens."""
+    x0, y0, x1, y1 = (layout.boxes.double() * torch.tensor([*size, *size])).unbind(1)
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
     found = torch.zeros(layout.n, dtype=torch.bool)
     for left, top, right, bottom in boxes:
         inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
-        middle = (left + right) / 2, (top + bottom) / 2
-        at = (
-            (cells[:, 0] <= middle[0])
-            & (middle[0] < cells[:, 2])
-            & (cells[:, 1] <= middle[1])
-            & (middle[1] < cells[:, 3])
-        )
-        for plane, start in zip(layout.planes, layout.starts):  # each has a view of its own
+        across, down = (left + right) / 2, (top + bottom) / 2
+        at = (x0 <= across) & (across < x1) & (y0 <= down) & (down < y1)
+        for plane, start in zip(layout.planes, layout.starts):
             here = slice(start, start + plane.size)
             found[here] |= inside[here] if inside[here].any() else at[here]
     return found

@@ -25,9 +25,7 @@ def probe(
     methods: Annotated[
         str | None, typer.Option(metavar="NAME,...", help=f"{options.METHODS_HELP}  [default: all inside the decoder]")
     ] = None,
-    safe: Annotated[
-        float, typer.Option(metavar="AUC", help="From which AUC on a layer is safe to drop behind.")
-    ] = 0.85,
+    safe: Annotated[float, typer.Option(metavar="AUC", help="What makes a layer safe to drop behind.")] = 0.85,
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
@@ -58,9 +56,8 @@ def probe(
         from vtok.search.schedules import write_json
 
         asked = work.of_tasks(processor, named, questions) if boxes is None else work.of_file(boxes)
-        found = work.run(
-            network, processor, asked, work.methods(chosen), safe, lambda name: status(f"asking about {name}")
-        )
+        step = lambda name: status(f"asking about {name}")
+        found = work.run(network, processor, asked, work.methods(chosen), safe, step)
         found = {"model": Path(model).name, "weights": fingerprint(network)} | found
         write_json(out / "probe.json", found)
         told = ", ".join(f"{n} questions of {name}" for name, n in found["questions"].items())
