@@ -122,7 +122,7 @@ def of_file(file: Path) -> Iterable[Asked]:
 
 
 def needed(layout: Layout, size: tuple[int, int], boxes: Iterable[Sequence[float]]) -> Tensor:
-    """[N] bool: the tokens that boxes (left, top, right, bottom) in pixels need, of a picture of `size` (width, height).
+    """[N] bool: the tokens of a picture of `size` (width, height) in which boxes (left, top, right, bottom) lie.
 
     A thumbnail and a mosaic of crops show the picture each for itself, and so do both need tokens."""
     x0, y0, x1, y1 = (layout.boxes.double() * torch.tensor([*size, *size])).unbind(1)

@@ -53,8 +53,8 @@ class FastV(AtSafeLayer):
                 return replace(self, layer=layer, keep=min(1.0, keep))
         if self.probe is not None:
             raise InvalidValue(
-                f"By {str(self.probe)!r} the first {self.layer} of {n_layers} layers have to see all tokens, so a budget "
-                f"of {budget} cannot be met. Raise it, give keep instead, or compress before the language model."
+                f"By {str(self.probe)!r} the first {self.layer} of {n_layers} layers have to see all tokens, so a "
+                f"budget of {budget} cannot be met. Raise it, give keep instead, or compress before the language model."
             )
         raise InvalidValue(
             f"The first of {n_layers} layers sees all tokens, so a budget of {budget} cannot be met: it leaves "
