@@ -199,6 +199,17 @@ def test_score_hands_its_options_on():
     assert part == (AIMMerge(keep=0.5, weighting="size"), AIMPrune(start=1, end=2, **options))
 
 
+def test_votes_of_the_instruction_are_the_score_of_schedule():
+    torch.manual_seed(1)
+    query, key, valid = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.ones(2, 9, dtype=torch.bool)
+    anchor, instruction = torch.tensor([8, 7]), torch.tensor([[6, 7, 8], [-1, 6, 7]])
+    attention = Attention(query, key, 0.35, valid, valid, anchor, instruction)
+    guided = AIMPrune(votes="instruction").score(attention)
+    assert torch.equal(guided, vtok.Schedule().score(attention))
+    assert not torch.equal(guided.argsort(1), AIMPrune().score(attention).argsort(1))
+    assert AIM(votes="instruction").parts()[1].votes == "instruction"
+
+
 def test_counts_on_a_model_of_28_layers():
     import transformers as T
 

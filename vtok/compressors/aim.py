@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
+from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
 from vtok.kernels.pagerank import pagerank
@@ -121,7 +122,12 @@ class AIMPrune(InLLM):
         layer l2 - 1. The defaults are the paper's 14 and 22 of 28 layers; for Vicuna's 32 it has start=13, end=21.
         A start at the last layer or later drops nothing.
     tau, iters, damping, head_reduce: of the PageRank, as in the official code; the paper gives none of them.
+    votes: "all", the paper's PageRank, in which each token of the prompt votes. It does not know the question: in most
+        layers it finds what an answer needs no better than chance (`vtok probe`). "instruction", ours: the attention
+        that the text behind the first visual token pays, as in `schedule`.
     anchor: the token at which the prompt ends, see `InLLM`; later tokens have no vote.
+    Under a `budget` the whole schedule moves, and with it the layer from which on no visual token is left: in a decoder
+    of 8 layers a budget of 0.5 leaves none from layer 4 on, before such a model has read the picture.
     Differs from the paper: dropped tokens are gone, so they do not vote in later layers (the official code masks them
     and lets them vote). Several pictures a sample share one ranking. What goes wrong in the official code does not
     here: positions that jump back while decoding, NaN and dropped text with left padding, one sample's text length
@@ -142,6 +148,7 @@ class AIMPrune(InLLM):
     iters: AtLeast1 = 5
     damping: Annotated[float, In("[0, 1]")] = 0.0
     head_reduce: Literal["rms", "mean"] = "rms"
+    votes: Literal["all", "instruction"] = "all"
 
     is_identity: ClassVar[bool] = False
 
@@ -162,6 +169,10 @@ class AIMPrune(InLLM):
         return {layer: max(0.0, 1 - (layer - first + 1) / (last - first)) for layer in range(first, last)}
 
     def score(self, attention: Attention) -> Tensor:
+        if self.votes == "instruction":
+            return attention_column_sums(
+                attention.query, attention.key, attention.instruction, attention.scaling, attention.valid
+            )
         return pagerank(
             attention.query,
             attention.key,
