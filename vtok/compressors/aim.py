@@ -32,8 +32,8 @@ class AIMMerge(PreLLM):
     official: which tokens merge is as in the released code. There those that found no partner come first behind each
         round, the most similar ahead, so that the next round pairs others; and round i merges at most t // 2^i of t.
     Differs from the paper: the last round merges as many as bring each plane exactly to its count; a merged token
-    stands where its odd token stood; tokens keep raster order, also between rounds unless `official`; features are compared after the projector, also for
-    LLaVA-1.5, where the official code compares the encoder's keys before it.
+    stands where its odd token stood; tokens keep raster order, also between rounds unless `official`; features are
+    compared after the projector, also for LLaVA-1.5, where the official code compares the encoder's keys before it.
     """
 
     name = "aim_merge"
