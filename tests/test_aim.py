@@ -57,11 +57,12 @@ def slow_official(x, count):
     while len(alive) > count:
         most = max(1, most // 2)
         r = min(most, len(alive) // 2, len(alive) - count)
-        unit = [feature / feature.norm() for feature, _ in alive]
-        similar = lambda e, o: float(unit[e] @ unit[o])
+        unit = torch.stack([feature / feature.norm() for feature, _ in alive])
         odd = range(1, len(alive), 2)
-        best = [(max(odd, key=lambda o: similar(e, o)), e) for e in range(0, len(alive), 2)]
-        ranked = sorted(best, key=lambda pair: -similar(pair[1], pair[0]))
+        similar = (unit @ unit.T).tolist()
+        best = [(max(odd, key=similar[e].__getitem__), e) for e in range(0, len(alive), 2)]
+        ranked = sorted(((similar[e][o], o, e) for o, e in best), reverse=True)
+        ranked = [(o, e) for _, o, e in ranked]
         merged, rest = ranked[:r], ranked[r:]
         after = [alive[e] for _, e in rest]
         for o in odd:

@@ -33,7 +33,11 @@ def test_rows_are_the_words(words):
     read = [tok.encode(word, add_special_tokens=False) for word in text]
     assert all(len(ids) == 1 for ids in read)  # else the oracle below is none
     blank = tok.encode(" ", add_special_tokens=False)
-    ids = sum(read, []) + blank * (SIDE**2 - len(text)) + tok.encode("\n\nyes no", add_special_tokens=False)
+    ids = (
+        [i for one in read for i in one]
+        + blank * (SIDE**2 - len(text))
+        + tok.encode("\n\nyes no", add_special_tokens=False)
+    )
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits[:1], decoder(torch.tensor([ids])).logits)
         with vtok.patch(model, "fastv", keep=0.1, layer=2) as patch:
