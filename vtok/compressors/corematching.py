@@ -109,10 +109,14 @@ class CoreTokens(AtSafeLayer):
 
     rho, beta: a token votes for the strongest rho of its positive FFN activations; the beta of the layer's neurons with
         the most votes are the core.
-    layer: l, the layer (from 0) whose FFN decides; those behind it see core tokens only. Ours: the paper names none.
+    layer: l, the layer (from 0) whose FFN decides, or a fraction of the depth; those behind it see core tokens only.
+        "auto": the layer that a `probe` found safe. Ours: the paper names none, and the released code acts in layers 5
+        to 18 of 32. Earlier the activations do not tell yet what the question is about.
     inclusive: whether counts equal to the elbow's are kept; the official code drops them.
     reference: what a token's active neurons are counted against: "core", the core neurons; "last", the active ones of
-        the prompt's last token; "official", of the token four before it, as the released code does.
+        the prompt's last token; "official", of the token four before it, as the released code does. "last" is the
+        default since the core, to which picture tokens contribute most votes, ranks what an answer needs behind other
+        tokens: `vtok probe` compares the two.
     voters: "all" tokens of the prompt, its "text", or its "last" token. Ours: the paper does not say.
     quota: see `votes`; "mean" is what CoreInfer's code does.
     per: one elbow a "sample", over all its pictures, or a "picture".
@@ -135,9 +139,9 @@ class CoreTokens(AtSafeLayer):
     keep: float = field(default=1.0, init=False, repr=False)  # the elbow says it
     rho: Share = 0.2
     beta: Share = 0.4
-    layer: LastFull = 2
+    layer: LastFull = 0.45
     inclusive: bool = True
-    reference: Literal["core", "last", "official"] = "core"
+    reference: Literal["core", "last", "official"] = "last"
     voters: Voters = "all"
     quota: Quota = "token"
     per: Literal["sample", "picture"] = "sample"
@@ -195,15 +199,17 @@ class CoreTokens(AtSafeLayer):
         return core_tokens(counts, members, self.inclusive, low, high).view(b, -1, length).any(1)
 
     def with_budget(self, budget: float, n_layers: int) -> CoreTokens:
-        """`max_keep` such that the mean is within the budget, whatever the elbow says."""
-        seen = self.at(n_layers) + 1
-        most = (budget * n_layers - seen) / (n_layers - seen)
-        if most <= 0:
-            raise InvalidValue(
-                f"{seen} of {n_layers} layers see all tokens, so the mean is above {seen / n_layers:.3f}; a budget of "
-                f"{budget} cannot be met. Lower `layer` or raise the budget."
-            )
-        return replace(self, max_keep=min(1.0, most))
+        """`max_keep` such that the mean is within the budget, whatever the elbow says, at the latest layer up to
+        `layer` behind which at least a quarter of the budget is left; no other than `layer` where a probe found it."""
+        last = self.at(n_layers)
+        for layer in range(last, -1 if self.probe is None else last - 1, -1):
+            most = (budget * n_layers - layer - 1) / (n_layers - layer - 1)
+            if most >= budget / 4:
+                return replace(self, layer=layer, max_keep=min(1.0, most))
+        raise InvalidValue(
+            f"{layer + 1} of {n_layers} layers see all tokens, so a budget of {budget} cannot be met: it leaves next "
+            f"to nothing for the others. Raise it, or compress before the language model."
+        )
 
 
 def _bound(keep: float | int | None, n: Tensor, pictures: Tensor) -> Tensor | None:
