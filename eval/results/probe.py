@@ -238,7 +238,7 @@ def draw(file: Path, probe: dict[str, Any], title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(10, 4.5), dpi=150, facecolor="white", layout="constrained")
     axes = figure.subplots()
     lines: dict[tuple[float, ...], list[str]] = {}
     for name, told in probe["methods"].items():
@@ -253,7 +253,7 @@ def draw(file: Path, probe: dict[str, Any], title: str) -> None:
     axes.axhline(probe["safe"], color="#7a7a7a", linewidth=0.8, linestyle="--")
     axes.set(xlabel="decoder layer", ylabel="AUC of the needed tokens", ylim=(0, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_title(title, fontsize=10, parse_math=False)
     FigureCanvasAgg(figure)
     file.parent.mkdir(parents=True, exist_ok=True)
