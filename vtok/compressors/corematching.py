@@ -116,7 +116,7 @@ class CoreTokens(AtSafeLayer):
     reference: what a token's active neurons are counted against: "core", the core neurons; "last", the active ones of
         the prompt's last token; "official", of the token four before it, as the released code does. "last" is the
         default since the core, to which picture tokens contribute most votes, ranks what an answer needs behind other
-        tokens: `vtok probe` compares the two.
+        tokens: docs/probe.md compares the two, and the layers.
     voters: "all" tokens of the prompt, its "text", or its "last" token. Ours: the paper does not say.
     quota: see `votes`; "mean" is what CoreInfer's code does.
     per: one elbow a "sample", over all its pictures, or a "picture".
