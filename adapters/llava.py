@@ -51,7 +51,7 @@ class LlavaAdapter(Adapter):
 
     def tower(self, config: Any) -> Tower:
         vision = config.vision_config
-        kind = ClipTower if vision.model_type in CLASS_TOKENS else Tower
+        kind = ClipTower if vision.model_type in CLASS_TOKENS else getattr(vision, "tower", Tower)
         return kind(
             skip=CLASS_TOKENS.get(vision.model_type, 0),
             features=projected(config),

@@ -49,6 +49,55 @@ def test_merge_against_the_slow_rewrite(t, count, weighting):
             assert sorted((into[b] == place).nonzero().squeeze(1).tolist()) == sorted(members)
 
 
+def slow_official(x, count):
+    """The groups of one sequence [t, D] as the released code's two functions make them, written anew: behind a round
+    come first the even tokens without a partner, most similar first, then the odd ones; one list of members each."""
+    alive = [(x[i].double(), [i]) for i in range(len(x))]
+    most = len(x)
+    while len(alive) > count:
+        most = max(1, most // 2)
+        r = min(most, len(alive) // 2, len(alive) - count)
+        unit = torch.stack([feature / feature.norm() for feature, _ in alive])
+        odd = range(1, len(alive), 2)
+        similar = (unit @ unit.T).tolist()
+        best = [(max(odd, key=similar[e].__getitem__), e) for e in range(0, len(alive), 2)]
+        ranked = sorted(((similar[e][o], o, e) for o, e in best), reverse=True)
+        ranked = [(o, e) for _, o, e in ranked]
+        merged, rest = ranked[:r], ranked[r:]
+        after = [alive[e] for _, e in rest]
+        for o in odd:
+            joined = [alive[o]] + [alive[e] for target, e in merged if target == o]
+            mean = sum(feature for feature, _ in joined) / len(joined)
+            after.append((mean, [m for _, members in joined for m in members]))
+        alive = after
+    return {frozenset(members): feature for feature, members in alive}
+
+
+@pytest.mark.parametrize(("t", "count"), [(8, 4), (9, 3), (27, 7), (27, 14), (25, 6), (13, 3), (6, 6)])
+def test_official_merges_what_the_released_code_merges(t, count):
+    differs = False
+    for seed in range(4):
+        x = torch.randn(2, t, 5, generator=torch.Generator().manual_seed(seed))
+        alive, features, into, _ = merge(x, count, official=True)
+        for b in range(2):
+            expected = slow_official(x[b], count)
+            groups = {
+                frozenset((into[b] == p).nonzero().flatten().tolist()): p for p in alive[b].nonzero().flatten().tolist()
+            }
+            assert groups.keys() == expected.keys()
+            for members, place in groups.items():
+                torch.testing.assert_close(features[b, place], expected[members].float(), atol=1e-5, rtol=1e-5)
+        differs |= not torch.equal(into, merge(x, count)[2])
+    assert differs == ((t, count) not in ((8, 4), (27, 14), (6, 6)))  # where all that is left is odd, order is raster
+
+
+def test_official_counts():
+    """729 tokens at a quarter: 364, then 182, and one for the exact count."""
+    x = torch.randn(1, 729, 4)
+    assert int(merge(x, 182, official=True)[0].sum()) == 182
+    assert AIM(official=True).parts()[0].official and not AIM().parts()[0].official
+
+
 def test_a_full_halving_is_a_plain_mean():
     x = torch.randn(1, 6, 4)
     x[0, 2], x[0, 4] = x[0, 1] * 2, x[0, 1] * 3  # both go to token 1
@@ -197,6 +246,17 @@ def test_score_hands_its_options_on():
     assert not torch.equal(score, pagerank(query, key, 0.35, valid, anchor))
     part = AIM(keep=0.5, weighting="size", start=1, end=2, **options).parts()
     assert part == (AIMMerge(keep=0.5, weighting="size"), AIMPrune(start=1, end=2, **options))
+
+
+def test_votes_of_the_instruction_are_the_score_of_schedule():
+    torch.manual_seed(1)
+    query, key, valid = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.ones(2, 9, dtype=torch.bool)
+    anchor, instruction = torch.tensor([8, 7]), torch.tensor([[6, 7, 8], [-1, 6, 7]])
+    attention = Attention(query, key, 0.35, valid, valid, anchor, instruction)
+    guided = AIMPrune(votes="instruction").score(attention)
+    assert torch.equal(guided, vtok.Schedule().score(attention))
+    assert not torch.equal(guided.argsort(1), AIMPrune().score(attention).argsort(1))
+    assert AIM(votes="instruction").parts()[1].votes == "instruction"
 
 
 def test_counts_on_a_model_of_28_layers():

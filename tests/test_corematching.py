@@ -313,7 +313,8 @@ def test_bad_parameters(options):
 
 def test_defaults_are_the_papers():
     whole = vtok.CoreMatching()
-    assert (whole.rho, whole.beta, whole.layer) == (0.2, 0.4, 2)
+    assert (whole.rho, whole.beta) == (0.2, 0.4)
+    assert [whole.parts()[0].at(n) for n in (4, 8, 30, 32)] == [2, 4, 14, 14]
     assert list(vtok.CoreNeurons().sparse_layers(32)) == list(range(6, 27))
     assert [type(part).__name__ for part in whole.parts()] == ["CoreTokens", "CoreNeurons"]
     parts = vtok.CoreMatching(rho=0.3, beta=0.5, layer=1, start=1, end=2, voters="text").parts()
@@ -336,8 +337,10 @@ def test_budgets():
     solved = vtok.CoreTokens(layer=2).with_budget(0.5, 32)
     assert (3 + 29 * solved.max_keep) / 32 == pytest.approx(0.5)
     assert vtok.CoreMatching().with_budget(1.0, 32).max_keep == 1.0
+    earlier = vtok.CoreTokens().with_budget(0.5, 8)  # layer 4 would leave nothing, layer 2 a fifth
+    assert (earlier.layer, earlier.max_keep) == (2, pytest.approx(0.2))
     with pytest.raises(InvalidValue, match="cannot be met"):
-        vtok.CoreTokens(layer=2).with_budget(0.09, 32)
+        vtok.CoreTokens(layer=2).with_budget(0.03, 32)
     with pytest.raises(InvalidValue, match="drops no visual token"):
         vtok.CoreNeurons().with_budget(0.5, 32)
     model, processor = tiny("llava_next")

@@ -123,13 +123,15 @@ def test_views_apart(family):
                 torch.testing.assert_close(
                     torch.cat([x.flatten(0, 1) for x in ours]), projected[0].reshape(-1, theirs.shape[-1])
                 )
-        elif need == "encoder_keys":
+        elif need in ("encoder_keys", "encoder_mean_keys"):
             theirs = (
                 attention.k_norm(attention.k_proj(normed[index]))
                 if hasattr(attention, "k_norm")
                 else attention.k_proj(normed[index])
             )
             theirs = theirs[:, skip:]
+            if need == "encoder_mean_keys":
+                theirs = sum(theirs.chunk(attention.num_heads, -1)) / attention.num_heads
         elif need == "encoder_attention":
             theirs = maps[index].mean(1).sum(1)[:, skip:]
         elif need == "cls_probs":
@@ -222,6 +224,8 @@ def test_packed_sequences(family, make):
             qkv = block.attn.qkv(block.norm1(x["encoder_states", layer])).detach()  # [frames, P, 3 C]
             q, k, _ = qkv.chunk(3, -1)
             torch.testing.assert_close(x["encoder_keys", layer], k, atol=1e-5, rtol=1e-4)
+            mean = sum(k.chunk(block.attn.num_heads, -1)) / block.attn.num_heads
+            torch.testing.assert_close(x["encoder_mean_keys", layer], mean, atol=1e-5, rtol=1e-4)
             windowed = family == "qwen2_5_vl" and layer not in config.fullatt_block_indexes
             side = getattr(config, "window_size", 0) // config.patch_size
             together = torch.tensor(

@@ -130,7 +130,7 @@ def test_files(tmp_path):
 
 def test_options():
     assert vtok.Schedule().rates_at(32)[:2] == (1.0, 1.0)
-    assert vtok.Schedule().rates_at(8)[0] == 1.0 > vtok.Schedule().rates_at(8)[1]
+    assert vtok.Schedule().rates_at(8)[1] == 1.0 > vtok.Schedule().rates_at(8)[2]
     assert schedules.mean(vtok.Schedule().rates_at(32)) == pytest.approx(0.34)
     assert vtok.Schedule(rates=[1, 1, 0.5, 0.5]).schedule(4) == {1: 0.5}  # a plateau is one step
     assert vtok.Schedule(keep=1.0).is_identity and vtok.Schedule(rates=(1, 1)).is_identity
@@ -359,14 +359,24 @@ def test_a_schedule_of_ones_is_the_identity(family, rates):
 def test_budget_is_met(options):
     model, processor = tiny("llava_next")
     inputs = mixed(processor)
-    with vtok.patch(model, "schedule", budget=0.4, **options) as patch:
+    with vtok.patch(model, "schedule", budget=0.7, **options) as patch:
         run(model, inputs)
-        assert 0.3 < patch.trace.mean_keep <= 0.4
+        assert 0.58 < patch.trace.mean_keep <= 0.7
     with pytest.raises(InvalidValue, match="cannot be met"):
         vtok.patch(model, "schedule", budget=0.2, **options)
     with vtok.patch(model, "schedule", budget=1.0, **options) as patch:
         run(model, inputs)
         assert patch.trace.mean_keep == 1.0
+
+
+def test_a_budget_without_room_for_two_full_layers_is_refused():
+    with pytest.raises(InvalidValue, match="2 of 8 layers see all tokens, and a budget of 0.25 leaves next to nothing"):
+        vtok.Schedule().with_budget(0.25, 8)
+    with pytest.raises(InvalidValue, match="2 of 8 layers"):
+        vtok.Schedule().with_budget(0.2968, 8)  # 0.0624 is left for the others, a quarter of it is 0.0742
+    for budget, full, n in ((0.31, 2, 8), (0.25, 1, 8), (0.25, 2, 30), (0.1, 2, 30)):
+        rates = vtok.Schedule(first_full=full).with_budget(budget, n).rates_at(n)
+        assert rates[full - 1] == 1.0 > rates[full] and schedules.mean(rates) == pytest.approx(budget)
 
 
 def test_a_file_on_a_model_of_another_depth(tmp_path):
@@ -375,7 +385,7 @@ def test_a_file_on_a_model_of_another_depth(tmp_path):
     with vtok.patch(model, "schedule", file=tmp_path / "s.json") as patch:
         run(model, batch(processor, ["a # What?"], [picture(56, 56)]))
     expected = [math.ceil(16 * sum(LLAVA[i * 8 : i * 8 + 8]) / 8) for i in range(4)]
-    assert [patch.trace.n_kept_at(i)[0] for i in range(4)] == [16, *expected[1:]]
+    assert [patch.trace.n_kept_at(i)[0] for i in range(4)] == [16, 16, *expected[2:]]
 
 
 def test_equal_scores_go_to_the_earlier_token():

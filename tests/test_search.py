@@ -43,7 +43,7 @@ def test_gsearch_finds_what_is_needed(step):
 def test_gsearch_spends_its_tolerance_on_the_first_layers():
     """Greedy: by loops over all candidates, layer by layer."""
     expected, levels = [1.0] * 10, 64
-    for layer in range(1, 10):
+    for layer in range(2, 10):
         passing = [
             c / levels
             for c in range(1, round(expected[layer] * levels) + 1)
@@ -52,7 +52,7 @@ def test_gsearch_spends_its_tolerance_on_the_first_layers():
         expected[layer:] = [min(passing)] * (10 - layer)
     found = gsearch(shortfall, 10, tolerance=0.1)
     assert found == tuple(expected)
-    assert found[1] < 1 and found[2] < NEEDED[2]
+    assert found[1] == 1 and found[2] < NEEDED[2]
     assert shortfall(found) >= 0.9
     # a tolerance is a fraction of the score's magnitude: the same metric, ten times as high or below zero
     assert gsearch(lambda rates: 10 * shortfall(rates), 10, tolerance=0.1) == found
@@ -125,9 +125,9 @@ def test_psigmoid_of_one_parameter_is_a_grid(monkeypatch):
 
 
 def test_psigmoid_raises_the_amplitude_to_what_the_mean_needs():
-    _, tried = psigmoid(schedules.mean, 8, 0.7, k=1.0, evaluations=4)  # one full layer: (0.7 * 8 - 1) / 7
-    assert tried[0].a == pytest.approx(4.6 / 7)
-    assert tried[0].rates[1:] == pytest.approx([4.6 / 7] * 7, rel=1e-3)  # flat, as FastV's
+    _, tried = psigmoid(schedules.mean, 8, 0.7, k=1.0, evaluations=4)  # two full layers: (0.7 * 8 - 2) / 6
+    assert tried[0].a == pytest.approx(0.6)
+    assert tried[0].rates[2:] == pytest.approx([0.6] * 6, rel=1e-3)  # flat, as FastV's
     for low, high, mean in ((0.0625, 1.0, 0.05), (0.0625, 0.53125, 0.6)):
         with pytest.raises(InvalidValue, match=f"from {low:.4f} to {high:.4f}"):
             psigmoid(schedules.mean, 32, mean, a=None if high == 1 else 0.5, k=1.0)
@@ -329,7 +329,7 @@ def test_command_line(tmp_path):
         (("gsearch", "--questions", 1, "--tolerance", 2), "tolerance must be"),
         (("psigmoid", "--budget", 2), "--budget is a fraction"),
         (("psigmoid", "--budget", 0.5, "--k", 0), "--k is a number"),
-        (("psigmoid", "--budget", 0.1, "--questions", 1), "from 0.1250 to 1.0000"),
+        (("psigmoid", "--budget", 0.1, "--questions", 1), "from 0.2500 to 1.0000"),
     ],
 )
 def test_bad_input_is_one_line(words, complaint, tmp_path):

@@ -121,6 +121,12 @@ def test_how_many_are_merged():
     assert merged(4, 100, r=6, decreasing=True) == [12, 8, 4, 0]
     assert merged(1, 100, r=6, decreasing=True) == [6]
     assert merged(3, 100, r=(1, 0, 7)) == [1, 0, 7]
+    for n_blocks, r in ((12, 8), (24, 7), (15, 29), (1, 6)):  # the released code's, rewritten: of 29, 15 it makes a 28
+        step = -2 * r / (n_blocks - 1) if n_blocks > 1 else 0
+        slow = [math.trunc(2 * r + step * i) for i in range(n_blocks)] if n_blocks > 1 else [r]
+        assert merged(n_blocks, 4000, r=r, decreasing=True, official=True) == slow
+    assert sum(merged(12, 196, r=8, decreasing=True, official=True)) == 91 < 96
+    assert merged(12, 196, r=8, official=True) == [8] * 12
     for keep in (0.1, 0.25, 0.9, 3, 1.0):
         for n_blocks in (4, 23):
             for patches in (9, 196, 577):

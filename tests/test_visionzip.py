@@ -34,6 +34,7 @@ def seen(layout, b=2, group=1, width=6, channels=5, layer=None, seed=0):
         ("cls_probs", layer): rand(b, v, p).softmax(-1),
         ("encoder_attention", layer): rand(b, v, p).abs(),
         ("encoder_keys", layer): rand(b, v, p, channels),
+        ("encoder_mean_keys", layer): rand(b, v, p, channels),
     }
     return VisualTokens(rand(b, layout.n, width), layout, None, encoder)
 
@@ -60,7 +61,8 @@ def slow(tokens, compressor, group=1):
     layout = tokens.layout
     views = by_view(layout)
     name = {"cls": "cls_probs", "received": "encoder_attention"}[compressor.importance]
-    attention, keys = tokens.encoder[name, compressor.layer], tokens.encoder["encoder_keys", compressor.layer]
+    need = "encoder_mean_keys" if compressor.official else "encoder_keys"
+    attention, keys = tokens.encoder[name, compressor.layer], tokens.encoder[need, compressor.layer]
     n = layout.n
     total = min(n, max(1, compressor.keep if isinstance(compressor.keep, int) else math.floor(n * compressor.keep)))
     counts = share(total, [len(view) for view in views])
@@ -88,7 +90,7 @@ def slow(tokens, compressor, group=1):
                     into[token] = best
             for target, others in members.items():
                 x = tokens.features[b].double()
-                if compressor.merging == "mean":
+                if compressor.merging == "mean" and not compressor.official:
                     new[target] = (x[target] + sum(x[o] for o in others)) / (1 + len(others))
                 else:
                     new[target] = x[target] + (sum(x[o] for o in others) / len(others) if others else 0)
@@ -120,6 +122,7 @@ def test_against_a_slow_rewrite(name, keep):
     tokens = seen(LAYOUTS[name])
     check(tokens, vtok.VisionZip(keep=keep))
     check(tokens, vtok.VisionZip(keep=keep, contextual=0.5, importance="received", merging="add"))
+    check(tokens, vtok.VisionZip(keep=keep, contextual=0.5, official=True))
 
 
 @pytest.mark.parametrize("group", [4, 9])

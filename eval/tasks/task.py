@@ -36,7 +36,7 @@ class Question:
 @dataclass(frozen=True)
 class Item:
     index: int
-    media: str  # "image": all questions are about all `images`; "video": `images` are the frames of one clip
+    media: str  # as of the task; "video": `images` are the frames of one clip, else all questions are about all of them
     images: tuple[Image.Image, ...]  # RGB, sides multiples of 32
     questions: tuple[Question, ...]
     fps: float | None = None  # of a clip
@@ -50,7 +50,7 @@ class Task:
     name: str
     title: str
     version: int  # of the test set: a change to anything that moves a pixel or a question raises it
-    media: str  # "image" or "video"
+    media: str  # "image" or "video"; "words" (pictures for `smollm2-words` alone) or "text"
     chances: Mapping[str, float]  # category -> share that drawing one of its answers at random gets right
     count: int  # test items
     item: Callable[[str, int, int], Item]
@@ -109,7 +109,7 @@ def tasks() -> dict[str, Task]:
 
 def shown() -> dict[str, Task]:
     """Those of them that show pictures or clips."""
-    return {name: task for name, task in tasks().items() if task.media != "text"}
+    return {name: task for name, task in tasks().items() if task.media in ("image", "video")}
 
 
 def get(name: str) -> Task:

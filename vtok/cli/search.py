@@ -33,9 +33,7 @@ Questions = Annotated[int, typer.Option(metavar="N", min=1, help="Validation que
 Metric = Annotated[
     Literal["accuracy", "logprob"], typer.Option(help="Exact match of greedy answers, or nats, which are smoother.")
 ]
-FirstFull = Annotated[
-    int | None, typer.Option(metavar="N", help="Layers that see all tokens.  [default: 2, or 1 below 16 layers]")
-]
+FirstFull = Annotated[int, typer.Option(metavar="N", help="Layers that see all tokens.")]
 Compare = Annotated[
     int, typer.Option(metavar="N", min=0, help="Test scenes on which to compare with others at equal mean keep.")
 ]
@@ -152,7 +150,7 @@ def gsearch(
     metric: Metric = "accuracy",
     tolerance: Annotated[float, typer.Option(help="What may be lost, as a fraction of the full score.")] = TOLERANCE,
     step: Annotated[float, typer.Option(help="Distance of candidate rates, 1 / an integer.")] = STEP,
-    first_full: FirstFull = None,
+    first_full: FirstFull = schedules.FULL,
     group: Annotated[int, typer.Option(metavar="N", min=1, help="Layers that get one rate.")] = 1,
     max_evals: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many evaluations.")] = None,
     compare: Compare = 0,
@@ -189,7 +187,7 @@ def psigmoid(
     k: Annotated[float | None, typer.Option(help="Steepness per layer.  [default: searched]")] = None,
     evaluations: Annotated[int, typer.Option(metavar="N", min=1, help="Candidates in all.")] = EVALUATIONS,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the Bayesian optimisation.")] = 0,
-    first_full: FirstFull = None,
+    first_full: FirstFull = schedules.FULL,
     compare: Compare = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,

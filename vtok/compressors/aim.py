@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
+from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.merge import merge as merge_groups
 from vtok.kernels.pagerank import pagerank
@@ -28,9 +29,11 @@ class AIMMerge(PreLLM):
     keep: fraction or count, per picture, of the tokens after merging. A clip's frames are merged each alone, and so are
         a thumbnail and its crops.
     weighting: "plain" averages averages, as the official code does; "size" weights by how many tokens each stands for.
+    official: which tokens merge is as in the released code. There those that found no partner come first behind each
+        round, the most similar ahead, so that the next round pairs others; and round i merges at most t // 2^i of t.
     Differs from the paper: the last round merges as many as bring each plane exactly to its count; a merged token
-    stands where its odd token stood; tokens keep raster order; features are compared after the projector, also for
-    LLaVA-1.5, where the official code compares the encoder's keys before it.
+    stands where its odd token stood; tokens keep raster order, also between rounds unless `official`; features are
+    compared after the projector, also for LLaVA-1.5, where the official code compares the encoder's keys before it.
     """
 
     name = "aim_merge"
@@ -38,6 +41,7 @@ class AIMMerge(PreLLM):
     merges = True
 
     weighting: Literal["plain", "size"] = "plain"
+    official: bool = False
 
     def counts(self, layout: Layout) -> list[int]:
         """How many tokens of each plane stay."""
@@ -63,7 +67,7 @@ class AIMMerge(PreLLM):
             order[places] = torch.arange(done, done + len(places))
             done += len(places)
             x = features[:, places.to(features.device)].view(b * len(members), size, d)
-            alive, y, target, weight = merge(x, count, self.weighting)
+            alive, y, target, weight = merge(x, count, self.weighting, self.official)
             base = places.view(len(members), size)[:, :1].to(features.device)  # [m, 1] first token of each plane
             target = target.view(b, len(members), size)
             keep.append(alive.view(b, -1))
@@ -80,7 +84,9 @@ class AIMMerge(PreLLM):
         )
 
 
-def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def merge(
+    x: Tensor, count: int, weighting: str = "plain", official: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge x [B, t, D] in rounds of at most half of what is left, down to `count` tokens, 0 <= count <= t.
 
     Returns alive [B, t] bool, features [B, t, D] (dead rows as they were), into [B, t]: the living token that stands
@@ -94,22 +100,37 @@ def merge(x: Tensor, count: int, weighting: str = "plain") -> tuple[Tensor, Tens
     place = torch.arange(t, device=x.device).expand(b, t)  # [B, left] where each living token stands
     row = place  # [B, t] which of them stands for each token
     features, size, weight = x.float(), None, torch.ones(b, t, device=x.device)
+    most = t  # that a round merges
     while place.shape[1] > count:
-        left = place.shape[1]
-        r = min(left // 2, left - count)
-        source, target = bipartite_match(features, r)  # [B, r]
-        stays = torch.ones(b, left, dtype=torch.bool, device=x.device).scatter_(1, source, False)
-        group = stays.cumsum(1) - 1  # [B, left] the new row of each that stays, and of what it is merged into
+        left, most = place.shape[1], max(1, most // 2 if official else most)
+        r = min(left // 2, left - count, most)
+        source, target = bipartite_match(features, left // 2 if official else r)
+        order = _order(left, source, r, official)  # [B, left]
+        source, target = source[:, :r], target[:, :r]
+        group = torch.empty_like(order).scatter_(1, order, torch.arange(left, device=x.device).expand(b, -1))
+        # the new row of each that stays, and of what it is merged into
         group = group.scatter(1, source, group.gather(1, target))
         features, total = merge_groups(features, group, left - r, size)
         of_one = (features.new_ones(b, left) if size is None else size) / total.gather(1, group)  # [B, left] its share
         weight = weight * of_one.gather(1, row)
         size = total if weighting == "size" else None
-        place = place.gather(1, stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : left - r])
+        place = place.gather(1, order[:, : left - r])
         row = group.gather(1, row)
     alive = torch.zeros(b, t, dtype=torch.bool, device=x.device).scatter_(1, place, True)
     merged = x.scatter(1, place[..., None].expand(-1, -1, d), features.to(x.dtype))
     return alive, merged, place.gather(1, row), weight
+
+
+def _order(left: int, source: Tensor, r: int, official: bool) -> Tensor:
+    """[B, left] the tokens in the order in which the next round finds them, the first `r` of `source` behind all.
+
+    source: [B, at least r] even tokens, the most similar first; all but one that is over, where `official`."""
+    index = torch.arange(left, device=source.device)
+    key = index.expand(len(source), -1)
+    if official:  # even tokens in the order of their similarity, then odd ones
+        key = torch.where(index % 2 == 1, left + index, left - 1).expand(len(source), -1)
+        key = key.scatter(1, source, torch.arange(source.shape[1], device=source.device).expand_as(source))
+    return key.scatter(1, source[:, :r], 3 * left).argsort(dim=1, stable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +142,12 @@ class AIMPrune(InLLM):
         layer l2 - 1. The defaults are the paper's 14 and 22 of 28 layers; for Vicuna's 32 it has start=13, end=21.
         A start at the last layer or later drops nothing.
     tau, iters, damping, head_reduce: of the PageRank, as in the official code; the paper gives none of them.
+    votes: "all", the paper's PageRank, in which each token of the prompt votes. It does not know the question: in most of
+        SmolLM2's layers it finds what an answer needs no better than chance (docs/probe.md). "instruction", ours: the attention
+        that the text behind the first visual token pays, as in `schedule`.
     anchor: the token at which the prompt ends, see `InLLM`; later tokens have no vote.
+    Under a `budget` the whole schedule moves, and with it the layer from which on no visual token is left: in a decoder
+    of 8 layers a budget of 0.5 leaves none from layer 4 on, before such a model has read the picture.
     Differs from the paper: dropped tokens are gone, so they do not vote in later layers (the official code masks them
     and lets them vote). Several pictures a sample share one ranking. What goes wrong in the official code does not
     here: positions that jump back while decoding, NaN and dropped text with left padding, one sample's text length
@@ -142,6 +168,7 @@ class AIMPrune(InLLM):
     iters: AtLeast1 = 5
     damping: Annotated[float, In("[0, 1]")] = 0.0
     head_reduce: Literal["rms", "mean"] = "rms"
+    votes: Literal["all", "instruction"] = "all"
 
     is_identity: ClassVar[bool] = False
 
@@ -162,6 +189,10 @@ class AIMPrune(InLLM):
         return {layer: max(0.0, 1 - (layer - first + 1) / (last - first)) for layer in range(first, last)}
 
     def score(self, attention: Attention) -> Tensor:
+        if self.votes == "instruction":
+            return attention_column_sums(
+                attention.query, attention.key, attention.instruction, attention.scaling, attention.valid
+            )
         return pagerank(
             attention.query,
             attention.key,
@@ -201,7 +232,7 @@ class AIM(AIMPrune):
     """`AIMMerge` before the language model and `AIMPrune` in it, with the parameters of both.
 
     keep: the merge's ratio; the schedule comes on top.
-    weighting: of the merge, see `AIMMerge`.
+    weighting, official: of the merge, see `AIMMerge`.
     Differs from the paper: see the two.
     """
 
@@ -213,10 +244,11 @@ class AIM(AIMPrune):
 
     keep: Keep = field(default=0.25)
     weighting: Literal["plain", "size"] = "plain"
+    official: bool = False
 
     def parts(self) -> tuple[Compressor, ...]:
         own = {f.name: getattr(self, f.name) for f in fields(AIMPrune) if f.init}
-        return (AIMMerge(keep=self.keep, weighting=self.weighting), AIMPrune(**own))
+        return (AIMMerge(keep=self.keep, weighting=self.weighting, official=self.official), AIMPrune(**own))
 
     def with_budget(self, budget: float, n_layers: int) -> AIM:
         """The schedule as it is, and the merge's `keep` such that the two together are within the budget."""

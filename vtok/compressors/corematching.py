@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.errors import InvalidValue
-from vtok.options import AtLeast0, AtLeast1, Depth, Keep, Share
+from vtok.options import AtLeast1, Depth, Keep, Share
+from vtok.safe_layer import AtSafeLayer, LastFull
 from vtok.stages.decode import Decode
-from vtok.stages.llm import InLLM
 from vtok.types import Activations, ranks
 
 PAPER = "CoreMatching: A Co-adaptive Sparse Inference Framework for VLMs, arXiv 2505.19235"
@@ -104,15 +104,19 @@ def _find_core(activations: Activations, rho: float, beta: float, quota: str, vo
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoreTokens(InLLM):
+class CoreTokens(AtSafeLayer):
     """Keep the visual tokens that activate many of the prompt's core neurons, after an early decoder layer.
 
     rho, beta: a token votes for the strongest rho of its positive FFN activations; the beta of the layer's neurons with
         the most votes are the core.
-    layer: l, the layer (from 0) whose FFN decides; those behind it see core tokens only. Ours: the paper names none.
+    layer: l, the layer (from 0) whose FFN decides, or a fraction of the depth; those behind it see core tokens only.
+        "auto": the layer that a `probe` found safe. Ours: the paper names none, and the released code acts in layers 5
+        to 18 of 32. Earlier the activations do not tell yet what the question is about.
     inclusive: whether counts equal to the elbow's are kept; the official code drops them.
     reference: what a token's active neurons are counted against: "core", the core neurons; "last", the active ones of
-        the prompt's last token; "official", of the token four before it, as the released code does.
+        the prompt's last token; "official", of the token four before it, as the released code does. "last" is the
+        default since the core, to which picture tokens contribute most votes, ranks what an answer needs behind other
+        tokens: docs/probe.md compares the two, and the layers.
     voters: "all" tokens of the prompt, its "text", or its "last" token. Ours: the paper does not say.
     quota: see `votes`; "mean" is what CoreInfer's code does.
     per: one elbow a "sample", over all its pictures, or a "picture".
@@ -124,7 +128,8 @@ class CoreTokens(InLLM):
     draw attention; here dropped tokens are gone. Where the sorted counts are a straight line, all tokens stay.
     """
 
-    name = "core_tokens"
+    name = probed = "core_tokens"
+    before = False
     needs = frozenset({"ffn"})
     paper = PAPER
     adaptive = True
@@ -134,9 +139,9 @@ class CoreTokens(InLLM):
     keep: float = field(default=1.0, init=False, repr=False)  # the elbow says it
     rho: Share = 0.2
     beta: Share = 0.4
-    layer: AtLeast0 = 2
+    layer: LastFull = 0.45
     inclusive: bool = True
-    reference: Literal["core", "last", "official"] = "core"
+    reference: Literal["core", "last", "official"] = "last"
     voters: Voters = "all"
     quota: Quota = "token"
     per: Literal["sample", "picture"] = "sample"
@@ -153,17 +158,22 @@ class CoreTokens(InLLM):
     def is_identity(self) -> bool:
         return isinstance(self.min_keep, float) and self.min_keep == 1.0
 
-    def schedule(self, n_layers: int) -> dict[int, float | int | None]:
-        if self.layer >= n_layers - 1:
+    def at(self, n_layers: int) -> int:
+        """The layer that decides, of so many."""
+        layer = self.layer if isinstance(self.layer, int) else round(self.layer * n_layers)
+        if layer >= n_layers - 1:
             raise InvalidValue(
                 f"layer must be below the last of {n_layers} decoder layers, {n_layers - 1}, for a layer to see fewer "
                 f"tokens; got {self.layer}."
             )
-        return {self.layer: None}
+        return layer
 
-    def score(self, activations: Activations) -> Tensor:
-        """[B, L] bool: the core tokens."""
-        values, visual, picture = activations.values, activations.visual, activations.picture
+    def schedule(self, n_layers: int) -> dict[int, float | int | None]:
+        return {self.at(n_layers): None}
+
+    def rank(self, activations: Activations) -> Tensor:
+        """[B, L] long: how many neurons of the reference each token activates."""
+        values = activations.values
         reference = torch.zeros_like(values[:, 0], dtype=torch.bool)  # [B, F]
         if self.reference == "core":
             core = _find_core(activations, self.rho, self.beta, self.quota, self.voters)
@@ -172,8 +182,13 @@ class CoreTokens(InLLM):
             at = activations.anchor - (OFFICIAL_TOKEN if self.reference == "official" else 0)
             at = at.maximum(activations.prompt.to(torch.uint8).argmax(1))  # a prompt may be shorter
             reference = values.gather(1, at[:, None, None].expand(-1, 1, values.shape[2])).squeeze(1) > 0
+        return coactivation(values, reference)
+
+    def score(self, activations: Activations) -> Tensor:
+        """[B, L] bool: the core tokens."""
+        visual, picture = activations.visual, activations.picture
         b, length = visual.shape
-        counts, members = coactivation(values, reference)[:, None], visual[:, None]  # [B, 1, L]
+        counts, members = self.rank(activations)[:, None], visual[:, None]  # [B, 1, L]
         pictures = (picture.amax(1, keepdim=True) + 1).clamp(min=1)  # [B, 1]
         if self.per == "picture":
             members = members & (picture[:, None] == torch.arange(activations.pictures, device=picture.device)[:, None])
@@ -184,16 +199,17 @@ class CoreTokens(InLLM):
         return core_tokens(counts, members, self.inclusive, low, high).view(b, -1, length).any(1)
 
     def with_budget(self, budget: float, n_layers: int) -> CoreTokens:
-        """`max_keep` such that the mean is within the budget, whatever the elbow says."""
-        seen = self.layer + 1
-        self.schedule(n_layers)
-        most = (budget * n_layers - seen) / (n_layers - seen)
-        if most <= 0:
-            raise InvalidValue(
-                f"{seen} of {n_layers} layers see all tokens, so the mean is above {seen / n_layers:.3f}; a budget of "
-                f"{budget} cannot be met. Lower `layer` or raise the budget."
-            )
-        return replace(self, max_keep=min(1.0, most))
+        """`max_keep` such that the mean is within the budget, whatever the elbow says, at the latest layer up to
+        `layer` behind which at least a quarter of the budget is left; no other than `layer` where a probe found it."""
+        last = self.at(n_layers)
+        for layer in range(last, -1 if self.probe is None else last - 1, -1):
+            most = (budget * n_layers - layer - 1) / (n_layers - layer - 1)
+            if most >= budget / 4:
+                return replace(self, layer=layer, max_keep=min(1.0, most))
+        raise InvalidValue(
+            f"{layer + 1} of {n_layers} layers see all tokens, so a budget of {budget} cannot be met: it leaves next "
+            f"to nothing for the others. Raise it, or compress before the language model."
+        )
 
 
 def _bound(keep: float | int | None, n: Tensor, pictures: Tensor) -> Tensor | None:

@@ -33,10 +33,10 @@ class DART(FastV):
     Differs from the paper: the Euclidean norm, see `norm`; hidden states are those that enter the layer, where the
     official code takes those that leave it, under the weights of the decoder's last norm; where the count is no
     multiple, the first pivots keep one more, and the visual pivots count; pivots take their turn by the size of their
-    keys, where the official code goes through a Python set.
+    keys, where the official code goes through a Python set. Of these `norm="l1"` alone is an option.
     """
 
-    name = "dart"
+    name = probed = "dart"
     paper = (
         "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494"
     )

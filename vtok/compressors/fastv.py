@@ -8,28 +8,29 @@ from torch import Tensor
 
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
-from vtok.options import AtLeast1, Keep
-from vtok.stages.llm import InLLM
+from vtok.options import Keep
+from vtok.safe_layer import AtSafeLayer, FullLayers
 from vtok.types import Attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(InLLM):
+class FastV(AtSafeLayer):
     """Score: head-mean attention of the prompt's last token to each key, at decoder layer `layer - 1` (Section 4).
 
     keep: of the sample's visual tokens that remain after that layer.
-    layer: K of the paper, how many decoder layers see all tokens.
+    layer: K of the paper, how many decoder layers see all tokens; "auto", up to the layer that a `probe` found safe.
+        The paper's 2 is earlier than what `vtok probe` found safe in the models of docs/probe.md.
     anchor: whose attention counts, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: nothing known.
     """
 
-    name = "fastv"
+    name = probed = "fastv"
     needs = frozenset({"attention"})
     paper = "An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764"
     examples = ({}, {"keep": 2, "layer": 1}, {"anchor": "after_visual"})
 
     keep: Keep = 0.5
-    layer: AtLeast1 = 2
+    layer: FullLayers = 2
 
     def schedule(self, n_layers: int) -> dict[int, float | int]:
         if self.layer >= n_layers:
@@ -43,12 +44,18 @@ class FastV(InLLM):
         return rows.mean(1).squeeze(1)
 
     def with_budget(self, budget: float, n_layers: int) -> FastV:
-        """The latest layer, up to `layer`, after which at least a quarter of the budget is left to keep."""
+        """The latest layer, up to `layer`, after which at least a quarter of the budget is left to keep; no other than
+        `layer` where a probe found it."""
         self.schedule(n_layers)  # refuses a layer that there is not
-        for layer in range(self.layer, 0, -1):
+        for layer in range(self.layer, 0 if self.probe is None else self.layer - 1, -1):
             keep = (budget * n_layers - layer) / (n_layers - layer)
             if keep >= budget / 4:
                 return replace(self, layer=layer, keep=min(1.0, keep))
+        if self.probe is not None:
+            raise InvalidValue(
+                f"By {str(self.probe)!r} the first {self.layer} of {n_layers} layers have to see all tokens, so a "
+                f"budget of {budget} cannot be met. Raise it, give keep instead, or compress before the language model."
+            )
         raise InvalidValue(
             f"The first of {n_layers} layers sees all tokens, so a budget of {budget} cannot be met: it leaves "
             f"next to nothing for the others. Raise it, or compress before the language model."

@@ -24,7 +24,8 @@ class PyramidDrop(InLLM):
     stages: S of the paper. The first ones are a layer shorter where the depth is no multiple.
     anchor: whose attention counts, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: scores are the attention of each stage's last layer; the official code computes them
-    with the queries and keys of the layer that follows, on all that stage had.
+    with the queries and keys of the layer that follows, on all that stage had, and numbers the positions of what is
+    left anew in each stage, where tokens keep their own here. Neither is an option yet.
     """
 
     name = "pyramiddrop"

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_column_sums import attention_column_sums
-from vtok.options import AtLeast1, Fraction, In
+from vtok.options import Fraction, In
+from vtok.safe_layer import AtSafeLayer, FullLayers
 from vtok.search import schedules
-from vtok.stages.llm import InLLM
 from vtok.types import Attention
 
 MEAN = 0.34  # of the schedule that G-Search found for LLaVA-1.5-7B (Table 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(InLLM):
+class Schedule(AtSafeLayer):
     """Before layer i only rate[i] of the visual tokens that entered stay, those with most attention in layer i - 1.
 
     The attention is that of the instruction, the prompt's text behind its first visual token, summed over its tokens
@@ -37,19 +37,22 @@ class Schedule(InLLM):
         used as they are if it is left out, else those below 1 are scaled to this mean.
     a, k: amplitude and steepness per layer of P-Sigmoid.
     r_min: its lowest rate.
-    first_full: how many layers see all tokens. None: two, as in the paper; one in decoders of fewer than 16 layers.
+    first_full: how many layers see all tokens, two in the paper: the first layer ranks unlike all others; "auto", up
+        to the layer that a `probe` found safe. A `budget` that leaves less than a quarter of itself for the layers
+        behind them is refused.
     queries: "instruction", or "last" for the attention of the anchor alone, which is cheaper.
     rounding: of counts, "up" as in the paper, which leaves at least one token a sample, or "down". A `budget` rounds
         down, so that it is never exceeded.
     anchor: where the instruction ends, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: no code is published, and what the paper leaves open is ours: the range of P-Sigmoid's
-    parameters and their defaults, `r_min`, one full layer in shallow decoders, and what other depths get.
+    parameters and their defaults, `r_min`, and what other depths get.
     """
 
-    name = "schedule"
+    name = probed = "schedule"
+    acts = "first_full"
     needs = frozenset({"attention"})
     paper = "Searching Optimal Vision Token Reduction (G-Search, P-Sigmoid), arXiv 2412.00556"
-    examples = ({"rates": (1, 0.92, 0.89, 0.3)}, {"keep": 0.5})  # of 16 tokens the second of the steps drops none
+    examples = ({"rates": (1, 0.92, 0.89, 0.3)}, {"keep": 0.7})  # of 16 tokens the second of the steps drops none
 
     keep: Fraction | None = None
     file: str | os.PathLike[str] | None = None
@@ -57,7 +60,7 @@ class Schedule(InLLM):
     a: Annotated[float, In("(0, 10]")] = 1.0
     k: Annotated[float, In("(0, 100]")] = 0.5
     r_min: Annotated[float, In("[0, 1]")] = 0.0
-    first_full: AtLeast1 | None = None
+    first_full: FullLayers = schedules.FULL
     queries: Literal["instruction", "last"] = "instruction"
     rounding: Literal["up", "down"] = "up"
 
@@ -84,12 +87,11 @@ class Schedule(InLLM):
         """The share of the visual tokens that is present at each of `n_layers` layers."""
         if self.is_identity:
             return (1.0,) * n_layers
-        full = schedules.full_layers(n_layers) if self.first_full is None else self.first_full
         if self.given is None:
-            shape = {"n_layers": n_layers, "a": self.a, "k": self.k, "first_full": full, "r_min": self.r_min}
+            shape = {"n_layers": n_layers, "first_full": self.first_full, "r_min": self.r_min, "a": self.a, "k": self.k}
             keep = MEAN if self.keep is None else self.keep
             return schedules.sigmoid(midpoint=schedules.midpoint(keep, **shape), **shape)
-        rates = schedules.resampled(self.given, n_layers, full)
+        rates = schedules.resampled(self.given, n_layers, self.first_full)
         return rates if self.keep is None else schedules.scaled(rates, self.keep)
 
     def schedule(self, n_layers: int) -> dict[int, float | int]:
@@ -107,5 +109,12 @@ class Schedule(InLLM):
 
     def with_budget(self, budget: float, n_layers: int) -> Schedule:
         solved = replace(self, keep=float(budget), rounding="down")
-        solved.rates_at(n_layers)  # refuses a mean that cannot be met
+        rates = solved.rates_at(n_layers)  # refuses a mean that cannot be met
+        full = sum(rate == 1 for rate in rates)
+        if full < n_layers and (budget * n_layers - full) / (n_layers - full) < budget / 4:
+            raise InvalidValue(
+                f"{full} of {n_layers} layers see all tokens, and a budget of {budget:g} leaves next to nothing for "
+                f"the others. Raise it, or compress before the language model. first_full=1 goes further, and then "
+                f"drops by the ranking of the first layer, which is hardly better than chance."
+            )
         return solved

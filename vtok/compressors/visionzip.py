@@ -32,29 +32,39 @@ class VisionZip(PreLLM):
         sum.
     merging: "mean", a contextual token becomes the mean of its target and of those merged into it; "add", as in the
         released code, the target plus the mean of the others, about twice as long.
+    official: keys and merging as in the released code: keys are the mean over heads, and merging is "add". On pictures
+        without padding (LLaVA-1.5) it then keeps and merges what that code does.
     The targets lie evenly among the tokens that are not dominant; each other one goes to the target of the most similar
     key. The mean, taken in fp32, stands at the target's place.
     Differs from the paper: features are merged behind the projector instead of before it; keys are compared with their
-    heads next to each other, where the released code takes their mean; the CLS token itself, which the released code
-    hands on, is no visual token here and stays out.
+    heads next to each other, where the released code takes their mean (`official`); the CLS token itself, which the
+    released code hands on, is no visual token here and stays out. That code also hands on dominant tokens before
+    contextual ones under consecutive positions, where tokens keep their order and positions here (`renumber`); of
+    LLaVA-NeXT's pictures it drops the newlines and may choose padding, where newlines stay here and padding is gone.
     """
 
     name = "visionzip"
-    needs = frozenset({"cls_probs", "encoder_keys"})
+    needs = frozenset({"cls_probs", "encoder_keys", "encoder_mean_keys"})
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467"
     optional = {"cls_probs": {"importance": "received"}}
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     merges = True
-    examples = ({"keep": 0.4}, {"keep": 0.4, "importance": "received"})
+    examples = ({"keep": 0.4}, {"keep": 0.4, "importance": "received"}, {"keep": 0.4, "official": True})
 
     contextual: Annotated[float, In("[0, 1)")] = 10 / 64
     layer: EncoderLayer = None
     importance: Literal["cls", "received"] = "cls"
     merging: Literal["mean", "add"] = "mean"
+    official: bool = False
+
+    @property
+    def keys(self) -> str:
+        """The need that tokens are compared by."""
+        return "encoder_mean_keys" if self.official else "encoder_keys"
 
     @property
     def needs_now(self) -> frozenset[str]:
-        return frozenset({IMPORTANCE[self.importance], "encoder_keys"})
+        return frozenset({IMPORTANCE[self.importance], self.keys})
 
     @property
     def encoder_layers(self) -> dict[str, tuple[Layer, ...]]:
@@ -73,7 +83,7 @@ class VisionZip(PreLLM):
         with torch.no_grad():
             score = views.patches(tokens.read(IMPORTANCE[self.importance], self.layer)).float().sum(3)  # [B, V, T]
             score = score.nan_to_num(0.0).masked_fill(~views.valid, -math.inf)
-            keys = unit(unit(views.patches(tokens.read("encoder_keys", self.layer))).mean(3))  # [B, V, T, C]
+            keys = unit(unit(views.patches(tokens.read(self.keys, self.layer))).mean(3))  # [B, V, T, C]
             on_device = lambda numbers: torch.stack([torch.full((), i, device=device) for i in numbers])[:, None]
             top = ranks(score) < on_device(dominant)  # [B, V, T]
             rest = views.valid & ~top
@@ -90,7 +100,7 @@ class VisionZip(PreLLM):
         own = merged.gather(2, wide).float()  # [B, V, S, D]
         count = member.sum(2)[..., None]  # [B, V, S, 1]
         sums = member.transpose(2, 3) @ merged.float()
-        if self.merging == "mean":
+        if self.merging == "mean" and not self.official:
             of_own = of_each = 1 / (1 + count)
         else:
             of_own, of_each = torch.ones_like(count), 1 / count.clamp(min=1)

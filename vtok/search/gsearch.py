@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from vtok.errors import InvalidValue
-from vtok.search.schedules import Rates, full_layers
+from vtok.search.schedules import FULL, Rates
 
 TOLERANCE = 0.005
 STEP = 1 / 64
@@ -17,7 +17,7 @@ def gsearch(
     *,
     tolerance: float = TOLERANCE,
     step: float = STEP,
-    first_full: int | None = None,
+    first_full: int = FULL,
     group: int = 1,
     max_evals: int | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -29,17 +29,16 @@ def gsearch(
 
     evaluate: rates -> score, more is better. tolerance: what may be lost, as a fraction of the full model's score
     (of its magnitude, as log-probabilities are negative). step: the distance of candidate rates, 1 / an integer; the
-    lowest candidate is one step. first_full: layers that see all tokens, see `full_layers`. group: how many layers
+    lowest candidate is one step. first_full: layers that see all tokens, two in the paper. group: how many layers
     get one rate. max_evals: at most so many evaluations. progress: wraps the iteration over groups of layers.
 
     The tolerance, the step and these defaults are ours: the paper gives none.
     """
-    full = full_layers(n_layers) if first_full is None else first_full
     levels = _levels(step)
     if not 0 <= tolerance < 1:
         raise InvalidValue(f"tolerance must be a fraction in [0, 1), got {tolerance!r}")
-    if not 0 < full < n_layers:
-        raise InvalidValue(f"first_full must be below the number of decoder layers, {n_layers}, got {full!r}")
+    if not 0 < first_full < n_layers:
+        raise InvalidValue(f"first_full must be below the number of decoder layers, {n_layers}, got {first_full!r}")
     if group < 1 or (max_evals is not None and max_evals < 1):
         raise InvalidValue(f"group and max_evals must be at least 1, got {group!r} and {max_evals!r}")
     scores: dict[Rates, float] = {}
@@ -53,7 +52,7 @@ def gsearch(
     level = [levels] * n_layers  # in steps
     whole = score(level)
     enough = whole - tolerance * abs(whole) - 1e-12
-    for layer in progress(range(full, n_layers, group)):
+    for layer in progress(range(first_full, n_layers, group)):
         fails, passes = 0, level[layer]
         while passes - fails > 1 and (max_evals is None or len(scores) < max_evals):
             middle = (fails + passes) // 2

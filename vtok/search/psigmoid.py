@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from vtok.errors import InvalidValue, MissingExtra
-from vtok.search.schedules import Rates, full_layers, midpoint, sigmoid
+from vtok.search.schedules import FULL, Rates, midpoint, sigmoid
 
 A = (0.2, 1.0)  # range of the amplitude, raised where the mean could not be reached
 K = (0.05, 2.0)  # range of the steepness, searched on a log scale
@@ -32,7 +32,7 @@ def psigmoid(
     *,
     a: float | None = None,
     k: float | None = None,
-    first_full: int | None = None,
+    first_full: int = FULL,
     r_min: float = 0.0,
     evaluations: int = EVALUATIONS,
     seed: int = 0,
@@ -51,12 +51,13 @@ def psigmoid(
 
     The ranges, the numbers of evaluations and the acquisition are ours: the paper gives none.
     """
-    full = full_layers(n_layers) if first_full is None else first_full
-    shape = {"n_layers": n_layers, "first_full": full, "r_min": r_min}
+    shape = {"n_layers": n_layers, "first_full": first_full, "r_min": r_min}
     midpoint(mean_keep, a=A[1] if a is None else a, k=1.0, **shape)  # refuses what no candidate can meet
     if evaluations < 1:
         raise InvalidValue(f"evaluations must be at least 1, got {evaluations!r}")
-    reach = (mean_keep * n_layers - full) / (n_layers - full)  # the rate at which a flat schedule has the mean
+    reach = (mean_keep * n_layers - first_full) / (
+        n_layers - first_full
+    )  # the rate at which a flat schedule has the mean
     lowest = min(A[1], max(A[0], reach + 1e-9))
     tried: list[Candidate] = []
 

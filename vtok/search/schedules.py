@@ -17,6 +17,9 @@ from typing import Any
 from vtok.errors import InvalidValue
 
 Rates = tuple[float, ...]
+FULL = (
+    2  # layers that see all tokens, as in the paper: the ranking of the first layer says little of that of the others
+)
 
 
 def check(rates: Iterable[Any], what: str = "rates") -> Rates:
@@ -39,12 +42,6 @@ def check(rates: Iterable[Any], what: str = "rates") -> Rates:
 def mean(rates: Sequence[float]) -> float:
     """The mean over the layers: the share of the prompt's visual keys and values that the cache holds."""
     return math.fsum(rates) / len(rates)
-
-
-def full_layers(n_layers: int) -> int:
-    """How many layers see all tokens where nobody says: the paper's two; one in decoders of fewer than 16 layers, in
-    which two would be too much of the whole (ours)."""
-    return 2 if n_layers >= 16 else 1
 
 
 def sigmoid(n_layers: int, a: float, k: float, midpoint: float, first_full: int = 2, r_min: float = 0.0) -> Rates:

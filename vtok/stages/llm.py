@@ -14,6 +14,7 @@ from torch import Tensor
 from vtok.compressor import Compressor
 from vtok.engine import ffn
 from vtok.engine.cache import Rows
+from vtok.engine.columns import uniform
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
@@ -29,6 +30,8 @@ class InLLM(Compressor):
     anchor: whose attention or activations count: "prompt_end", the prompt's last token, or "after_visual", the first
         text token behind the last visual one, which every forward can find. Never "the last position": in a training
         forward that is a token of the answer.
+    ranking: "own", or "random", the control: as many tokens stay behind each layer, drawn by their places alone. What
+        a method gains over it is what its scores are worth.
     """
 
     stage = "llm"
@@ -36,6 +39,7 @@ class InLLM(Compressor):
     movable = True
 
     anchor: Literal["prompt_end", "after_visual"] = "prompt_end"
+    ranking: Literal["own", "random"] = "own"
 
     @property
     def reads_prompt_end(self) -> bool:
@@ -50,6 +54,13 @@ class InLLM(Compressor):
     def score(self, seen: Attention | Activations) -> Tensor:
         """[B, L] importance of each key at a layer of the schedule; only the entries of visual tokens are used. `seen`
         is what the compressor needs of the layer: "attention" or "ffn"."""
+
+    def rank(self, seen: Attention | Activations) -> Tensor:
+        """[B, L] by what tokens are ranked: the score, unless that says no more than which of them stay."""
+        return self.score(seen)
+
+    def check_depth(self, n_layers: int) -> None:
+        """Raise `InvalidValue` where an option was found on a decoder of another depth."""
 
     def remaining(self, n: int, keep: float | int, images: int) -> int:
         """How many of a sample's `n` visual tokens, those of `images` pictures, a value of `schedule()` means."""
@@ -86,6 +97,7 @@ class InLLMStage(Stage[InLLM]):
     def __init__(self, compressor: InLLM, site: Site) -> None:
         super().__init__(compressor, site)
         self.n_layers = len(site.layers)
+        compressor.check_depth(self.n_layers)
         self.schedule = dict(sorted(compressor.schedule(self.n_layers).items()))  # raises where the depth is too small
         self.by_ffn = "ffn" in compressor.needs_now
         if self.by_ffn:
@@ -165,16 +177,20 @@ class InLLMStage(Stage[InLLM]):
             kept = present.to(device).gather(1, rows.index) & rows.valid
             return kept, [text + n for text, n in zip(state.text, counts)]
         score = state.scores[layer].to(device).nan_to_num(-torch.inf).masked_fill(~visual, -torch.inf)
-        if budgets is None:  # as many as the score says: a wait for the device
-            kept = score > 0
-            counts = kept.sum(1).tolist()
-            return kept, [text + n for text, n in zip(state.text, counts)]
-        kept = torch.zeros_like(visual)
-        for t, budget in enumerate(zip(*budgets)):
-            mine = self._of_turn(p, rows, t, len(state.anchors)).to(device)
-            rank = ranks(score.masked_fill(~mine, -torch.inf))
-            kept |= mine & (rank < torch.tensor(budget, device=device)[:, None])
-        return kept, [text + sum(row) for text, row in zip(state.text, budgets)]
+        if self.compressor.ranking == "random":
+            drawn = drawn_by_place(p.rows[0].to(device), rows).masked_fill(~visual, -torch.inf)
+            score = drawn if budgets is not None else (score > 0).sum(1, keepdim=True) - ranks(drawn)
+        if budgets is None:  # as many as the score says
+            kept, counts = score > 0, None
+        else:
+            kept, counts = torch.zeros_like(visual), [sum(row) for row in budgets]
+            for t, budget in enumerate(zip(*budgets)):
+                mine = self._of_turn(p, rows, t, len(state.anchors)).to(device)
+                rank = ranks(score.masked_fill(~mine, -torch.inf))
+                kept |= mine & (rank < torch.tensor(budget, device=device)[:, None])
+        if any(state.schedule[before] is None for before in state.schedule if before <= layer):
+            counts = kept.sum(1).tolist()  # a wait for the device: a count may ask for more than a score left
+        return kept, [text + n for text, n in zip(state.text, counts)]
 
     def _of_turn(self, p: Pass, rows: Rows, turn: int, turns: int) -> Tensor:
         """[B, L] bool: the visual tokens of one turn."""
@@ -247,6 +263,14 @@ class InLLMStage(Stage[InLLM]):
         with p.stopwatch, torch.no_grad():
             seen = activations_until(state.anchors[0], values, rows, state.pictures, state.most)
             state.scores[visit.layer] = self.compressor.score(seen).float()
+
+
+def drawn_by_place(whole: Rows, rows: Rows) -> Tensor:
+    """[B, L] numbers in (0, 1) that depend on how far each token stands behind the first of its sample alone.
+
+    whole: what entered the first layer."""
+    first = whole.index.masked_fill(~whole.valid, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+    return uniform(0, rows.index - first)
 
 
 def activations_until(end: Tensor, values: Tensor, rows: Rows, pictures: Tensor, most: int) -> Activations:
