@@ -61,7 +61,7 @@ class Payoff:
     clock: seconds.
     """
 
-    def __init__(self, slack: float = 0.05, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, slack: float = 0.03, clock: Callable[[], float] = time.perf_counter) -> None:
         self.slack, self.clock = slack, clock
         self.plain: deque[float] = deque(maxlen=STEPS)
         self.drafted: dict[str, dict[int, deque[float]]] = {}  # kind of drafts -> how many -> seconds of the step

@@ -47,7 +47,7 @@ class SelfSpeculation(Decoder):
     length: at most so many drafts a step.
     ngram: whether n-gram drafts are taken where the text's last two tokens were there before.
     adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay; the view is
-        chosen once that takes less than the 5 % of the time so far that trying may lose. False chooses at once, and
+        chosen once that takes less than the 3 % of the time so far that trying may lose. False chooses at once, and
         drafts `length` tokens at each step.
     Differs from the paper: the cache of a compressed prompt is not computed, its columns are taken from the dense one,
     and those of the answer are dense too. Of methods that merge, the tokens that others were merged into are kept.
