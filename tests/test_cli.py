@@ -141,8 +141,8 @@ def test_panels_of_every_stage(folder):
         (["--device", "abacus"], "no device 'abacus'"),
         (["--device", "gpu"], "a GPU is called cuda"),
         (["--methods", "fastvv"], "Did you mean 'fastv'?"),
-        (["--methods", "fastv:layr=2"], "no option layr. Did you mean 'layer'? It has: anchor, keep, layer."),
-        (["--methods", "fastv:layer=two"], "fastv: layer must be an int >= 1, got 'two'"),
+        (["--methods", "fastv:layr=2"], "no option layr. Did you mean 'layer'? It has: anchor, keep, layer, probe, ranking."),
+        (["--methods", "fastv:layer=two"], "fastv: layer must be an int >= 1 or one of 'auto', got 'two'"),
         (["--methods", "visionzip:importance=mine"], "received"),
         (["--methods", "layer=2,fastv"], "'layer=2' is an option without a method"),
         (["--keep", "0.5", "--budget", "0.5"], "not both"),
@@ -523,7 +523,7 @@ def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
         monkeypatch.setattr(bars, bar, 1e9)
     monkeypatch.setattr(bars, "IDEAL_BARS", {"pre_llm": 0.0})
     monkeypatch.setattr(machine, "peak_memory", lambda device, work: (None, work()))
-    words = ["bench", "--workload", "toy", "--methods", "uniform,fastv,schedule", "--keep", "0.25,0.1", "--tokens", "2"]
+    words = ["bench", "--workload", "toy", "--methods", "uniform,fastv,schedule", "--keep", "0.7,0.1", "--tokens", "2"]
     words += ["--repetitions", "1", "--out", str(file)]
     result = CliRunner().invoke(cli.app, [*words, "--check"], env={"COLUMNS": str(WIDTH)})
     assert result.exit_code == 0, result.output
@@ -534,13 +534,13 @@ def test_the_benchmark_runs_and_judges(tmp_path, monkeypatch):
     assert stored["machine"]["command"] and stored["machine"]["commit"]
     for measured in stored["results"]:
         assert (tmp_path / f"bench-{measured['visual_tokens']}.png").stat().st_size > 10_000
-        names = ["dense", "keep=1.0", "uniform 0.25", "uniform 0.1", "fastv 0.25", "fastv 0.1", "schedule 0.25"]
+        names = ["dense", "keep=1.0", "uniform 0.7", "uniform 0.1", "fastv 0.7", "fastv 0.1", "schedule 0.7"]
         assert list(measured["variants"]) == names
         for row in measured["variants"].values():
             assert row["kv_bytes"] == row["kv_bytes_formula"] > 0
             phases = ("encoder", "projector", "prefill", "decode", "first_decode")
             assert all(row[f"{phase}_seconds"]["min"] > 0 for phase in phases)
-        assert measured["variants"]["uniform 0.25"]["ideal_speedup"] > 1
+        assert measured["variants"]["uniform 0.7"]["ideal_speedup"] > 1
     monkeypatch.setattr(bars, "OVERHEAD_BAR", -1e9)
     assert CliRunner().invoke(cli.app, [*words, "--check"]).exit_code == 1
 

@@ -162,8 +162,8 @@ def _answer(
     row = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     decoder = how.get("custom_generate")
-    if decoder is None:  # a check of n rows has n - 1 drafts
-        steps, drafted = len(rows), sum(n - 1 for n in rows[1:])
+    if decoder is None:  # a check of n rows has n - 1 drafts; the first may read the prompt, too
+        steps, drafted = len(rows), rows[0] - inputs["input_ids"].shape[1] + sum(n - 1 for n in rows[1:])
         accepted = len(ids) - steps if drafted else 0
     else:
         steps, drafted, accepted = decoder.stats.steps, decoder.stats.drafted, decoder.stats.accepted

@@ -166,7 +166,7 @@ def _variants(
 ) -> tuple[Variants, dict[str, str]]:
     """What is measured, and why some of it cannot be. Raises `InvalidValue` for a method that never runs here."""
     found = available()
-    names = supported(model, methods)
+    names = list({*supported(model, methods), *supported(model, methods, keep=max(keeps))})
     if methods is not None and (wrong := [name for name in methods if name not in names]):
         raise InvalidValue(
             f"{', '.join(wrong)} cannot be measured on {family}; there are: {', '.join(supported(model))}."

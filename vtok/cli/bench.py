@@ -128,7 +128,7 @@ def cache(
 
     \b
     Example:
-      vtok bench cache --methods snapkv,kvzip --budgets 0.3 --prompts 1024 --out cache.json
+      vtok bench cache --methods snapkv,kvzip --prompts 1024 --out cache.json
     """
     chosen, shares = options.chosen(methods or None, None), options.numbers(budgets, float, "--budgets")
     lengths = options.numbers(prompts, int, "--prompts")

@@ -17,9 +17,7 @@ from typing import Any
 from vtok.errors import InvalidValue
 
 Rates = tuple[float, ...]
-FULL = (
-    2  # layers that see all tokens, as in the paper: the ranking of the first layer says little of that of the others
-)
+FULL = 2  # layers that see all tokens, as in the paper: the first layer ranks unlike the others
 
 
 def check(rates: Iterable[Any], what: str = "rates") -> Rates:
