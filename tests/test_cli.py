@@ -141,7 +141,7 @@ def test_panels_of_every_stage(folder):
         (["--device", "abacus"], "no device 'abacus'"),
         (["--device", "gpu"], "a GPU is called cuda"),
         (["--methods", "fastvv"], "Did you mean 'fastv'?"),
-        (["--methods", "fastv:layr=2"], "no option layr. Did you mean 'layer'? It has: anchor, keep, layer, probe, ranking."),
+        (["--methods", "fastv:layr=2"], "Did you mean 'layer'? It has: anchor, keep, layer, probe, ranking."),
         (["--methods", "fastv:layer=two"], "fastv: layer must be an int >= 1 or one of 'auto', got 'two'"),
         (["--methods", "visionzip:importance=mine"], "received"),
         (["--methods", "layer=2,fastv"], "'layer=2' is an option without a method"),

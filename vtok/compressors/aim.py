@@ -142,9 +142,9 @@ class AIMPrune(InLLM):
         layer l2 - 1. The defaults are the paper's 14 and 22 of 28 layers; for Vicuna's 32 it has start=13, end=21.
         A start at the last layer or later drops nothing.
     tau, iters, damping, head_reduce: of the PageRank, as in the official code; the paper gives none of them.
-    votes: "all", the paper's PageRank, in which each token of the prompt votes. It does not know the question: in most of
-        SmolLM2's layers it finds what an answer needs no better than chance (docs/probe.md). "instruction", ours: the attention
-        that the text behind the first visual token pays, as in `schedule`.
+    votes: "all", the paper's PageRank, in which each token of the prompt votes. It does not know the question: in most
+        of SmolLM2's layers it finds what an answer needs no better than chance (docs/probe.md). "instruction", ours:
+        the attention that the text behind the first visual token pays, as in `schedule`.
     anchor: the token at which the prompt ends, see `InLLM`; later tokens have no vote.
     Under a `budget` the whole schedule moves, and with it the layer from which on no visual token is left: in a decoder
     of 8 layers a budget of 0.5 leaves none from layer 4 on, before such a model has read the picture.
