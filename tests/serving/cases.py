@@ -12,7 +12,8 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
     "CUDA_VISIBLE_DEVICES": "",
 }
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -23,10 +24,11 @@ from PIL import Image
 
 import vtok
 from vtok import adapter, zoo
-from vtok.serving.settings import as_file
+from vtok.serving.settings import Settings, as_file
 
 TOKENS = 12
-QUESTION = "What does the label say?"
+QUESTION = "What does the label say? Is it red, green or blue? Say yes or no, and then describe the clip."
+BLOCK = 32  # tokens of the smallest block of the cache that vLLM's CPU attention takes
 SIZES = ((64, 120), (130, 70), (96, 96), (60, 200))  # (height, width): wide, tall, square, a banner
 
 
@@ -83,7 +85,7 @@ class Asked:
 
     def to_transformers(self, processor: Any) -> Any:
         if self.clip is None:
-            return processor(text=[self.text], images=list(self.images), return_tensors="pt")
+            return processor(text=[self.text], images=list(self.images) or None, return_tensors="pt")
         metadata = [{key: value for key, value in self.metadata.items() if key != "duration"}]
         return processor(
             text=[self.text], videos=[self.clip], return_tensors="pt", video_metadata=metadata, do_sample_frames=False
@@ -107,7 +109,20 @@ def engine(model: str | Path, setting: dict[str, Any] | None, **options: Any) ->
     limits = {"image": 4, "video": 1} if kind.startswith("qwen") else {"image": 4}
     base = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True}
     overrides = {} if setting is None else {"vtok": setting}
-    return LLM(model=str(model), hf_overrides=overrides, limit_mm_per_prompt=limits, **(base | options))
+    return LLM(
+        model=str(model), hf_overrides=overrides, limit_mm_per_prompt=limits, block_size=BLOCK, **(base | options)
+    )
+
+
+def switch(llm: Any, setting: dict[str, Any]) -> None:
+    """Give a running engine, in this process, other settings; its caches must know them apart by themselves."""
+
+    def of_model(model: Any) -> None:
+        model.config.vtok = setting
+        model.vtok = Settings.of(model.config)
+
+    llm.llm_engine.model_config.hf_config.vtok = setting
+    llm.apply_model(of_model)
 
 
 def served(llm: Any, asked: list[Asked]) -> list[Answer]:

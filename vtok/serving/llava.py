@@ -15,18 +15,14 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtok.adapter import projected
 from vtok.adapters.clip_tower import CLASS_TOKENS
 from vtok.serving.positions import Run, prompt_positions
+from vtok.serving.processing import CountingProcessor, SaltedInfo
 from vtok.serving.served import Served, VllmTower, keep_rows, of_pictures, reading
 from vtok.serving.settings import Settings
 from vtok.types import Layout
 
 
-class InfoOfLlava:
-    """Ahead of vLLM's processing info: how many placeholders a picture has. Sizes of encoders stay the dense ones."""
-
-    @property
-    def model_id(self) -> str:
-        settings = Settings.of(self.get_hf_config())
-        return super().model_id if settings is None else settings.salt(super().model_id)
+class InfoOfLlava(SaltedInfo):
+    """How many placeholders a picture has."""
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         settings = Settings.of(self.get_hf_config())
@@ -94,10 +90,8 @@ class ServedLlava(Served):
     def dense_rows(self, feature: Any) -> int:
         """How many placeholders a picture of a request has in the dense prompt."""
         data = feature.data or {}
-        if "image_embeds" in data:
-            return feature.mm_position.length
-        size = data["image_sizes"].data.flatten().tolist() if "image_sizes" in data else None
-        return self.vtok.layout_of_size(self.config, size).n_rows
+        made_elsewhere = "image_embeds" in data
+        return feature.mm_position.length if made_elsewhere else self.vtok.layout(self.config, "image", data).n_rows
 
     def place_media(self, positions: Tensor, at: Tensor, local: Tensor, media: Tensor) -> None:
         positions[0, at] = positions[1, at] + local[0]
@@ -115,13 +109,20 @@ class ServedLlava(Served):
         return super().load_weights((old(name), weight) for name, weight in weights)
 
 
+class Processor(CountingProcessor, vllm.LlavaMultiModalProcessor):
+    pass
+
+
 def info(ctx: Any) -> Any:
-    stock = vllm._build_llava_or_pixtral_hf_info(ctx)
+    stock = vllm._build_llava_or_pixtral_hf_info(ctx)  # towers of Pixtral are refused where there are settings
     return Info(ctx) if isinstance(stock, vllm.LlavaProcessingInfo) else stock
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    vllm._build_llava_or_pixtral_hf_processor, info=info, dummy_inputs=vllm.LlavaDummyInputsBuilder
-)
+def processor(info: Any, dummy_inputs: Any) -> Any:
+    build = Processor if isinstance(info, Info) else vllm._build_llava_or_pixtral_hf_processor
+    return build(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(processor, info=info, dummy_inputs=vllm.LlavaDummyInputsBuilder)
 class Llava(ServedLlava, vllm.LlavaForConditionalGeneration):
     stock = vllm.LlavaForConditionalGeneration

@@ -11,6 +11,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 
 from vtok.serving.llava import InfoOfLlava, ServedLlava
+from vtok.serving.processing import CountingProcessor
 from vtok.serving.settings import Settings
 
 
@@ -21,15 +22,15 @@ class Info(InfoOfLlava, vllm.LlavaNextProcessingInfo):
         settings = Settings.of(config)
         if settings is None:
             return super().get_image_size_with_most_features()
-        height, width = max(
-            config.image_grid_pinpoints, key=lambda size: settings.layout_of_size(config, size).n_rows
-        )
+        height, width = max(config.image_grid_pinpoints, key=lambda size: settings.layout_of_size(config, size).n_rows)
         return ImageSize(width=width, height=height)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    vllm.LlavaNextMultiModalProcessor, info=Info, dummy_inputs=LlavaDummyInputsBuilder
-)
+class Processor(CountingProcessor, vllm.LlavaNextMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
 class LlavaNext(ServedLlava, vllm.LlavaNextForConditionalGeneration):
     stock = vllm.LlavaNextForConditionalGeneration
 

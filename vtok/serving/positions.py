@@ -38,7 +38,7 @@ class Run:
 
 
 def prompt_positions(length: int, runs: Sequence[Run]) -> tuple[Tensor, int]:
-    """Of a prompt of `length` tokens with one-dimensional RoPE: three rows [3, length], and the length of the dense one.
+    """Of a prompt of `length` tokens under one-dimensional RoPE: three rows [3, length]; and the dense one's length.
 
     Row 0: the position; a picture's tokens have that of its first. Row 1: where the picture begins. Row 2: where the
     answer begins, the same at all. Rows 1 and 2 never change, so that row 0 can be written again and again."""

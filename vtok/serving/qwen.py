@@ -15,20 +15,16 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.multimodal.processing import PromptReplacement
 
 from vtok.serving.positions import Run, base_of, dense_prompt
+from vtok.serving.processing import CountingProcessor, SaltedInfo
 from vtok.serving.served import Served, keep_rows
 from vtok.serving.settings import Settings
 from vtok.types import Layout
 
 
-class InfoOfQwen:
-    """Ahead of vLLM's processing info: how many placeholders a picture has, wherever vLLM reckons with them."""
+class InfoOfQwen(SaltedInfo):
+    """How many placeholders a picture has, wherever vLLM reckons with them."""
 
     dense = False  # within `_get_max_video_frames`
-
-    @property
-    def model_id(self) -> str:
-        settings = Settings.of(self.get_hf_config())
-        return super().model_id if settings is None else settings.salt(super().model_id)
 
     def _get_vision_info(self, **kwargs: Any) -> tuple[Any, int]:
         size, n = super()._get_vision_info(**kwargs)
@@ -37,9 +33,8 @@ class InfoOfQwen:
         if settings is None or self.dense:
             return size, n
         vision, modality = config.vision_config, kwargs.get("modality") or "image"
-        high, wide = size.height // vision.patch_size, size.width // vision.patch_size
-        grid = [n * vision.spatial_merge_size**2 // (high * wide), high, wide]
-        return size, settings.rows(layout_of(settings, config, modality, torch.tensor([grid])))
+        frames = n * (vision.patch_size * vision.spatial_merge_size) ** 2 // (size.height * size.width)
+        return size, settings.rows(layout_of(settings, config, modality, frames, size))
 
     def _get_max_video_frames(self, *args: Any, **kwargs: Any) -> int:
         """It adds frames until a clip has too many tokens: never, where a count is kept."""
@@ -49,20 +44,19 @@ class InfoOfQwen:
         finally:
             self.dense = False
 
-
     def largest_layout(self, settings: Settings) -> Layout:
-        vision, size = self.get_hf_config().vision_config, self.get_image_size_with_most_features()
-        grid = torch.tensor([[1, size.height // vision.patch_size, size.width // vision.patch_size]])
-        return layout_of(settings, self.get_hf_config(), "image", grid)
+        return layout_of(settings, self.get_hf_config(), "image", 1, self.get_image_size_with_most_features())
 
 
-def layout_of(settings: Settings, config: Any, modality: str, grid: Tensor) -> Layout:
-    """Of a picture or clip, grid [1, 3] (frames, rows, columns) of patches."""
+def layout_of(settings: Settings, config: Any, modality: str, frames: int, size: Any) -> Layout:
+    """Of a picture or clip of a size in pixels that vLLM has fitted to the patches."""
+    patch = config.vision_config.patch_size
+    grid = torch.tensor([[frames, size.height // patch, size.width // patch]])
     return settings.layouts(config, modality, {f"{modality}_grid_thw": grid})[0]
 
 
-class ProcessorOfQwen:
-    """Ahead of vLLM's processor: as many placeholders as tokens stay."""
+class ProcessorOfQwen(CountingProcessor):
+    """As many placeholders as tokens stay."""
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
@@ -73,7 +67,7 @@ class ProcessorOfQwen:
 
         def placeholders(i: int, modality: str, token: int) -> list[int]:
             item = out_mm_kwargs[modality][i]
-            layout = layout_of(settings, config, modality, item[f"{modality}_grid_thw"].data.reshape(1, 3))
+            layout = settings.layout(config, modality, item)
             made_elsewhere = f"{modality}_embeds" in item
             return [token] * (layout.n_rows if made_elsewhere else settings.rows(layout))
 
@@ -145,8 +139,7 @@ class ServedQwen(Served):
 
     def dense_rows(self, feature: Any) -> int:
         """How many placeholders a picture or clip of a request has in the dense prompt."""
-        grid = feature.data[f"{feature.modality}_grid_thw"].data
-        return int(grid.prod()) // self.config.vision_config.spatial_merge_size**2
+        return self.vtok.layout(self.config, feature.modality, feature.data).n_rows
 
     def place_media(self, positions: Tensor, at: Tensor, local: Tensor, media: Tensor) -> None:
         positions[:, at] = base_of(positions, media, at) + local

@@ -135,9 +135,7 @@ def reading(compressor: Compressor, tower: Tower, blocks: Sequence[nn.Module]) -
         yield seen
 
 
-def of_pictures(
-    seen: dict[Read, list[Tensor]], tower: Tower, layouts: Sequence[Layout]
-) -> list[dict[Read, Tensor]]:
+def of_pictures(seen: dict[Read, list[Tensor]], tower: Tower, layouts: Sequence[Layout]) -> list[dict[Read, Tensor]]:
     """What was read, for each picture (need, layer) -> [V, P, ...]."""
     split = [tower.arrange(torch.cat(parts), layouts) for parts in seen.values()]
     return [dict(zip(seen, parts)) for parts in zip(*split)] if split else [{}] * len(layouts)

@@ -6,6 +6,7 @@ one compressor spelt out, {"compressor": "divprune", "keep": 0.25}. This file kn
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -54,8 +55,13 @@ class Settings:
         self.adapter.check(config)
         shown = self.family.shows & self.adapter.available(config)
         if missing := sorted(self.compressor.needs_now - shown):
-            hint = "".join(f" {self.compressor.hints[x]}" for x in missing if x in self.compressor.hints)
-            raise _refusal(self.compressor, f"needs {', '.join(missing)}, which {self.adapter.family} lacks here.{hint}")
+            ways = [self.compressor.optional.get(need, {}) for need in missing]
+            hints = [self.compressor.hints[need] for need, way in zip(missing, ways) if way and self._helps(way, shown)]
+            reason = f"needs {', '.join(missing)}, which vLLM's {self.adapter.family} does not show."
+            raise _refusal(self.compressor, " ".join([reason, *hints]))
+
+    def _helps(self, options: dict[str, Any], shown: frozenset[str]) -> bool:
+        return dataclasses.replace(self.compressor, **options).needs_now <= shown
 
     def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """One a picture, see `Adapter.layouts`."""
@@ -67,6 +73,12 @@ class Settings:
     def rows(self, layout: Layout) -> int:
         """How many placeholders of a picture stay, its separators among them."""
         return self.compressor.count(layout) + layout.n_rows - layout.n
+
+    def layout(self, config: Any, modality: str, data: Mapping[str, Any]) -> Layout:
+        """Of one picture or clip, as vLLM holds it: name -> what has its tensor as `data`."""
+        one = lambda key: data[key].data.reshape(1, -1)  # a grid, or a size
+        told = {key: one(key) for key in data if key.endswith(("_grid_thw", "image_sizes"))}
+        return self.layouts(config, modality, {"pixel_values": [None], **told})[0]
 
     def layout_of_size(self, config: Any, size: Sequence[int] | None) -> Layout:
         """Of a picture of `size` (height, width), which families of one view need not be told."""

@@ -1,4 +1,4 @@
-"""What happens before a server loads its model: it is refused what it cannot do, and told what it has to reckon with."""
+"""What happens before a server loads its model: what it cannot do is refused, what it has to reckon with is set."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def prepare_engine(settings: Settings, vllm_config: Any) -> None:
             "tensor or data parallelism."
         )
     if lora is not None and lora.enable_tower_connector_lora:
-        raise Unsupported("LoRA on the vision tower counts a picture's tokens from its placeholders: give it up or vtok.")
+        raise Unsupported("LoRA on the vision tower counts its tokens by placeholders, of which vtok leaves too few.")
     largest = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).largest_layout(settings)
     scheduler = vllm_config.scheduler_config
     scheduler.max_num_encoder_input_tokens = int(scheduler.max_num_encoder_input_tokens / settings.times(largest))
@@ -92,7 +92,7 @@ def prepare_engine(settings: Settings, vllm_config: Any) -> None:
 
 
 def mend_cpu_runner() -> None:
-    """vLLM's runner for CPUs (0.31 to 0.33) never looks whether a model drops tokens, and so never asks for positions."""
+    """Of vLLM 0.31 to 0.33, whose runner for CPUs never looks whether a model drops tokens, nor asks for positions."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
