@@ -13,7 +13,8 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -26,7 +27,7 @@ import vtok
 from vtok import adapter, zoo
 from vtok.serving.settings import Settings, as_file
 
-TOKENS = 12
+TOKENS = 8
 QUESTION = "What does the label say? Is it red, green or blue? Say yes or no, and then describe the clip."
 BLOCK = 32  # tokens of the smallest block of the cache that vLLM's CPU attention takes
 SIZES = ((64, 120), (130, 70), (96, 96), (60, 200))  # (height, width): wide, tall, square, a banner

@@ -39,19 +39,13 @@ def of_transformers(place):
     ).eval(), AutoProcessor.from_pretrained(place)
 
 
-def alone(processor):
-    """A picture each, of several shapes."""
-    return [Asked(cases.prompt(processor, ["image"]), (picture,)) for picture in cases.pictures()]
-
-
-def mixed(processor):
-    """Up to three pictures in a prompt, with and without text between them, one of them twice."""
-    a, b, c, d, _ = cases.pictures()
-    parts = ["image", " and ", "image", "image"]
+def pictures(processor):
+    """One to three in a prompt, of several shapes, with and without text between them, one of them twice; and none."""
+    label, wide, tall, square, banner = cases.pictures()
     return [
-        Asked(cases.prompt(processor, ["image", "image"]), (a, b)),
-        Asked(cases.prompt(processor, parts), (c, c, d)),
-        Asked(cases.prompt(processor, ["image"]), (d,)),
+        Asked(cases.prompt(processor, ["image"]), (label,)),
+        Asked(cases.prompt(processor, ["image", "image"]), (wide, tall)),
+        Asked(cases.prompt(processor, ["image", " and ", "image", "image"]), (square, square, banner)),
         Asked(cases.prompt(processor, []), ()),
     ]
 
@@ -76,9 +70,7 @@ def test_it_answers_as_the_patched_model_does(family, folder, start):
     seen = set()
     for setting in METHODS[family]:
         cases.switch(llm, setting)
-        asked = alone(processor) + mixed(processor) + (clips(processor) if "qwen" in family else [])
-        if setting["compressor"] == "globalcom2":
-            asked = [each for each in asked if each.clip is None]
+        asked = pictures(processor) + (clips(processor) if "qwen" in family else [])
         expected = cases.reference(model, processor, setting, asked)
         first = cases.served(llm, asked)
         assert cases.difference(first, expected) < CLOSE, setting

@@ -76,8 +76,9 @@ def places_of(media: Tensor, done: int, n: int) -> Tensor:
 
 
 def base_of(positions: Tensor, media: Tensor, at: Tensor) -> Tensor:
-    """[axes, n] where the pictures of the tokens at `at` [n] begin under M-RoPE: one behind the last text before them.
+    """[axes, n] where the pictures of the tokens at `at` [n] begin under M-RoPE: one behind the last text before, or 0.
 
     positions: [axes, length], of which only text is looked at. media: [length] bool, the tokens of pictures."""
     text = torch.arange(len(media), device=media.device).masked_fill(media, -1)
-    return positions[:, text.cummax(0).values[at]] + 1
+    before = text.cummax(0).values[at]
+    return torch.where(before < 0, 0, positions[:, before] + 1)

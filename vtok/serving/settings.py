@@ -109,7 +109,7 @@ class Settings:
 def _read(text: str, model_type: str) -> Settings:
     if model_type not in FAMILIES:
         raise Unsupported(f"vtok serves {', '.join(FAMILIES)} with vLLM, not {model_type}.")
-    parts = configs.load(as_file(json.loads(text)))
+    parts = [part for item in configs.load(as_file(json.loads(text))) for part in item.parts()]
     if len(parts) > 1:
         names = " + ".join(part.name for part in parts)
         raise Unsupported(f"vtok serves one compressor, which acts before the language model, not {names}.")
