@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {
@@ -18,6 +19,13 @@ os.environ |= {
     "CUDA_VISIBLE_DEVICES": "",
 }
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+if os.environ.get("RUNNER") == "v2":
+    # vLLM's second model runner is written in Triton, of which there is no wheel for CPUs: its kernels run in Triton's
+    # interpreter, which only has to be let believe that there is a backend.
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    import triton.backends
+
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 
 import numpy as np
 import torch
@@ -126,11 +134,11 @@ def switch(llm: Any, setting: dict[str, Any]) -> None:
     llm.apply_model(of_model)
 
 
-def served(llm: Any, asked: list[Asked]) -> list[Answer]:
+def served(llm: Any, asked: list[Asked], tokens: int = TOKENS) -> list[Answer]:
     """What vLLM answers to requests that come together."""
     from vllm import SamplingParams
 
-    how = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=1)
+    how = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=1)
     with_metadata = llm.llm_engine.model_config.hf_config.model_type != "qwen2_vl"
     answers = []
     for given in llm.generate([x.to_vllm(with_metadata) for x in asked], how, use_tqdm=False):
@@ -140,7 +148,9 @@ def served(llm: Any, asked: list[Asked]) -> list[Answer]:
     return answers
 
 
-def reference(model: Any, processor: Any, setting: dict[str, Any] | None, asked: list[Asked]) -> list[Answer]:
+def reference(
+    model: Any, processor: Any, setting: dict[str, Any] | None, asked: list[Asked], tokens: int = TOKENS
+) -> list[Answer]:
     """What the same checkpoint answers in transformers, patched, one request at a time."""
     handle = None if setting is None else vtok.patch(model, config=as_file(setting))
     answers = []
@@ -149,7 +159,7 @@ def reference(model: Any, processor: Any, setting: dict[str, Any] | None, asked:
         with torch.no_grad():
             out = model.generate(
                 **inputs,
-                max_new_tokens=TOKENS,
+                max_new_tokens=tokens,
                 do_sample=False,
                 eos_token_id=-1,
                 output_logits=True,

@@ -1,6 +1,7 @@
 """vLLM with the plug-in against `vtok.patch` in transformers: the same greedy tokens, log-probabilities within 1e-4."""
 
 import functools
+import os
 
 import cases
 import numpy as np
@@ -66,7 +67,7 @@ def clips(processor):
 def test_it_answers_as_the_patched_model_does(family, folder, start):
     place = cases.checkpoint(family, folder)
     model, processor = of_transformers(place)
-    llm = start(place, METHODS[family][0] | {"keep": 0.1}, max_num_batched_tokens=64)  # so that prompts come in chunks
+    llm = start(place, METHODS[family][0] | {"keep": 0.5}, max_num_batched_tokens=64)  # so that prompts come in chunks
     seen = set()
     for setting in METHODS[family]:
         cases.switch(llm, setting)
@@ -79,3 +80,16 @@ def test_it_answers_as_the_patched_model_does(family, folder, start):
         assert all(answer.cached >= cases.BLOCK for answer in again)
         seen |= {answer.tokens for answer in first}
     assert len(seen) > len(METHODS[family])  # the models are not blind
+
+
+@pytest.mark.skipif(os.environ.get("RUNNER") != "v2", reason="the second model runner has a run of its own: RUNNER=v2")
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_the_second_runner_answers_alike(family, folder, start):
+    place, setting = cases.checkpoint(family, folder), METHODS[family][0]
+    model, processor = of_transformers(place)
+    llm = start(place, setting, max_num_batched_tokens=64)
+    assert llm.llm_engine.vllm_config.use_v2_model_runner
+    asked = pictures(processor)
+    expected = cases.reference(model, processor, setting, asked)
+    assert cases.difference(cases.served(llm, asked), expected) < CLOSE
+    assert cases.difference(cases.served(llm, asked), expected) < CLOSE

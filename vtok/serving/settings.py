@@ -146,6 +146,8 @@ def refuse(compressor: Any) -> None:
         raise _refusal(
             compressor, "reads the question; vLLM encodes a picture without it, and keeps the result for other ones."
         )
+    if compressor.trained:
+        raise _refusal(compressor, "has weights of its own, which vLLM does not load.")
     if compressor.adaptive_now:
         raise _refusal(
             compressor, "lets the content decide how many tokens stay; vLLM wants the number before it sees a pixel."
