@@ -171,8 +171,10 @@ def _engines(every: Several) -> str:
         (
             "vLLM",
             "before the language model, count by the grid, text not read, no weights of its own",
-            lambda n: parts[n] == ["pre_llm"]
-            and not (known[n]["adaptive"] or known[n]["text_guided"] or load_all()[n].trained),
+            lambda n: (
+                parts[n] == ["pre_llm"]
+                and not (known[n]["adaptive"] or known[n]["text_guided"] or load_all()[n].trained)
+            ),
         ),
         ("training, RL", "text not read: nothing to be given", lambda n: not known[n]["text_guided"]),
         (

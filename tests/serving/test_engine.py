@@ -41,7 +41,7 @@ def test_consecutive_positions_and_that_it_matters_which(folder, start):
     [("vtok-tiny-llava-next", {"compressor": "globalcom2", "keep": 0.25}), ("vtok-tiny-qwen2.5-vl", DIVPRUNE)],
 )
 def test_bundled_models_and_too_little_room(name, setting, start):
-    """With a cache that does not hold all requests at once some are put off, and begin anew with their answers so far."""
+    """A cache that does not hold all requests at once: some are put off, and begin anew with their answers so far."""
     model, processor = of_transformers(zoo.path(name))
     asked = [Asked(cases.prompt(processor, ["image"]), (picture,)) for picture in cases.pictures()]
     tokens = 2 * cases.BLOCK
