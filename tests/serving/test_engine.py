@@ -114,6 +114,11 @@ def test_what_cannot_be_is_refused_at_start(folder, setting, options, words):
         configured(cases.checkpoint("qwen2_5_vl", folder), setting, **options)
 
 
+def test_a_family_that_is_not_served_is_refused_too(folder):
+    with pytest.raises(Unsupported, match="not qwen3_vl"):
+        configured(cases.checkpoint("qwen3_vl", folder), DIVPRUNE)
+
+
 def test_rope_that_changes_with_its_length_is_refused(folder):
     place = cases.checkpoint("llava", folder)
     overrides = {

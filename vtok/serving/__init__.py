@@ -17,7 +17,8 @@ def register() -> None:
 
     for family in FAMILIES.values():
         ModelRegistry.register_model(family.architecture, family.target)
-        MODELS_CONFIG_MAP[family.architecture] = startup.hook(MODELS_CONFIG_MAP.get(family.architecture))
+    for architecture in ModelRegistry.get_supported_archs():  # all, so that none with settings is served without them
+        MODELS_CONFIG_MAP[architecture] = startup.hook(MODELS_CONFIG_MAP.get(architecture))
     startup.mend_cpu_runner()
 
 
