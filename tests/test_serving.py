@@ -17,7 +17,7 @@ from vtok import adapter, cli, zoo
 from vtok.adapters.llava_next import anyres_layout
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue, MissingExtra, UnknownName, Unsupported
-from vtok.serving import launch
+from vtok.serving import launch, startup
 from vtok.serving.families import FAMILIES
 from vtok.serving.positions import (
     LIMIT,
@@ -104,8 +104,9 @@ def test_who_reads_the_question_or_the_content_is_refused():
         except Unsupported as error:
             told[name] = str(error)
     assert "reads the question" in told["quecc"] and "sees a pixel" in told["tcc"]
+    assert "weights of its own" in told["tokenflex"]
     served = {"aim_merge", "divprune", "globalcom2", "pool", "random", "uniform", "visionzip"}
-    assert not served & told.keys()
+    assert served == load_all().keys() - told.keys()
 
 
 def test_towers_that_show_nothing_and_families_of_another_rope(config):
@@ -127,6 +128,14 @@ def test_towers_that_show_nothing_and_families_of_another_rope(config):
 
 def test_families_are_those_of_adapters():
     assert FAMILIES.keys() <= adapter.load_all().keys()
+
+
+def test_a_vllm_that_nobody_looked_at_is_refused():
+    for version in ("0.31.0", "0.33.2+cpu"):
+        startup.check_version(version)
+    for version in ("0.30.2", "0.34.0", "1.0.0"):
+        with pytest.raises(Unsupported, match=version):
+            startup.check_version(version)
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------------

@@ -26,8 +26,6 @@ class Served:
     been encoded, which it may do again: for the next chunk, or after the request was put off. So it only overwrites."""
 
     stock: ClassVar[type[nn.Module]]
-    supports_mrope: ClassVar[bool] = True
-    supports_multimodal_pruning: ClassVar[bool] = True
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
         if Settings.of(vllm_config.model_config.hf_config) is None:
@@ -38,6 +36,8 @@ class Served:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vtok = Settings.of(vllm_config.model_config.hf_config)
         self.width = vllm_config.model_config.get_inputs_embeds_size()
+        if self.vtok.original:
+            self.supports_mrope = self.supports_multimodal_pruning = True
 
     # ---- of a family -----------------------------------------------------------------------------------------------
     def media_ids(self) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 from vtok.errors import Unsupported
 from vtok.serving.settings import Settings
 
+VLLM = ((0, 31), (0, 34))  # read from the first up to, not with, the second; as in pyproject.toml
 ROPES = ("default", "linear", "llama3", "yarn", "mrope")  # those that stay the same when their table is made longer
 
 
@@ -36,8 +37,18 @@ def hook(before: type | None) -> type:
     return Hook
 
 
+def check_version(version: str) -> None:
+    """Raise `Unsupported` for a vLLM whose seams nobody has looked at."""
+    low, high = VLLM
+    if not low <= tuple(int(part) for part in version.split(".")[:2]) < high:
+        raise Unsupported(f"vLLM {version}: vtok serves with {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}.")
+
+
 def prepare_model(settings: Settings, model_config: Any) -> None:
     """Raises `Unsupported`. Where kept tokens keep their positions, has the runner ask for them."""
+    import vllm
+
+    check_version(vllm.__version__)
     config, media = model_config.hf_config, model_config.multimodal_config
     settings.check(config)
     if media is None:
