@@ -57,7 +57,7 @@ class Load:
 
 
 def run(visual: int, method: str, keep: float, load: Load, folder: Path, out: Path | None) -> bool:
-    """Measure, print, write JSON to `out`; whether the bars are met. folder: of the checkpoint, made where it has none."""
+    """Measure, print, write JSON to `out`; whether the bars are met. folder: of the checkpoint."""
     console = Console()
     place = folder if (folder / "config.json").is_file() else served.make(visual, folder)
     name = f"{method} {keep:g}"
