@@ -6,7 +6,6 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
@@ -117,9 +116,8 @@ class ServedQwen(Served):
         """[3, n] where the tokens of a picture or clip stand in it, by vLLM's rule: frames are `step` apart, rounded
         down."""
         (frames, high, wide), merge = grid, self.config.vision_config.spatial_merge_size
-        places = np.indices((frames, high // merge, wide // merge))
-        places[0] = (places[0] * step).astype(np.int64)
-        return torch.from_numpy(places.reshape(3, -1))
+        axes = torch.arange(frames).double() * step, torch.arange(high // merge), torch.arange(wide // merge)
+        return torch.stack(torch.meshgrid(*(axis.long() for axis in axes), indexing="ij")).flatten(1)
 
     # ---- positions -------------------------------------------------------------------------------------------------
     def media_ids(self) -> list[int]:

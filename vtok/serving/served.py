@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from vtok.tower import Tower
 from vtok.types import Layout
 
 
-class Served:
+class Served(ABC):
     """Ahead of a class of vLLM, whose model it is made in the place of where there are settings.
 
     The runner asks `get_mrope_input_positions` when a request comes and `recompute_mrope_positions` when pictures have
@@ -40,18 +41,18 @@ class Served:
             self.supports_mrope = self.supports_multimodal_pruning = True
 
     # ---- of a family -----------------------------------------------------------------------------------------------
+    @abstractmethod
     def media_ids(self) -> list[int]:
         """The ids of its placeholders."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place_media(self, positions: Tensor, at: Tensor, local: Tensor, media: Tensor) -> None:
         """Write into `positions` [3, length] where the picture tokens at `at` [n] stand, given where in their picture
         they stood, local [axes, n]. media: [length] bool, the tokens of pictures."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense_length(self, positions: Tensor) -> int:
         """Of the dense prompt, the position behind its last."""
-        raise NotImplementedError
 
     # ---- vLLM's side -----------------------------------------------------------------------------------------------
     def finished(self, rows: Tensor, local: Tensor) -> Tensor:
