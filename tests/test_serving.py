@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from contract import one_line_error
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import vtok
@@ -39,7 +40,6 @@ LLAVA_NEXT, QWEN = "vtok-tiny-llava-next", "vtok-tiny-qwen2.5-vl"
 @pytest.fixture(scope="module")
 def config():
     """Gives a bundled model's config with settings in it."""
-    from transformers import AutoConfig
 
     def make(name, setting):
         made = AutoConfig.from_pretrained(zoo.path(name))
@@ -51,7 +51,7 @@ def config():
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
-def test_settings_are_a_file_of_save_or_one_compressor(config, tmp_path):
+def test_settings_are_a_file_of_save_or_one_compressor(config):
     from vtok.config import describe
 
     short = Settings.of(config(LLAVA_NEXT, {"compressor": "globalcom2", "keep": 0.5, "tau": 20.0}))
@@ -60,6 +60,11 @@ def test_settings_are_a_file_of_save_or_one_compressor(config, tmp_path):
     assert short.adapter.family == "llava_next"
     assert Settings.of(config(LLAVA_NEXT, None)) is None
     assert Settings.of(config(LLAVA_NEXT, {"compressor": "divprune", "keep": 1.0})) is None  # so vLLM's own classes run
+
+
+def test_settings_may_stand_in_a_checkpoints_own_config(config, tmp_path):
+    config(LLAVA_NEXT, {"compressor": "uniform", "keep": 7}).save_pretrained(tmp_path)
+    assert Settings.of(AutoConfig.from_pretrained(tmp_path)).compressor == vtok.Uniform(keep=7)
 
 
 def test_hashes_tell_settings_apart(config):
