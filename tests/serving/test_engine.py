@@ -1,7 +1,5 @@
 """What an engine does around the tokens: positions, the stock model, preemption, ranks, budgets, refusals, metrics."""
 
-import math
-
 import cases
 import pytest
 from cases import Asked
@@ -104,8 +102,8 @@ def test_the_table_of_rope_reaches_the_dense_prompt(folder):
         ({"compressor": "fastv"}, {}, "same tokens for all layers"),
         ({"compressor": "divprune", "keep": 3.5}, {}, "keep"),
         (DIVPRUNE, {"video_pruning_rate": 0.5}, "video-pruning-rate"),
-        (DIVPRUNE, {"pipeline_parallel_size": 2}, "pipeline"),
-        (DIVPRUNE, {"enable_lora": True, "enable_tower_connector_lora": True}, "LoRA"),
+        (DIVPRUNE, {"pipeline_parallel_size": 2}, "only the first stage"),
+        (DIVPRUNE, {"enable_lora": True, "enable_tower_connector_lora": True}, "by placeholders"),
         ({"compressor": "visionzip"}, {}, "does not show"),
     ],
 )
@@ -129,13 +127,10 @@ def test_rope_that_changes_with_its_length_is_refused(folder):
         EngineArgs(model=str(place), hf_overrides=overrides, enforce_eager=True).create_engine_config()
 
 
-def test_two_ranks_answer_as_one(folder, monkeypatch, start):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+def test_two_ranks_answer_as_one(folder, start):
     place = cases.checkpoint("llava", folder)
     model, processor = of_transformers(place)
     asked = pictures(processor)
-    for setting in ({"compressor": "visionzip", "keep": 0.4},):
-        llm = start(place, setting, tensor_parallel_size=2)
-        answers = cases.served(llm, asked)
-        assert cases.difference(answers, cases.reference(model, processor, setting, asked)) < CLOSE
-        assert math.isfinite(cases.difference(answers, cases.served(llm, asked)))
+    setting = {"compressor": "visionzip", "keep": 0.4}
+    answers = cases.served(start(place, setting, tensor_parallel_size=2), asked)
+    assert cases.difference(answers, cases.reference(model, processor, setting, asked)) < CLOSE
