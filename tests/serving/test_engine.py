@@ -43,7 +43,13 @@ def test_bundled_models_and_too_little_room(name, setting, start):
     model, processor = of_transformers(zoo.path(name))
     asked = [Asked(cases.prompt(processor, ["image"]), (picture,)) for picture in cases.pictures()]
     tokens = 2 * cases.BLOCK
-    llm = start(zoo.path(name), setting, num_gpu_blocks_override=12, max_num_batched_tokens=64, disable_log_stats=False)
+    room = {
+        "num_gpu_blocks_override": 12,
+        "max_model_len": 320,
+        "max_num_batched_tokens": 64,
+        "disable_log_stats": False,
+    }
+    llm = start(zoo.path(name), setting, **room)
     answers = cases.served(llm, asked, tokens)
     assert cases.difference(answers, cases.reference(model, processor, setting, asked, tokens)) < CLOSE
     assert sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions") > 0
