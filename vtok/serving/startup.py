@@ -9,6 +9,7 @@ from vtok.errors import Unsupported
 from vtok.serving.settings import Settings
 
 VLLM = ((0, 31), (0, 34))  # read from the first up to, not with, the second; as in pyproject.toml
+GATE = 2.0**-20  # of --video-pruning-rate: that there is one has the runner ask for positions; nobody reads which
 ROPES = ("default", "linear", "llama3", "yarn", "mrope")  # those that stay the same when their table is made longer
 
 
@@ -53,11 +54,11 @@ def prepare_model(settings: Settings, model_config: Any) -> None:
     settings.check(config)
     if media is None:
         raise Unsupported("vtok compresses pictures, and this server was told to take none.")
-    if media.video_pruning_rate:
+    if media.video_pruning_rate not in (None, 0, GATE):
         raise Unsupported("Give either --video-pruning-rate or vtok: both drop visual tokens.")
     if not settings.original:
         return
-    media.video_pruning_rate = 0.5  # that there is one has the runner ask; nobody reads which
+    media.video_pruning_rate = GATE
     if settings.family.one_axis:
         config.mrope_section = [1, 1, 1]  # the runner keeps three rows of positions, the RoPE stays what it is
         lengthen_rope(settings, model_config)
