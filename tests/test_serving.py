@@ -163,9 +163,22 @@ def test_the_table_of_rope_reaches_the_largest_picture(config):
         for size in bare.image_grid_pinpoints:
             layout = settings.layout_of_size(bare, size)
             assert settings.longest(settings.rows(layout), bare) >= layout.n_rows
-        assert settings.largest_layout(bare).n_rows == max(
-            settings.layout_of_size(bare, size).n_rows for size in bare.image_grid_pinpoints
-        )
+
+
+def test_every_picture_fits_into_the_encoders_budget(config):
+    """One that does not would wait for ever: where a count is kept, a tall one has more newlines than the largest."""
+    bare = config(LLAVA_NEXT, {"compressor": "divprune", "keep": 5})
+    bare.image_grid_pinpoints = [[112, 112], [168, 56]]  # 2 x 2 crops, and three on top of each other
+    settings = Settings.of(bare)
+    square, tall = settings.view_layouts(bare)
+    assert square.n_rows > tall.n_rows and settings.rows(square) < settings.rows(tall)
+    assert startup.encoder_budget(settings, [square, tall], 1) >= settings.rows(tall)
+    assert startup.encoder_budget(settings, [square, tall], 10_000) == int(10_000 / settings.times(square))
+    pooled = Settings.of(config(LLAVA_NEXT, {"compressor": "pool", "keep": 0.3}))
+    for side in range(2, 12):  # some keep more than larger ones
+        layout = Layout((Plane(side, side),))
+        smaller = [Layout((Plane(rows, cols),)) for rows in range(1, side + 1) for cols in range(1, side + 1)]
+        assert max(map(pooled.rows, smaller)) <= pooled.most_rows(layout)
 
 
 def test_pictures_of_more_tokens_than_two_digits_hold_are_refused(config):

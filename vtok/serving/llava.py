@@ -30,8 +30,9 @@ class InfoOfLlava(SaltedInfo):
             return super().get_num_image_tokens(image_width=image_width, image_height=image_height)
         return settings.rows(settings.layout_of_size(self.get_hf_config(), (image_height, image_width)))
 
-    def largest_layout(self, settings: Settings) -> Layout:
-        return settings.largest_layout(self.get_hf_config())
+    def layouts(self, settings: Settings) -> list[Layout]:
+        """Of pictures, the largest among them."""
+        return settings.view_layouts(self.get_hf_config())
 
 
 class Info(InfoOfLlava, vllm.LlavaProcessingInfo):

@@ -43,8 +43,9 @@ class InfoOfQwen(SaltedInfo):
         finally:
             self.dense = False
 
-    def largest_layout(self, settings: Settings) -> Layout:
-        return layout_of(settings, self.get_hf_config(), "image", 1, self.get_image_size_with_most_features())
+    def layouts(self, settings: Settings) -> list[Layout]:
+        """Of the largest picture."""
+        return [layout_of(settings, self.get_hf_config(), "image", 1, self.get_image_size_with_most_features())]
 
 
 def layout_of(settings: Settings, config: Any, modality: str, frames: int, size: Any) -> Layout:

@@ -22,7 +22,7 @@ from vtok.errors import InvalidValue, Unsupported
 from vtok.serving.families import FAMILIES, Family
 from vtok.serving.positions import LIMIT
 from vtok.stages.pre_llm import PreLLM
-from vtok.types import Layout
+from vtok.types import Layout, keep_count
 
 KEY = "vtok"
 
@@ -85,10 +85,16 @@ class Settings:
         sizes = None if size is None else torch.tensor([list(size)])
         return self.layouts(config, "image", {"pixel_values": [None], "image_sizes": sizes})[0]
 
-    def largest_layout(self, config: Any) -> Layout:
-        """Of the largest picture of a family whose pictures are cut into views."""
+    def view_layouts(self, config: Any) -> list[Layout]:
+        """Of the largest pictures of a family whose pictures are one view, or are cut into views."""
         sizes = getattr(config, "image_grid_pinpoints", None) or [None]
-        return max((self.layout_of_size(config, size) for size in sizes), key=lambda layout: layout.n_rows)
+        return [self.layout_of_size(config, size) for size in sizes]
+
+    def most_rows(self, layout: Layout) -> int:
+        """A bound on `rows` of this and all smaller layouts: grids of `pool` fit one better than another, and each plane
+        may keep a token of its own."""
+        count = keep_count(layout.n, self.compressor.keep) + len(layout.planes)
+        return min(layout.n, count) + layout.n_rows - layout.n
 
     def times(self, layout: Layout) -> float:
         """How many tokens of a picture stand behind each that stays."""
@@ -98,7 +104,7 @@ class Settings:
         """A bound on the length of the dense prompt of one of `length` tokens: pictures keep at least half of what is
         asked for, as counts are rounded down, to one at least."""
         asked = 1 / self.compressor.keep if isinstance(self.compressor.keep, float) else 1.0
-        return int(2 * length * max(asked, self.times(self.largest_layout(config))))
+        return int(2 * length * max([asked, *map(self.times, self.view_layouts(config))]))
 
     def salt(self, name: str) -> str:
         """A model's name for hashes of pictures. Stores that outlive a server must not mix those of two settings."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from vtok.errors import Unsupported
 from vtok.serving.settings import Settings
+from vtok.types import Layout
 
 VLLM = ((0, 31), (0, 34))  # read from the first up to, not with, the second; as in pyproject.toml
 GATE = 2.0**-20  # of --video-pruning-rate: that there is one has the runner ask for positions; nobody reads which
@@ -91,9 +93,12 @@ def prepare_engine(settings: Settings, vllm_config: Any) -> None:
         )
     if lora is not None and lora.enable_tower_connector_lora:
         raise Unsupported("LoRA on the vision tower counts its tokens by placeholders, of which vtok leaves too few.")
-    largest = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).largest_layout(settings)
+    layouts = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).layouts(settings)
+    largest = max(layouts, key=lambda layout: layout.n_rows)
     scheduler = vllm_config.scheduler_config
-    scheduler.max_num_encoder_input_tokens = int(scheduler.max_num_encoder_input_tokens / settings.times(largest))
+    # both alike: what fits into the cache and not into the budget would be taken in and wait for ever
+    budget = encoder_budget(settings, layouts, scheduler.max_num_encoder_input_tokens)
+    scheduler.max_num_encoder_input_tokens = scheduler.encoder_cache_size = budget
     init_logger("vllm.vtok").info(
         "vtok keeps %d of the %d tokens of the largest picture, at %s positions: %r",
         settings.rows(largest),
@@ -101,6 +106,14 @@ def prepare_engine(settings: Settings, vllm_config: Any) -> None:
         "their own" if settings.original else "consecutive",
         settings.compressor,
     )
+
+
+def encoder_budget(settings: Settings, layouts: Sequence[Layout], dense: int) -> int:
+    """Placeholders of the pictures that are encoded at once, given those of the dense model, and layouts among which are
+    the largest. Each picture fits, whichever size keeps most: where a count is kept, the one of most separators."""
+    largest = max(layouts, key=lambda layout: layout.n_rows)
+    most = max(settings.most_rows(layout) for layout in layouts)
+    return max(int(dense / settings.times(largest)), most)
 
 
 def mend_cpu_runner() -> None:
