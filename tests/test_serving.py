@@ -168,7 +168,7 @@ def test_the_table_of_rope_reaches_the_largest_picture(config):
 def test_every_picture_fits_into_the_encoders_budget(config):
     """One that does not would wait for ever: where a count is kept, a tall one has more newlines than the largest."""
     bare = config(LLAVA_NEXT, {"compressor": "divprune", "keep": 5})
-    bare.image_grid_pinpoints = [[112, 112], [168, 56]]  # 2 x 2 crops, and three on top of each other
+    bare.image_grid_pinpoints = [[128, 128], [192, 64]]  # 2 x 2 crops, and three on top of each other
     settings = Settings.of(bare)
     square, tall = settings.view_layouts(bare)
     assert square.n_rows > tall.n_rows and settings.rows(square) < settings.rows(tall)

@@ -109,8 +109,8 @@ def prepare_engine(settings: Settings, vllm_config: Any) -> None:
 
 
 def encoder_budget(settings: Settings, layouts: Sequence[Layout], dense: int) -> int:
-    """Placeholders of the pictures that are encoded at once, given those of the dense model, and layouts among which are
-    the largest. Each picture fits, whichever size keeps most: where a count is kept, the one of most separators."""
+    """Placeholders of the pictures that are encoded at once, given those of the dense model and layouts, the largest
+    among them. Each picture fits, whichever size keeps most: where a count is kept, the one of most separators."""
     largest = max(layouts, key=lambda layout: layout.n_rows)
     most = max(settings.most_rows(layout) for layout in layouts)
     return max(int(dense / settings.times(largest)), most)
