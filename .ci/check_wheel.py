@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 MAPPED = ("adapters", "kernels", "eval", "model_cards")  # folders of the repo that become vtok.NAME
-EXTRAS = {"lmms_eval"}  # not in [dev]; modules that need them may not import
+EXTRAS = {"lmms_eval", "vllm"}  # not in [dev]; modules that need them may not import
 
 
 def main(wheel: str, listing: str) -> None:

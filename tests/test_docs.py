@@ -39,7 +39,7 @@ def test_samples_of_a_page_run(page, elsewhere):
 
 
 def test_pages_that_teach_the_api_have_samples():
-    assert {"patch", "compose", "train", "tune", "serve", "add_method"} <= {p.stem for p in PAGES if samples(p)}
+    assert {"patch", "compose", "train", "tune", "serving", "add_method"} <= {p.stem for p in PAGES if samples(p)}
 
 
 def test_refusals_are_quoted_as_they_are():

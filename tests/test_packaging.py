@@ -20,6 +20,7 @@ EXTRAS = {
     "vtok.show": {"jinja2"},
     "vtok.kernels": {"triton"},
     "vtok.rl": {"accelerate", "datasets", "numpy", "safetensors", "trl"},  # the others come with trl or transformers
+    "vtok.serving": {"vllm"},
     # its pictures take the extra zoo, which brings numpy and scipy
     "vtok.eval": {"lmms_eval", "loguru", "numpy", "scipy", "tqdm", "yaml"},
     "vtok.eval.pages": {"jinja2", "markupsafe", "huggingface_hub"},  # of jinja2 and transformers

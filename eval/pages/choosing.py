@@ -169,9 +169,12 @@ def _engines(every: Several) -> str:
             lambda n: "decode" not in parts[n] and not ("llm" in parts[n] and known[n]["adaptive"]),
         ),
         (
-            "vLLM (no plug-in yet)",
-            "fixed count, text not read",
-            lambda n: not known[n]["adaptive"] and not known[n]["text_guided"],
+            "vLLM",
+            "before the language model, count by the grid, text not read, no weights of its own",
+            lambda n: (
+                parts[n] == ["pre_llm"]
+                and not (known[n]["adaptive"] or known[n]["text_guided"] or load_all()[n].trained)
+            ),
         ),
         ("training, RL", "text not read: nothing to be given", lambda n: not known[n]["text_guided"]),
         (

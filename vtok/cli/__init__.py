@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import vtok
-from vtok.cli import bench, demo, evaluate, methods, probe, report, search, show, tasks, zoo
+from vtok.cli import bench, demo, evaluate, methods, probe, report, search, serve, show, tasks, zoo
 from vtok.cli.group import Group
 
 app = typer.Typer(
@@ -54,6 +54,10 @@ app.command(short_help="List the methods, or explain one.")(methods.methods)
 app.command(name="eval", short_help="Accuracy of methods at budgets on the offline tasks.")(evaluate.evaluate)
 app.command(short_help="From which layer on methods find what answers need.")(probe.probe)
 app.command(short_help="Results of vtok eval as a page.")(report.report)
+app.command(
+    short_help="Serve a model with vLLM on fewer visual tokens.",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)(serve.serve)
 app.add_typer(bench.app, name="bench", short_help="Time and memory against the FLOP ratio.")
 app.add_typer(search.app, name="search")
 app.add_typer(tasks.app, name="tasks")

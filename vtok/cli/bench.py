@@ -171,3 +171,38 @@ def decoding(
         met = work.run(work.Asked(tokens, rounds, prompts, layers), out, threads)
     if check and not met:
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    visual: Annotated[
+        int, typer.Option(metavar="N", help="576 or 2880 visual tokens a picture; 36 or 180 of a toy.")
+    ] = 576,
+    compressor: Annotated[str, typer.Option(metavar="NAME", help="A compressor that can be served.")] = "divprune",
+    keep: Annotated[float, typer.Option(help="Fraction to keep.")] = 0.25,
+    at_once: Annotated[str, typer.Option(metavar="N,...", help="Requests at once.")] = "1,4,16",
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each level in a round.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each server.")] = 2,
+    memory: Annotated[int, typer.Option(min=1, help="GiB of each server's KV cache.")] = 1,
+    model: Annotated[Path | None, typer.Option(help="Folder to make the checkpoint in, or that has it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
+) -> None:
+    """vLLM's server on this machine, dense and compressed: time to first token, requests a second, KV memory.
+
+    \b
+    Example:
+      vtok bench serve --visual 2880 --keep 0.25
+    """
+    from tempfile import TemporaryDirectory
+
+    from vtok.eval.bench import serve as work
+    from vtok.serving import launch
+
+    launch.check_installed()
+    load = work.Load(tuple(options.numbers(at_once, int, "--at-once")), requests, tokens, rounds, memory)
+    with TemporaryDirectory() as made:
+        met = work.run(visual, compressor, keep, load, model or Path(made), out)
+    if check and not met:
+        raise typer.Exit(1)

@@ -1,0 +1,29 @@
+"""Which families vLLM serves on fewer tokens, by the `model_type` of their configs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtok.tower import NEEDS
+
+_CLIP = NEEDS | {"crops"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """architecture: as a checkpoint's config names it. target: our class, "module:class". shows: what vLLM's own tower
+    shows of what compressors may need. one_axis: whether its RoPE has one position a token, and not three.
+    """
+
+    architecture: str
+    target: str
+    shows: frozenset[str] = frozenset()
+    one_axis: bool = True
+
+
+FAMILIES = {
+    "llava": Family("LlavaForConditionalGeneration", "vtok.serving.llava:Llava", _CLIP),
+    "llava_next": Family("LlavaNextForConditionalGeneration", "vtok.serving.llava_next:LlavaNext", _CLIP),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "vtok.serving.qwen:Qwen2VL", one_axis=False),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "vtok.serving.qwen:Qwen25VL", one_axis=False),
+}

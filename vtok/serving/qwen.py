@@ -1,0 +1,173 @@
+"""Qwen2-VL and Qwen2.5-VL, pictures and clips. M-RoPE: three positions a token."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import PlaceholderRange
+from vllm.multimodal.processing import PromptReplacement
+
+from vtok.serving.positions import Run, base_of, dense_prompt
+from vtok.serving.processing import CountingProcessor, SaltedInfo
+from vtok.serving.served import Served, keep_rows
+from vtok.serving.settings import Settings
+from vtok.types import Layout
+
+
+class InfoOfQwen(SaltedInfo):
+    """How many placeholders a picture has, wherever vLLM reckons with them."""
+
+    dense = False  # within `_get_max_video_frames`
+
+    def _get_vision_info(self, **kwargs: Any) -> tuple[Any, int]:
+        size, n = super()._get_vision_info(**kwargs)
+        config = self.get_hf_config()
+        settings = Settings.of(config)
+        if settings is None or self.dense:
+            return size, n
+        vision, modality = config.vision_config, kwargs.get("modality") or "image"
+        frames = n * (vision.patch_size * vision.spatial_merge_size) ** 2 // (size.height * size.width)
+        return size, settings.rows(layout_of(settings, config, modality, frames, size))
+
+    def _get_max_video_frames(self, *args: Any, **kwargs: Any) -> int:
+        """It adds frames until a clip has too many tokens: never, where a count is kept."""
+        self.dense = True
+        try:
+            return super()._get_max_video_frames(*args, **kwargs)
+        finally:
+            self.dense = False
+
+    def layouts(self, settings: Settings) -> list[Layout]:
+        """Of the largest picture."""
+        return [layout_of(settings, self.get_hf_config(), "image", 1, self.get_image_size_with_most_features())]
+
+
+def layout_of(settings: Settings, config: Any, modality: str, frames: int, size: Any) -> Layout:
+    """Of a picture or clip of a size in pixels that vLLM has fitted to the patches."""
+    patch = config.vision_config.patch_size
+    grid = torch.tensor([[frames, size.height // patch, size.width // patch]])
+    return settings.layouts(config, modality, {f"{modality}_grid_thw": grid})[0]
+
+
+class ProcessorOfQwen(CountingProcessor):
+    """As many placeholders as tokens stay."""
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        config = self.info.get_hf_config()
+        settings = Settings.of(config)
+        if settings is None:
+            return updates
+
+        def placeholders(i: int, modality: str, token: int) -> list[int]:
+            item = out_mm_kwargs[modality][i]
+            layout = settings.layout(config, modality, item)
+            made_elsewhere = f"{modality}_embeds" in item
+            return [token] * (layout.n_rows if made_elsewhere else settings.rows(layout))
+
+        return [
+            PromptReplacement(
+                modality=update.modality,
+                target=update.target,
+                replacement=partial(placeholders, modality=update.modality, token=update.target[0]),
+            )
+            for update in updates
+        ]
+
+
+class ServedQwen(Served):
+    def get_encoder_cudagraph_config(self) -> Any:
+        return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])  # they bypass what follows
+
+    def _process_image_input(self, image_input: Any) -> tuple[Tensor, ...]:
+        return self.compressed("image", super()._process_image_input(image_input), image_input)
+
+    def _process_video_input(self, video_input: Any) -> tuple[Tensor, ...]:
+        return self.compressed("video", super()._process_video_input(video_input), video_input)
+
+    def _postprocess_image_embeds_evs(self, rows: tuple[Tensor, ...], image_input: Any) -> tuple[Tensor, ...]:
+        return rows  # vLLM's own way of dropping tokens, which our gate would open
+
+    def _postprocess_video_embeds_evs(self, rows: tuple[Tensor, ...], video_input: Any) -> tuple[Tensor, ...]:
+        return rows
+
+    def compressed(self, modality: str, rows: tuple[Tensor, ...], given: Any) -> tuple[Tensor, ...]:
+        """Of each picture or clip the rows that stay. given: vLLM's inputs of the encoder, with their grids."""
+        grids = given[f"{modality}_grid_thw"]
+        if given["type"].endswith("embeds"):  # made elsewhere, and so as many as there are placeholders
+            kept = [(x, torch.arange(len(x))) for x in rows]
+        else:
+            layouts = self.vtok.layouts(self.config, modality, {f"{modality}_grid_thw": grids})
+            kept = keep_rows(self.vtok, rows, layouts, [{}] * len(layouts))
+        steps = [1.0] * len(rows)  # of positions, from a frame to the next
+        if modality == "video":
+            seconds = given.get("second_per_grid_ts")
+            rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+            steps = [rate * x for x in (steps if seconds is None else seconds.tolist())]
+        places = [self.dense_places(*each) for each in zip(grids.tolist(), steps)]
+        return tuple(self.finished(x, of_all[:, at.cpu()]) for (x, at), of_all in zip(kept, places))
+
+    def dense_places(self, grid: list[int], step: float) -> Tensor:
+        """[3, n] where the tokens of a picture or clip stand in it, by vLLM's rule: frames are `step` apart, rounded
+        down."""
+        (frames, high, wide), merge = grid, self.config.vision_config.spatial_merge_size
+        axes = torch.arange(frames).double() * step, torch.arange(high // merge), torch.arange(wide // merge)
+        return torch.stack(torch.meshgrid(*(axis.long() for axis in axes), indexing="ij")).flatten(1)
+
+    # ---- positions -------------------------------------------------------------------------------------------------
+    def media_ids(self) -> list[int]:
+        return [self.config.image_token_id, self.config.video_token_id]
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        """vLLM's own for the dense prompt, of which those of the tokens that stay are taken."""
+        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+        runs = [Run(x.mm_position.offset, x.mm_position.length, self.dense_rows(x)) for x in features]
+        tokens, dense_runs, place = dense_prompt(input_tokens, runs)
+        dense = [
+            dataclasses.replace(feature, mm_position=PlaceholderRange(offset=run.start, length=run.dense))
+            for feature, run in zip(features, dense_runs)
+        ]
+        positions, delta = super().get_mrope_input_positions(tokens, dense)
+        return positions[:, place].contiguous(), delta + len(tokens) - len(input_tokens)
+
+    def dense_rows(self, feature: Any) -> int:
+        """How many placeholders a picture or clip of a request has in the dense prompt."""
+        return self.vtok.layout(self.config, feature.modality, feature.data).n_rows
+
+    def place_media(self, positions: Tensor, at: Tensor, local: Tensor, media: Tensor) -> None:
+        positions[:, at] = base_of(positions, media, at) + local
+
+    def dense_length(self, positions: Tensor) -> int:
+        return int(positions[:, -1].max()) + 1
+
+
+class Info2(InfoOfQwen, qwen2_vl.Qwen2VLProcessingInfo):
+    pass
+
+
+class Info25(InfoOfQwen, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
+    pass
+
+
+class Processor2(ProcessorOfQwen, qwen2_vl.Qwen2VLMultiModalProcessor):
+    pass
+
+
+class Processor25(ProcessorOfQwen, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor2, info=Info2, dummy_inputs=qwen2_vl.Qwen2VLDummyInputsBuilder)
+class Qwen2VL(ServedQwen, qwen2_vl.Qwen2VLForConditionalGeneration):
+    stock = qwen2_vl.Qwen2VLForConditionalGeneration
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor25, info=Info25, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder)
+class Qwen25VL(ServedQwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    stock = qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
