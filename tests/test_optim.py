@@ -197,10 +197,6 @@ def test_frugal_is_adam_in_its_share_and_signs_elsewhere(share):
         mask[place] = True
         torch.testing.assert_close(w.detach() - old, by_adam.where(mask, by_sign), rtol=1e-3, atol=2e-6)
     assert torch.stack(masks).float().mean() == 0.5 and not all(m.equal(masks[0]) for m in masks)
-    assert any(
-        not torch.equal(torch.zeros(8, 6).index_put((torch.tensor(0),), torch.tensor(0.0)), torch.ones(1))
-        for _ in range(1)
-    )
     assert state_bytes(optimizer) == 0.5 * state_bytes(adam_on(weights))
     again = optimizer.place(spec(0), 1, optimizer.param_groups[0], (0, 0))
     assert share == "blocks" or not all(torch.equal(a, b) for a, b in zip(places[0], again) if a != slice(None))
@@ -231,7 +227,7 @@ def test_lion_stays_in_its_box():
     target = torch.tensor([5.0, -0.2, 0.3])
     x = nn.Parameter(torch.zeros(3))
     optimizer = create("lion", [x], lr=0.01, weight_decay=2.0)
-    for _ in range(1000):
+    for _ in range(400):
         x.grad = (x - target).detach()
         optimizer.step()
     assert x[0].item() == pytest.approx(0.5, abs=0.011)  # 1 / weight_decay
@@ -357,7 +353,7 @@ def seeded(monkeypatch):
 
 
 def bowl():
-    theta = nn.Parameter(torch.linspace(-1, 1, 10, dtype=torch.float64))
+    theta = nn.Parameter(torch.linspace(-1, 1, 10).double())
     scale = torch.arange(1, 11, dtype=torch.float64)
     return theta, lambda: 0.5 * (scale * (theta - 0.3) ** 2).sum()
 
