@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -235,9 +236,12 @@ def test_lion_stays_in_its_box():
 
 
 def test_the_kernels_of_lion_k():
-    step = lambda kernel, g, **given: -trained(
-        partial(LionK, lr=1.0, betas=(0.0, 0.0), kernel=kernel, **given), 1, gradient=lambda *_: g, shape=g.shape
-    )[0] + spec(None, g.shape)
+    step = lambda kernel, g, **given: (
+        -trained(
+            partial(LionK, lr=1.0, betas=(0.0, 0.0), kernel=kernel, **given), 1, gradient=lambda *_: g, shape=g.shape
+        )[0]
+        + spec(None, g.shape)
+    )
     g = torch.tensor([[3.0, -0.05], [0.0, 0.4]])
     torch.testing.assert_close(step("huber", g, threshold=0.1), torch.tensor([[1.0, -0.5], [0.0, 1.0]]))
     torch.testing.assert_close(step("soft", g, threshold=0.1), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -331,7 +335,12 @@ def test_what_cannot_be_is_refused():
         create("lion_k", [vector], kernel="nuclear")
     bad = [("apollo", {"rank": 0}), ("apollo", {"per": "row"}), ("frugal", {"density": 2.0}), ("lion", {"lr": -1.0})]
     bad += [("frugal", {"share": "some"}), ("lion_k", {"kernel": "l2"}), ("stable_spam", {"theta": 1.0})]
-    bad += [("mezo", {"rule": "adam"}), ("mezo", {"eps": 0.0}), ("forward_gradient", {}), ("spam", {"betas": (1.0, 0.9)})]
+    bad += [
+        ("mezo", {"rule": "adam"}),
+        ("mezo", {"eps": 0.0}),
+        ("forward_gradient", {}),
+        ("spam", {"betas": (1.0, 0.9)}),
+    ]
     for name, options in bad:
         with pytest.raises(InvalidValue):
             create(name, [matrix], **options)
@@ -414,7 +423,7 @@ def test_variants_of_zeroth_order():
     theta, loss = bowl()
     optimizer = create("mezo", [theta], lr=0.05, rule="conservative")
     losses = [optimizer.step(loss).item() and loss().item() for _ in range(30)]
-    assert all(b <= a for a, b in zip(losses, losses[1:])) and losses[-1] < 0.5 * losses[0]
+    assert all(b <= a for a, b in pairwise(losses)) and losses[-1] < 0.5 * losses[0]
     theta, loss = bowl()
     optimizer = create("mezo", [theta], lr=0.01, rule="sign")
     (_, z), before = next(optimizer._directions(0)), theta.detach().clone()

@@ -1,8 +1,8 @@
 """AlignDistil: DPO's reward, distilled token by token (https://arxiv.org/abs/2503.02832).
 
-What RLHF with DPO's reward would lead to is known for each token: a mixture of logits of the DPO model and its reference.
-The teacher here is that mixture, with a DPO model of swapped pairs in the reference's place, and a weight that grows with
-how much both disagree about a token.
+What RLHF with DPO's reward would lead to is known for each token: a mixture of logits of the DPO model and its
+reference. The teacher here is that mixture, with a DPO model of swapped pairs in the reference's place, and a weight
+that grows with how much both disagree about a token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """cDPO: critical tokens, at which a wrong answer goes wrong (https://arxiv.org/abs/2411.19943).
 
-Two models, tuned on right and on wrong answers, say of each token of a rejected answer how much it belongs to right ones.
-The loss is `weighted_dpo` with the weights of `critical_weights`, as in the paper. The official code takes the
+Two models, tuned on right and on wrong answers, say of each token of a rejected answer how much it belongs to right
+ones. The loss is `weighted_dpo` with the weights of `critical_weights`, as in the paper. The official code takes the
 log-sigmoid of each position's difference instead, paddings included, which is another loss.
 """
 
@@ -44,8 +44,8 @@ def critical_weights(
 def critical_token(correct: Sequence[int], most: int = 3) -> int | None:
     """The token from which on a wrong answer cannot be saved: its index, or None.
 
-    correct: for each token, how many of the rollouts that continue behind it (the paper: 64) were right. It is the first
-    with none right, provided that behind it never more than `most` are; else the search goes on behind those."""
+    correct: for each token, how many of the rollouts that continue behind it (the paper: 64) were right. It is the
+    first with none right, provided that behind it never more than `most` are; else the search goes on behind those."""
     start = 0
     for place, right in enumerate(correct):
         if right > most:

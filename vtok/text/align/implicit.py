@@ -2,8 +2,8 @@
 
 beta (log p - log p_ref) of a token is its reward, up to a shaping that telescopes: a model trained by DPO is a map of
 which tokens of an answer were good. The sum over a part of an answer is that part's value, so that plain beam search of
-such a model (`generate(num_beams=5)`) is a search guided by value. Rewards of chosen and rejected answers may both fall in
-a training; that is no defect, but what the theory expects behind supervised fine-tuning.
+such a model (`generate(num_beams=5)`) is a search guided by value. Rewards of chosen and rejected answers may both fall
+in a training; that is no defect, but what the theory expects behind supervised fine-tuning.
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def simpo(stats: TokenStats, *, beta: float = 2.0, gap: float = 0.25, sft: float
     return logo(stats, beta=beta, gap=gap, sft=sft, rejected=1)
 
 
-def spread_positions(
-    lengths: Sequence[int], total: int, generator: torch.Generator | None = None
-) -> Tensor:
+def spread_positions(lengths: Sequence[int], total: int, generator: torch.Generator | None = None) -> Tensor:
     """[sum of lengths] positions of chunks in order, as if they lay scattered in a context of `total` tokens.
 
     Within a chunk positions follow each other; the first chunk begins at 0 and the last ends at total - 1; what is left

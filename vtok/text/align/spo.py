@@ -26,9 +26,7 @@ def cut_points(probabilities: Tensor, interval: int = 5, sure: float = SURE) -> 
     return [int(place) - 1 for place in (probabilities < sure).nonzero()[::interval, 0]]
 
 
-def chain_advantages(
-    probabilities: Tensor, values: Mapping[int, float], outcome: float, sure: float = SURE
-) -> Tensor:
+def chain_advantages(probabilities: Tensor, values: Mapping[int, float], outcome: float, sure: float = SURE) -> Tensor:
     """[T] advantages: of each segment, how much the value rose over it; 0 for tokens that were no choice.
 
     probabilities: [T]. values: of each cut, -1 being the empty answer. outcome: of the answer, the value at its end.

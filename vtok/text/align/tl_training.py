@@ -23,11 +23,11 @@ KINDS = {  # hallucinated, redundant, missing -> reward of parameters' names
 
 
 def weighted_nll(logp: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean of negative log-probabilities over the supervised tokens of a batch; 0 where all weigh 0.
+    """[B] the weighted mean of negative log-probabilities over each answer's supervised tokens; 0 where all weigh 0.
 
-    logp, mask, weights: [B, T]; weights >= 0. With weights of 1 it is the plain loss."""
+    logp, mask, weights: [B, T]; weights >= 0. With weights of 1 it is the mean over tokens."""
     weights = weights.masked_fill(~mask, 0)
-    return -(weights * logp.masked_fill(~mask, 0)).sum() / weights.sum().clamp(min=1e-12)
+    return -(weights * logp.masked_fill(~mask, 0)).sum(1) / weights.sum(1).clamp(min=1e-12)
 
 
 def key_weights(key: Tensor, parameters: Tensor, mask: Tensor) -> Tensor:

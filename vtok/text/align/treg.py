@@ -1,7 +1,7 @@
 """T-REG: a model's own judgement of each token keeps DPO straight (https://arxiv.org/abs/2412.02685).
 
 The same answer is read after two prompts, one that asks for a better answer and one for a worse. Tokens that the former
-makes likelier are rewarded, in chosen and in rejected answers alike. Written from the paper; no official code was found.
+makes likelier are rewarded, in chosen and rejected answers alike. Written from the paper; no official code was found.
 """
 
 from __future__ import annotations

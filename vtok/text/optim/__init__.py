@@ -67,7 +67,9 @@ def create(name: str, params: nn.Module | Iterable[Any], lr: float | None = None
         params = groups(params, decay, plain=issubclass(kind, Base))
     params = list(params)
     if kind is torch.optim.Muon and any(p.ndim != 2 for p in _tensors(params)):
-        raise InvalidValue('Muon is for matrices. "lion_k" with kernel="nuclear" takes a model, with AdamW for the rest.')
+        raise InvalidValue(
+            'Muon is for matrices. "lion_k" with kernel="nuclear" takes a model, with AdamW for the rest.'
+        )
     return make(params, **options)
 
 

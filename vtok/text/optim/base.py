@@ -92,7 +92,7 @@ class Base(torch.optim.Optimizer):
         return loss
 
     def update(self, weight: Tensor, grad: Tensor, state: dict, group: dict, key: tuple[int, int]) -> None:
-        """Of subclasses. Changes `weight` in place, and leaves `grad`. state: `step`, from 1, and what was put there."""
+        """Of subclasses. Changes `weight` in place, not `grad`. state: `step`, from 1, and what was put there."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which turns the state to the weights' dtype; here it keeps its own."""

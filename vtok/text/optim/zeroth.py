@@ -1,10 +1,10 @@
-"""Zeroth-order optimisation: losses of perturbed weights in place of gradients (https://arxiv.org/abs/2305.17333, MeZO).
+"""Zeroth-order optimisation (MeZO): losses of perturbed weights for gradients (https://arxiv.org/abs/2305.17333).
 
 optimizer = vtok.optim.create("mezo", model, lr=1e-6)
 loss = optimizer.step(lambda: model(**batch).loss)      # two forwards, no backward, no state
 
-For a direction z of normal numbers g = (L(w + eps z) - L(w - eps z)) / (2 eps), and the step is -lr g z. z is drawn again
-from its seed whenever it is needed. Variants are those of the benchmark https://arxiv.org/abs/2402.11592.
+For a direction z of normal numbers g = (L(w + eps z) - L(w - eps z)) / (2 eps), and the step is -lr g z. z is drawn
+again from its seed whenever it is needed. Variants are those of the benchmark https://arxiv.org/abs/2402.11592.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class ZerothOrder(torch.optim.Optimizer):
             if value not in known:
                 raise InvalidValue(f"{name} is one of {', '.join(known)}, not {value!r}.")
         if estimate == "forward" and model is None:
-            raise InvalidValue('estimate="forward" differentiates the model: give it, as model=... or in place of params.')
+            raise InvalidValue(
+                'estimate="forward" differentiates the model: give it, as model=... or in place of params.'
+            )
         tiny = torch.finfo(torch.float32).tiny
         for name, value, low, high in (("density", density, tiny, 1), ("eps", eps, tiny, 1e9), ("lr", lr, 0, 1e9)):
             in_range(name, value, low, high)
