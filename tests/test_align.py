@@ -65,7 +65,7 @@ def test_sparsepo(a):
     near(sparsepo(stats, ones, ones, beta=0.1)[0], [0.8657092, 0.8953639])
     b, t = torch.meshgrid(torch.arange(4.0).double(), torch.arange(5.0).double(), indexing="ij")
     mask = torch.sin(b + 1.3 * t).relu()
-    near((mask * stats.mask).sum(1), [1.4790596, 0.7457052, 0.7936677, 0.5784395])
+    near((mask * stats.mask).sum(1), [1.4790596, 0.7457052, 0.7936677, 0.5784395], 3e-7)  # the spec's are fp32
     near(sparsepo(stats, mask, mask, beta=0.1)[0], [0.7677355, 0.7915548])
     near(sparsepo(stats, mask, mask, beta=0.1, l1_rewards=1e-3)[0], [0.7700082, 0.7928790])
     found, metrics = sparsepo(stats, mask, mask, l1_rewards=5e-4, l1_kl=5e-4)
@@ -139,9 +139,9 @@ def test_logo(a):
     z, _, _, _, labels = a
     stats = token_stats(z.repeat(2, 1, 1)[:6, :4], None, (labels.repeat(2, 1)[:6, :4] * 0))
     stats = type(stats)(rows, stats.ref_logp, stats.kl, torch.ones_like(stats.mask))
-    near(logo(stats, sft=0.0)[0], [0.1269280, 0.6931469])
+    near(logo(stats, sft=0.0)[0], [0.1269280, math.log(2)])  # the spec's second is fp32: .6931469
     near(logo(stats, beta=2.0, gap=0.25, sft=0.0)[0], [0.4740770, 0.6443966])
-    near(logo(stats)[0], [0.1269280 + 0.05, 0.6931469 + 0.09])
+    near(logo(stats)[0], [0.1269280 + 0.05, math.log(2) + 0.09])
     with pytest.raises(InvalidValue, match="rejected"):
         logo(stats, rejected=3)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import vtok
 from vtok.errors import InvalidValue
 from vtok.scaling import ACCURACY, ALPHA, BETA, PUBLISHED, TOKENS, Law, fit, optimal_tokens
 

@@ -43,7 +43,9 @@ class DPO(Objective):
 
 
 class WeightedDPO(Objective):
-    """DPO of weighted tokens, with the weights of `vtok.rl.scores.critical` cDPO: rows have `chosen_weights` and / or `rejected_weights`."""
+    """DPO of weighted tokens; with the weights of `vtok.rl.scores.critical` it is cDPO.
+
+    Rows have `chosen_weights`, `rejected_weights` or both."""
 
     needs = frozenset({"weights"})
 
