@@ -341,8 +341,8 @@ def test_grpo_trains_with_advantages_of_tokens(tmp_path):
     wanted = samples["advantages"][:, None] * mask + advantages(rewards, mask, 2, scale=False)
     assert rewards.any()
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-4)
+    vtok.rl.token_advantages(trainer, lambda *_: torch.zeros(2))
     with pytest.raises(InvalidValue, match="Advantages of tokens"):
-        vtok.rl.token_advantages(trainer, lambda *_: torch.zeros(2))
         trainer._generate_and_score_completions([data[0]] * 2 + [data[1]] * 2)
     with pytest.raises(Unsupported, match="no rollouts"):
         vtok.rl.token_advantages(object(), noted)

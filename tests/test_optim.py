@@ -423,7 +423,7 @@ def test_variants_of_zeroth_order():
     theta, loss = bowl()
     optimizer = create("mezo", [theta], lr=0.05, rule="conservative")
     losses = [optimizer.step(loss).item() and loss().item() for _ in range(30)]
-    assert all(b <= a for a, b in pairwise(losses)) and losses[-1] < 0.5 * losses[0]
+    assert all(b <= a + 1e-12 for a, b in pairwise(losses)) and losses[-1] < 0.5 * losses[0]
     theta, loss = bowl()
     optimizer = create("mezo", [theta], lr=0.01, rule="sign")
     (_, z), before = next(optimizer._directions(0)), theta.detach().clone()
