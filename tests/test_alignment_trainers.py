@@ -252,6 +252,7 @@ def test_accumulated_answers_give_the_step_of_one_batch(tmp_path):
         start = trainer.model.lm_head.weight.detach().clone()
         trainer.train()
         after.append(trainer.model.lm_head.weight.detach())
+    assert math.isfinite(trainer.evaluate(trainer.train_dataset)["eval_loss"])
     assert not after[0].equal(start)
     torch.testing.assert_close(*after, atol=1e-6, rtol=1e-4)
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from trl import SFTTrainer
 from trl.trainer.utils import use_adapter
 
@@ -94,7 +93,7 @@ class IFT:
 
         def mix(module: nn.Module, args: tuple[Any, ...], given: Tensor) -> Tensor:
             with torch.no_grad():
-                other = F.embedding(predicted, module.weight).to(given.dtype)
+                other = module.forward(predicted).to(given.dtype)  # not through this hook
             return mixed_embeddings(given, other, supervised, self.share)
 
         hook = trainer.vlm.get_input_embeddings().register_forward_hook(mix)
