@@ -35,12 +35,13 @@ class AnswerTrainer(SFTTrainer):
 
     Raises `InvalidValue` for a batch in which nothing is supervised, and `Unsupported` for packing."""
 
+    loss_is_scaled_for_ga = False  # Trainer averages over accumulated batches
+
     def __init__(self, *args: Any, objective: Callable[[Any, nn.Module, Inputs], Result], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.packing or self.padding_free:
             raise Unsupported("Packed rows are no answers: set packing=False and padding_free=False.")
         self.objective = objective
-        self.model_accepts_loss_kwargs = False  # so that Trainer averages over accumulated batches
         self.vlm = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_answer_logits(self.vlm)
         for teacher in getattr(objective, "models", ()):

@@ -202,8 +202,11 @@ def without_backward(trainer: Any) -> Any:
     def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         model.train()
         inputs = trainer._prepare_inputs(inputs)
-        scaled = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None  # as in Trainer.training_step
-        parts = 1 if scaled or trainer.compute_loss_func is not None else trainer.current_gradient_accumulation_steps
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # as in Trainer.training_step, from here on
+        if scaled is None:
+            counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or trainer.compute_loss_func is not None
+        parts = 1 if scaled else trainer.current_gradient_accumulation_steps
         loss = lambda: trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch) / parts
         return optimizer.estimate(loss).detach()
 
