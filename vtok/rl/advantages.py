@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trl.trainer import add_fused_lm_head
 
 from vtok.errors import InvalidValue, Unsupported
 from vtok.rl import rollouts
@@ -50,14 +51,20 @@ def rto(
 
     To what GRPO gives is added what is still to come of `shaped_rewards`, less its group's mean; it is not scaled. With
     scale_rewards="none" that is RTO's reward with no clip of the outcome. kl: weight of the policy's KL, for which
-    its log-probabilities are computed once more; 0 leaves it to the trainer's own `beta`."""
+    its log-probabilities are computed once more; 0 leaves it to the trainer's own `beta`. The models are of
+    transformers, without adapters; patch them as the policy where it is patched."""
+    judges: list[nn.Module] = []
 
     def give(trainer: Any, samples: Samples) -> Tensor:
         mask, group = samples["completion_mask"].bool(), trainer.num_generations
         if len(mask) % group:
             raise Unsupported(f"A process has {len(mask)} samples, which are no groups of {group}: change the batch.")
+        if not judges:
+            judges.extend((dpo_model, reference))
+            for model in judges:  # as TRL does with its own, whose log-probabilities are made in this way
+                add_fused_lm_head(model.to(trainer.accelerator.device).eval(), temperature=trainer.temperature)
         with torch.no_grad():
-            dpo, ref = (_logps(trainer, model, samples) for model in (dpo_model, reference))
+            dpo, ref = (_logps(trainer, model, samples) for model in judges)
             policy = _logps(trainer, trainer.model, samples) if kl else ref
         none = torch.zeros_like(samples["advantages"])
         rewards = shaped_rewards(dpo, ref, policy, mask, none, beta=beta, clip=clip, kl=kl)
