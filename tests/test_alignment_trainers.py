@@ -128,7 +128,7 @@ def test_weights_of_signs_are_rrpo_without_kl(tmp_path):
     short = pairs("picture", chosen_weights=[[1.0], [1.0]])
     with pytest.raises(InvalidValue, match="1 numbers, and the answer"):
         mine.data_collator(list(short))
-    with pytest.raises(InvalidValue, match="no such column"):
+    with pytest.raises(InvalidValue, match="the rows have none"):
         loss_of(mine, mine.data_collator(list(pairs("picture"))))
     mine.objective = TREG()
     with pytest.raises(InvalidValue, match="scores are in"):
