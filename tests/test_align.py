@@ -370,3 +370,16 @@ def test_spread_positions():
     assert spread_positions([2, 2], 4).tolist() == [0, 1, 2, 3] and spread_positions([2], 5).tolist() == [3, 4]
     with pytest.raises(InvalidValue, match="do not fit"):
         spread_positions([3, 3], 5)
+
+
+def test_no_gradient_goes_through_the_weight_of_treg(a):
+    z, z0, _, _, labels = a
+    z.requires_grad_()
+    stats, scores = token_stats(z, z0, labels), torch.sin(torch.arange(24.0).double()).view(4, 6) / 2
+    found, _ = treg(stats, scores, alpha=20.0, beta=0.1)
+    margins, pull = (x.sum(1).view(2, -1) for x in (0.1 * stats.margin, -0.1 * scores[:, 1:] * stats.logp))
+    held = (margins[1] - margins[0]).sigmoid().tolist()
+    wanted = -torch.nn.functional.logsigmoid(margins[0] - margins[1]) + 20 * torch.tensor(held) * pull.sum(0)
+    near(found, wanted.detach().numpy(), 1e-6)
+    grads = [torch.autograd.grad(loss.sum(), z, retain_graph=True)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
