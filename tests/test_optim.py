@@ -480,3 +480,9 @@ def test_a_trainer_takes_them_accumulates_and_resumes(name, tmp_path):
     torch.testing.assert_close(resumed.model.layer.weight, whole.model.layer.weight, atol=1e-7, rtol=0)
     with pytest.raises(InvalidValue, match="optimizer is a"):
         without_backward(trainer_of("lion", tmp_path))
+
+
+def test_the_share_of_frugal_begins_anew_after_its_gap():
+    """With density 1 the third step of gap=2 is Adam's first: each entry moves by the learning rate."""
+    two, three = (trained(partial(create, "frugal", lr=0.01, density=1.0, gap=2), n)[0] for n in (2, 3))
+    torch.testing.assert_close((three - two).abs(), torch.full_like(two, 0.01), rtol=1e-3, atol=0)
