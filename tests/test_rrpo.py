@@ -351,9 +351,9 @@ def test_the_side_of_the_padding_makes_no_difference(method, tmp_path):
 def test_a_compressed_model_gives_logits_of_answers_and_drops_the_clips_tokens(tmp_path):
     trainer = trainer_on("qwen2_5_vl", rows(video=FILM), tmp_path, "divprune")
     dense = trainer_on("qwen2_5_vl", rows(video=FILM), tmp_path)
-    (stats, signs, outputs), (full, _, plain) = (t._stats(t.model, batch_of(t)) for t in (trainer, dense))
+    (stats, columns, outputs), (full, _, plain) = (t._stats(t.model, batch_of(t)) for t in (trainer, dense))
     assert outputs.logits.shape == plain.logits.shape and stats.mask.equal(full.mask)
-    assert signs.shape[1] == outputs.logits.shape[1] < batch_of(dense)["input_ids"].shape[1] // 2
+    assert columns["signs"].shape[1] == outputs.logits.shape[1] < batch_of(dense)["input_ids"].shape[1] // 2
     assert outputs.loss is None and not torch.allclose(stats.logp, full.logp)
     counts = (batch_of(trainer)["input_ids"] == trainer.model.config.video_token_id).sum(1).tolist()
     (patch,) = vtok.patching.patches_on(trainer.model)

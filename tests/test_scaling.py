@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import vtok
 from vtok.errors import InvalidValue
 from vtok.scaling import ACCURACY, ALPHA, BETA, PUBLISHED, TOKENS, Law, fit, optimal_tokens
 
@@ -128,3 +129,19 @@ def test_bad_input():
     ):
         with pytest.raises(InvalidValue):
             call()
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "lr", "batch", "warns"),
+    [
+        (1e9, 1e11, 1.6325e-3, 1.10771e6, False),
+        (7e9, 1.4e12, 9.16557e-4, 4.99882e6, True),
+        (6e7, 2e9, 3.6513e-3, 118_663, False),
+    ],
+)
+def test_the_step_law(n, d, lr, batch, warns, caplog):
+    found = vtok.scaling.steplaw(n, d)
+    assert (found.lr, found.batch_tokens) == pytest.approx((lr, batch), rel=2e-5)
+    assert ("extrapolation" in caplog.text) is warns
+    with pytest.raises(InvalidValue, match="tokens"):
+        vtok.scaling.steplaw(n, 0)

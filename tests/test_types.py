@@ -34,7 +34,7 @@ follow_imports = skip
 def stub() -> str:
     """What `vtok.__getattr__` finds, spelled out, as type checkers and editors do not call it."""
     homes = {**vtok._HOMES, **{cls.__name__: cls.__module__ for cls in load_all().values()}}
-    homes |= dict.fromkeys(vtok._ROOMS, "vtok")
+    homes |= {name: home.rpartition(".")[0] for name, home in vtok._ROOMS.items()}
     lines = [f"from {home} import {name} as {name}" for home, name in sorted((h, n) for n, h in homes.items())]
     return "\n".join(["# Written by tests/test_types.py.", *lines, "", "__version__: str", ""])
 

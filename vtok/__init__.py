@@ -32,14 +32,14 @@ _HOMES = {
     "patch": "vtok.patching",
     "unpatch": "vtok.patching",
 }
-_ROOMS = ("rl",)  # packages of the public face
+_ROOMS = {"optim": "vtok.text.optim", "rl": "vtok.rl", "scaling": "vtok.scaling"}  # modules of the public face
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _ROOMS:
-        return importlib.import_module(f"vtok.{name}")
+        return importlib.import_module(_ROOMS[name])
     if name[:1].isupper():  # compressor classes, such as vtok.GlobalCom2, found wherever their file is
         from vtok.compressor import load_all
 

@@ -1,5 +1,6 @@
 # Written by tests/test_types.py.
 from vtok import rl as rl
+from vtok import scaling as scaling
 from vtok.compressor import Compressor as Compressor
 from vtok.compressors.aim import AIM as AIM
 from vtok.compressors.aim import AIMMerge as AIMMerge
@@ -37,6 +38,7 @@ from vtok.methods import available as available
 from vtok.patching import Patch as Patch
 from vtok.patching import patch as patch
 from vtok.patching import unpatch as unpatch
+from vtok.text import optim as optim
 from vtok.text.decoding.awrs import AWRS as AWRS
 from vtok.text.decoding.dyspec import DySpec as DySpec
 from vtok.text.decoding.ngram import NGram as NGram

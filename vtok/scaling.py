@@ -1,4 +1,6 @@
-"""How many visual tokens to spend: the inference-optimal scaling law of vision-language models (arXiv 2411.03312).
+"""Laws of scaling: how many visual tokens to spend (below), and the step size of a pretraining (`steplaw`).
+
+The inference-optimal scaling law of vision-language models (arXiv 2411.03312):
 
     error(N, T) = a * N^-alpha * T^-beta + d
 
@@ -13,6 +15,7 @@ picture has to be read it is the other way round: tokens buy more than size, and
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +34,8 @@ ACCURACY = {  # mean accuracy over the tasks: billions of parameters -> at TOKEN
     7.0: (0.4810, 0.4971, 0.5050, 0.5141, 0.5172, 0.5238, 0.5354),
 }
 PUBLISHED = tuple((n, t, 1 - y) for n, row in ACCURACY.items() for t, y in zip(TOKENS, row))  # (N, T, error)
+STEPLAW_SIZES, STEPLAW_TOKENS = (6e7, 1e10), (2e9, 1e12)  # beyond which `steplaw` is extrapolation
+log = logging.getLogger(__name__)
 METHODS = ("least_squares", "grid")
 
 
@@ -108,6 +113,34 @@ def fit(points: Iterable[tuple[float, float, float]] = PUBLISHED, method: str = 
     if method not in METHODS:
         raise InvalidValue(f"method must be one of {METHODS}, got {method!r}")
     return (_least_squares if method == "least_squares" else _grid)(rows)
+
+
+@dataclass(frozen=True)
+class Step:
+    """lr: the peak learning rate. batch_tokens: tokens of a batch."""
+
+    lr: float
+    batch_tokens: float
+
+
+def steplaw(n_params: float, tokens: float) -> Step:
+    """Learning rate and batch of a pretraining by the Step Law (arXiv 2503.04715).
+
+    n_params: N, without embeddings. tokens: D, seen in the whole training. lr = 1.79 N^-0.713 D^0.307 and
+    batch = 0.58 D^0.571 tokens, for AdamW with a warmup and a cosine down to a fixed 1e-5, not to a tenth of the peak.
+
+    For pretraining from random weights alone: not for fine-tuning, LoRA or projectors, whose best steps depend on what
+    is there. Warns below 60 million parameters, above 10 billion, and outside of 2 billion to a trillion tokens. Raises
+    `InvalidValue` for numbers that are not above 0."""
+    _positive("n_params", n_params)
+    _positive("tokens", tokens)
+    for name, value, (low, high) in (
+        ("parameters", n_params, STEPLAW_SIZES),
+        ("tokens", tokens, STEPLAW_TOKENS),
+    ):
+        if not low <= value <= high:
+            log.warning("The Step Law was fitted from %g to %g %s: %g is extrapolation.", low, high, name, value)
+    return Step(1.79 * n_params**-0.713 * tokens**0.307, 0.58 * tokens**0.571)
 
 
 def _basis(rows: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:

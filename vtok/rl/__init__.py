@@ -9,6 +9,9 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AnswerTrainer": "vtok.rl.supervised",
+    "PreferenceConfig": "vtok.rl.preference",
+    "PreferenceTrainer": "vtok.rl.preference",
     "RRPOConfig": "vtok.rl.rrpo",
     "PatchCallback": "vtok.rl.reference",
     "RRPOTrainer": "vtok.rl.rrpo",
@@ -17,6 +20,7 @@ _HOMES = {
     "patch_reference": "vtok.rl.reference",
     "prepare": "vtok.rl.reference",
     "replay": "vtok.rl.rollouts",
+    "token_advantages": "vtok.rl.advantages",
 }
 
 

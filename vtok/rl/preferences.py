@@ -25,6 +25,7 @@ from vtok.text.align.rrpo import TAG, diff_signs, diff_spans, to_tokens, unmark
 Phrases = Literal["words", "tokens", "markup", "all"]
 Signed = tuple[list[int], list[int]]  # ids of an answer, and their signs
 TEXT = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # columns that are read beside COLUMNS
+WEIGHTS = ("chosen_weights", "rejected_weights")  # columns of numbers, one for each token of an answer
 TYPES = ("token_type_ids", "mm_token_type_ids")  # which some processors give beside the ids; 0 is text
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ class PairCollator:
     """Rows to a batch: tokens, media and signs, the chosen answers first. Text is tokenised here too, as pictures are.
 
     Gives `input_ids`, `attention_mask`, `completion_mask` and `signs`, each [2B, T], padded on the right, and what the
-    processor makes of pictures and clips.
+    processor makes of pictures and clips. Rows with `chosen_weights` or `rejected_weights`, a number for each token of
+    the answer, give `weights` [2B, T], too, in which the answer without numbers weighs 1 and the prompt 0.
 
     processor: of the model, or a tokenizer. phrases: what the signs are made by, see `RRPOConfig`. sampling: which
         frames of a clip are taken. max_length: tokens of prompt and answer, beyond which a pair is not `usable`.
@@ -59,7 +61,20 @@ class PairCollator:
         # what a chat template wrote has its special tokens
         how = {"add_special_tokens": not is_conversational(rows[0]), "padding": True, "padding_side": "left"}
         batch = self.processor(text=[*prompts, *prompts], return_tensors="pt", **how, **media(seen))
-        return {**batch, **self._joined(batch, [*chosen, *rejected])}
+        return {**batch, **self._joined(batch, [*chosen, *rejected], self._weights(rows, chosen, rejected))}
+
+    def _weights(self, rows: Sequence[Mapping[str, Any]], *said: Sequence[Signed]) -> list[Tensor] | None:
+        """Of each answer, the chosen ones first; None where no row has weights."""
+        if not any(row.get(name) is not None for row in rows for name in WEIGHTS):
+            return None
+        made = []
+        for name, answers in zip(WEIGHTS, said):
+            for row, (ids, _) in zip(rows, answers):
+                given = [1.0] * len(ids) if row.get(name) is None else row[name]
+                if len(given) != len(ids):
+                    raise InvalidValue(f"{name} has {len(given)} numbers, and the answer {len(ids)} tokens.")
+                made.append(torch.tensor(given, dtype=torch.float32))
+        return made
 
     def answers(self, row: Mapping[str, Any]) -> tuple[str, Signed, Signed]:
         """The prompt's text, and the chosen and the rejected answer, each as token ids and their signs."""
@@ -89,7 +104,9 @@ class PairCollator:
             signs = diff_signs(*ids) if how == "tokens" else [[1] * len(row) for row in ids]
         return list(zip(ids, signs))
 
-    def _joined(self, batch: Mapping[str, Tensor], said: Sequence[Signed]) -> dict[str, Tensor]:
+    def _joined(
+        self, batch: Mapping[str, Tensor], said: Sequence[Signed], weights: list[Tensor] | None
+    ) -> dict[str, Tensor]:
         """Prompts, which come padded on the left, and answers, in rows that are padded on the right."""
         real = batch["attention_mask"].bool()
         ends, signs = ([torch.tensor(part) for part in parts] for parts in zip(*said))
@@ -97,6 +114,7 @@ class PairCollator:
         none, ones = torch.zeros_like(batch["input_ids"]), [torch.ones_like(end) for end in ends]
         rows = {"input_ids": join(batch["input_ids"], ends), "attention_mask": join(none + 1, ones)}
         rows |= {"completion_mask": join(none, ones), "signs": join(none, signs)}
+        rows |= {} if weights is None else {"weights": join(none.float(), weights)}
         rows |= {name: join(batch[name], [0 * one for one in ones]) for name in TYPES if name in batch}
         fill, multiple = {"input_ids": self.tokenizer.pad_token_id}, self.pad_to_multiple_of
         return {name: pad(row, fill.get(name, 0), "right", multiple) for name, row in rows.items()}
@@ -104,6 +122,8 @@ class PairCollator:
     def usable(self, row: Mapping[str, Any]) -> str | None:
         """Why a pair teaches nothing or cannot be used whole, or None. Looks at its text alone."""
         prompt, *answers = self.answers(maybe_extract_prompt(dict(row)))
+        if self.phrases == "all" and answers[0][0] == answers[1][0]:
+            return "are one answer twice"
         if not all(any(signs) for _, signs in answers):
             return "have no phrase in which both answers differ"
         if self.max_length is not None:
@@ -120,7 +140,9 @@ def checked(dataset: Any, pairs: PairCollator) -> Any:
     first = next(iter(dataset), {})
     names = list(dataset.column_names or first)
     if missing := [name for name in ("chosen", "rejected") if name not in names]:
-        raise InvalidValue(f"RRPO learns from pairs, and the data set has no column {missing[0]!r}, but {names}.")
+        raise InvalidValue(
+            f"A preference loss learns from pairs, and the data set has no column {missing[0]!r}, but {names}."
+        )
     if any(name in names for name in COLUMNS):
         if pairs.max_length is not None:
             raise InvalidValue(

@@ -18,11 +18,11 @@ import re
 from collections.abc import Hashable, Sequence
 from difflib import SequenceMatcher
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtok.errors import InvalidValue
-from vtok.text.align.stats import TokenStats
+from vtok.text.align.stats import TokenStats, by_answer
+from vtok.text.align.weighted import weighted_dpo
 
 Span = tuple[int, int, int]  # of characters, from and to; and the sign
 TAG = re.compile(r"<MASK> ?| ?</MASK>")  # the paper's data have a space on the inner side
@@ -42,13 +42,10 @@ def rrpo(stats: TokenStats, signs: Tensor, *, alpha: float = 0.01, beta: float =
     rows, width = stats.mask.shape
     if rows % 2 or signs.shape != (rows, width + 1):
         raise InvalidValue(f"signs are [2B, T], a row an answer: here [{rows}, {width + 1}], not {list(signs.shape)}.")
+    losses, metrics = weighted_dpo(stats, (signs > 0).to(stats.kl.dtype), beta=beta)
     signed = (signs[:, 1:] > 0) & stats.mask
-    chosen, rejected = beta * stats.margin.masked_fill(~signed, 0).sum(1).view(2, -1)
-    kl, other_kl = stats.kl.sum(1).view(2, -1)  # stats are 0 where nothing is supervised
-    metrics = {"rewards/chosen": chosen, "rewards/rejected": rejected, "kl/chosen": kl, "kl/rejected": other_kl}
-    metrics["phrase_tokens"] = signed.sum(1).view(2, -1).sum(0).to(kl.dtype)
-    losses = alpha * kl - F.logsigmoid(chosen - rejected)
-    return losses, {name: value.detach() for name, value in metrics.items()}
+    metrics["phrase_tokens"] = sum(by_answer(stats, signed.to(stats.kl.dtype)))
+    return losses + alpha * by_answer(stats, stats.kl)[0], metrics
 
 
 # ---- signs -----------------------------------------------------------------------------------------------------------

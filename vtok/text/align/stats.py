@@ -36,26 +36,48 @@ class TokenStats:
         return self.logp - self.ref_logp
 
 
-def token_stats(logits: Tensor, ref_logits: Tensor, labels: Tensor, chunk: int = CHUNK) -> TokenStats:
+def token_stats(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, chunk: int = CHUNK) -> TokenStats:
     """Log-probabilities and forward KL of the supervised tokens.
 
-    logits, ref_logits: [B, T, V] of the policy and the reference; the row at t predicts the token at t+1.
+    logits, ref_logits: [B, T, V] of the policy and the reference; the row at t predicts the token at t+1. Without a
+        reference `ref_logp` and `kl` are 0.
     labels: [B, T] token ids, -100 where nothing is supervised. chunk: tokens worked on together, >= 1.
 
     Work and memory go with the supervised tokens. What a chunk needs for its gradient is computed again in the
     backward, so that nothing of the logits' size is made but their gradient. Raises `InvalidValue` where shapes do not
     fit."""
-    if logits.shape != ref_logits.shape or logits.shape[:2] != labels.shape:
+    other = logits if ref_logits is None else ref_logits
+    if logits.shape != other.shape or logits.shape[:2] != labels.shape:
         raise InvalidValue(
             f"Logits of policy and reference are [B, T, V] and labels [B, T], not {tuple(logits.shape)}, "
-            f"{tuple(ref_logits.shape)} and {tuple(labels.shape)}."
+            f"{tuple(other.shape)} and {tuple(labels.shape)}."
         )
     targets = labels[:, 1:]
     mask = targets != IGNORE
     at = mask.nonzero()
-    found = _OfTokens.apply(logits, ref_logits.detach(), at, targets[mask], chunk)
+    found = _OfTokens.apply(logits, None if ref_logits is None else ref_logits.detach(), at, targets[mask], chunk)
     logp, ref_logp, kl = (torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in found)
     return TokenStats(logp, ref_logp.detach(), kl, mask)
+
+
+def by_answer(stats: TokenStats, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over each answer of values of tokens [2B, T-1]: [B] of the chosen answers and [B] of the rejected ones.
+
+    Raises `InvalidValue` where there is an odd number of rows."""
+    if len(values) % 2 or values.shape != stats.mask.shape:
+        raise InvalidValue(f"Pairs are 2B rows, chosen answers first, of one width: not {list(values.shape)}.")
+    chosen, rejected = values.masked_fill(~stats.mask, 0).sum(1).view(2, -1)
+    return chosen, rejected
+
+
+def of_predicted(stats: TokenStats, values: Tensor, name: str) -> Tensor:
+    """Values of tokens [B, T] as those of the rows of `stats`, each of which is of the token behind it: [B, T-1].
+
+    Raises `InvalidValue`, in which `name` is what the values are called."""
+    rows, width = stats.mask.shape
+    if values.shape != (rows, width + 1):
+        raise InvalidValue(f"{name} are [{rows}, {width + 1}], a value for each token, not {list(values.shape)}.")
+    return values[:, 1:]
 
 
 def _log_softmax(logits: Tensor, at: Tensor) -> Tensor:
@@ -69,16 +91,20 @@ class _OfTokens(torch.autograd.Function):
     Its gradients are known in closed form: that of log p(y) is onehot(y) - p, that of the KL is p - p_ref."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, ref_logits: Tensor, at: Tensor, targets: Tensor, chunk: int):
+    def forward(ctx, logits: Tensor, ref_logits: Tensor | None, at: Tensor, targets: Tensor, chunk: int):
         ctx.save_for_backward(logits, ref_logits, at, targets)
         ctx.chunk = chunk
-        made = logits.new_empty(3, len(at), dtype=torch.promote_types(logits.dtype, torch.float32))
+        made = logits.new_zeros(3, len(at), dtype=torch.promote_types(logits.dtype, torch.float32))
         for some, y, out in zip(at.split(chunk), targets.split(chunk), made.split(chunk, dim=1)):
-            p, p0 = _log_softmax(logits, some), _log_softmax(ref_logits, some)
+            p = _log_softmax(logits, some)
+            out[0] = p.gather(1, y[:, None])[:, 0]
+            if ref_logits is None:
+                continue
+            p0 = _log_softmax(ref_logits, some)
             weight = p0.exp()
             # where the reference's probability is 0, so is its share of the KL, even if the policy's is 0 as well
             kl = (weight * (p0 - p)).masked_fill_(weight == 0, 0).sum(-1)
-            out.copy_(torch.stack([p.gather(1, y[:, None])[:, 0], p0.gather(1, y[:, None])[:, 0], kl]))
+            out[1:] = torch.stack([p0.gather(1, y[:, None])[:, 0], kl])
         return tuple(made)
 
     @staticmethod
@@ -86,8 +112,11 @@ class _OfTokens(torch.autograd.Function):
         logits, ref_logits, at, targets = ctx.saved_tensors
         made = torch.zeros_like(logits)
         for some, y, a, b in zip(*(x.split(ctx.chunk) for x in (at, targets, of_logp, of_kl))):
-            p, p0 = _log_softmax(logits, some).exp_(), _log_softmax(ref_logits, some).exp_()
-            rows = (b - a)[:, None] * p - b[:, None] * p0
+            p = _log_softmax(logits, some).exp_()
+            if ref_logits is None:
+                rows = -a[:, None] * p
+            else:
+                rows = (b - a)[:, None] * p - b[:, None] * _log_softmax(ref_logits, some).exp_()
             rows.scatter_add_(1, y[:, None], a[:, None])
             made[some[:, 0], some[:, 1]] = rows.to(made.dtype)
         return made, None, None, None, None
