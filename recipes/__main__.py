@@ -12,6 +12,7 @@ FAMILIES = {  # model -> module
     "vtok-tiny-llava-next": "llava_next",
     "vtok-tiny-qwen2.5-vl": "qwen2_5_vl",
     "vtok-tiny-internvl": "internvl",
+    "vtok-smollm2-llava": "smollm2",
 }
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
     name, out, workers = (given.pop(key) for key in ("name", "out", "workers"))
     made = import_module(f"recipes.{FAMILIES[name]}")
-    train(made.FAMILY, out, made.Recipe(**given), workers)
+    getattr(made, "train", train)(made.FAMILY, out, made.Recipe(**given), workers)
 
 
 if __name__ == "__main__":

