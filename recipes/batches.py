@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -48,6 +48,11 @@ class Batch:
     focus: torch.Tensor  # bool [B, Q, P]
     asked: torch.Tensor  # bool [B, Q, Q] words that matter of the question that a target answers
     categories: list[list[str]]  # [B][questions]
+
+    def to(self, device: torch.device) -> Batch:
+        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+        media = {name: move(x) for name, x in self.media.items()}
+        return replace(self, **{name: move(x) for name, x in vars(self).items()} | {"media": media})
 
 
 @cache

@@ -64,7 +64,7 @@ class Family(ABC):
 
     def places(self, net: nn.Module, batch: Batch) -> torch.Tensor:
         """Position ids of the prefix, [B, P] or [axes, B, P]."""
-        return torch.arange(batch.prefix.shape[1]).expand_as(batch.prefix)
+        return torch.arange(batch.prefix.shape[1], device=batch.prefix.device).expand_as(batch.prefix)
 
 
 @dataclass(frozen=True)

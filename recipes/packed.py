@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from recipes.loop import DTYPE
+from recipes.loop import dtype_on
 
 IGNORE = -100
 PREFIX, PADDING = -2, -1  # in place of a question's number
@@ -44,7 +44,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling, dropout
     if attention_mask is None:  # a vision tower
         return attend(query, key, value).transpose(1, 2), None
     start = query.shape[2] - attention_mask.shape[2]
-    causal = torch.full((start, start), float("-inf"), dtype=attention_mask.dtype).triu(1)
+    causal = torch.full((start, start), float("-inf"), dtype=attention_mask.dtype, device=query.device).triu(1)
     prefix = attend(query[:, :, :start], key[:, :, :start], value[:, :, :start], causal)
     asked = attend(query[:, :, start:], key, value, attention_mask)
     module.watched = {}
@@ -63,11 +63,13 @@ def visible(block: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
     block: [B, Q] number of the question a token belongs to, PADDING elsewhere. prefix: [B, P] PREFIX, and PADDING
     after a shorter one.
     """
-    everything, places = torch.cat([prefix, block], dim=1), torch.arange(prefix.shape[1] + block.shape[1])
+    everything = torch.cat([prefix, block], dim=1)
+    places = torch.arange(everything.shape[1], device=block.device)
     start = prefix.shape[1]
     seen = (block[:, :, None] == everything[:, None]) | (everything[:, None] == PREFIX)  # [B, Q, P + Q]
     seen &= places[start:, None] >= places
-    return torch.zeros(seen.shape, dtype=DTYPE).masked_fill(~seen, float("-inf"))[:, None]
+    dtype = dtype_on(block.device)
+    return torch.zeros(seen.shape, dtype=dtype, device=block.device).masked_fill(~seen, float("-inf"))[:, None]
 
 
 def pack(rows: list[list[Encoded]], looks: list[list[np.ndarray]], pad: int) -> dict[str, torch.Tensor]:
@@ -108,7 +110,7 @@ def focus_loss(layers, heads: Sequence[tuple[int, int]], first: int, wanted: tor
     heads: (layer, head) that `teach` was told. wanted: bool [B, Q, N] columns from `first` on, which counts from the
     end if negative.
     """
-    some, loss = wanted.any(-1), torch.zeros(())
+    some, loss = wanted.any(-1), torch.zeros((), device=wanted.device)
     for layer, head in heads if some.any() else ():
         seen = layers[layer].self_attn.watched[head][..., first:][..., : wanted.shape[-1]]
         loss = loss - seen[some].masked_fill(~wanted[some], float("-inf")).logsumexp(-1).mean()

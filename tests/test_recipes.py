@@ -260,12 +260,12 @@ def test_recipe_learns(untrained, lexicon):
     settings = recipe.Recipe()
     heads = recipe.Heads(net.config.vision_config.hidden_size, lexicon)
     one = batches.build(family, processor, lexicon, "scenes", [offline.get("scenes").item("train", 0, 2)])
-    data = type("One", (), {"family": family, "lexicon": lexicon, "__getitem__": lambda self, index: one})()
+    data = type("One", (), {"family": family, "lexicon": lexicon})()
     words = batches.shown_ids(tok, lexicon)
     some = recipe.optimisers({net: 1.0, heads: 1.0}, settings)
     losses = []
-    for step in range(8):
-        loss, answer = recipe.question_loss(step, data, net, heads, words, settings)
+    for _ in range(8):
+        loss, answer = recipe.question_loss(one, data, net, heads, words, settings)
         losses.append(answer["scenes"])
         for optimiser in some:
             optimiser.zero_grad()

