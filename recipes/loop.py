@@ -204,6 +204,8 @@ def fit(
                 saved = time.time()
         team.stop()
         torch.set_num_threads(1)  # the next team is forked
+        if not stage.steps and number == len(stages) - 1:  # what the stages before made
+            _write(trained, state, out, workers, device)
         if not left:
             return
 

@@ -24,10 +24,12 @@ from torch import nn
 from recipes import internvl, loop, recipe
 from recipes.batches import Batch, Parts, shown_ids
 from recipes.items import Lexicon
-from recipes.packed import IGNORE, focus_loss, teach
+from recipes.packed import IGNORE, focus_loss, teach, visible
 from vtok import backbone, models
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROSE = ("iris", "wine", "breast_cancer", "diabetes", "digits", "linnerud")  # whose descriptions scikit-learn carries
+PROSE_TOKENS = 128  # of each
 BLANK = " nothing"  # what a visual token says that shows no thing
 
 
@@ -155,18 +157,45 @@ def question_loss(batch: Batch, family: SmolLM2, net, words: torch.Tensor, blank
     return loss, answer | {"pictures": len(batch.there), "questions": sum(map(len, batch.categories))}
 
 
+@torch.no_grad()
+def perplexity(net, tok) -> float:
+    """Of English prose out of scikit-learn, by the decoder alone."""
+    from sklearn import datasets
+
+    texts = [getattr(datasets, f"load_{name}")().DESCR for name in PROSE]
+    ids = [tok(text, add_special_tokens=False)["input_ids"][:PROSE_TOKENS] for text in texts]
+    ids = torch.tensor(ids, device=net.device)  # all are longer
+    with loop.autocast(net.device):
+        states = net.model.language_model(
+            inputs_embeds=net.get_input_embeddings()(ids),
+            attention_mask=visible(torch.zeros_like(ids), ids[:, :0]),
+            use_cache=False,
+        ).last_hidden_state
+        logits = net.lm_head(states[:, :-1]).float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+
+
 def optimisers(modules: Mapping[nn.Module, float], settings: Recipe) -> list[torch.optim.Optimizer]:
     groups = [{"params": list(module.parameters()), "peak": peak} for module, peak in modules.items()]
     return [torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def write(half: Learned, kit, out: Path, net: nn.Module, settings: Recipe) -> dict[str, Any]:
-    """The hub folder: what was learned and how it goes into SmolLM2, and the configuration for whoever looks."""
+    """The hub folder: what was learned and how it goes into SmolLM2, and the configuration for whoever looks. Updates
+    that change nothing yet are left out. Tells what they do to the perplexity of text."""
     how = {"format": "pt", "scale": str(settings.alpha / settings.rank), "tiles": str(settings.tiles)}
-    weights = {name: w.cpu().contiguous() for name, w in half.named().items()}
+    begun = any(pair["lora_B"].weight.any() for pair in half.updates.values())
+    weights = {name: w.cpu() for name, w in half.named().items() if begun or name.startswith(backbone.PROJECTOR)}
     save_file(weights, out / backbone.FILE, metadata=how)
     net.config.save_pretrained(out)
-    return {}
+    found = {"with": perplexity(net, kit.tokenizer)}
+    places = [part for part in net.modules() if isinstance(part, LoraLayer)]
+    for part in places:
+        part.enable_adapters(False)
+    found["base"] = perplexity(net, kit.tokenizer)
+    for part in places:
+        part.enable_adapters(True)
+    return {"perplexity": found}
 
 
 def train(
@@ -223,7 +252,8 @@ def begin(learned: Learned, folder: Path) -> dict[str, Any]:
     """Begin with the weights of a folder; what made them."""
     old = load_file(folder / backbone.FILE)
     for name, weight in learned.named().items():
-        weight.copy_(old[name])
+        if name in old:
+            weight.copy_(old[name])
     return json.loads((folder / "training.json").read_text())
 
 

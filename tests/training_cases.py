@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.datasets import load_wine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import batches, internvl, items, llava_next, loop, qwen2_5_vl, smollm2
@@ -136,6 +137,7 @@ def test_training_around_a_language_model_resumes_and_loads(tmp_path, monkeypatc
     assert {file.name for file in whole.iterdir()} == {"config.json", "learned.safetensors", "training.json"}
     made = json.loads((whole / "training.json").read_text())
     assert made["curve"][-1]["step"] == 3 and made["curve"][-1]["right"]
+    assert made["perplexity"]["with"] != made["perplexity"]["base"]
 
     monkeypatch.setattr(models, "smollm2", lambda: Small().language)
     net, kit = models.load(whole, dtype="float32")
@@ -149,6 +151,12 @@ def test_training_around_a_language_model_resumes_and_loads(tmp_path, monkeypatc
         mine, merged = (model(**inputs).logits for model in (trained, net))
         assert (mine - family.model(kit.tokenizer)(**inputs).logits).abs().max() > 0.1
     torch.testing.assert_close(mine, merged, rtol=0, atol=2e-2)  # the file is float16
+    ids = torch.tensor([kit.tokenizer(load_wine().DESCR)["input_ids"][: smollm2.PROSE_TOKENS]])
+    with torch.no_grad():
+        alone = net(input_ids=ids, labels=ids).loss.exp().item()
+    monkeypatch.setattr(smollm2, "PROSE", ("wine",))
+    trained.set_attn_implementation("zoo_packed")
+    assert smollm2.perplexity(trained, kit.tokenizer) == pytest.approx(alone, rel=1e-2)
     assert inputs["pixel_values"].shape[0] == 1  # one tile
 
     on = replace(AROUND, start=str(whole), tower_steps=0, steps=1, lr=0.0, projector_lr=0.0)
