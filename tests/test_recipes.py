@@ -10,7 +10,7 @@ from test_triton import HERE, child
 from recipes import batches, internvl, items, llava_next, qwen2_5_vl, recipe, text
 from recipes import family as places
 from recipes.muon import Muon
-from recipes.packed import IGNORE
+from recipes.packed import IGNORE, teach
 from recipes.words import pieces, tokenizer
 from vtok.eval.tasks import task as offline
 
@@ -257,6 +257,7 @@ def test_recipe_learns(untrained, lexicon):
     tok = processor.tokenizer
     net = family.model(tok)
     net.set_attn_implementation("zoo_packed")
+    teach(net.model.language_model.layers, (*family.heard, *family.watched))
     settings = recipe.Recipe()
     heads = recipe.Heads(net.config.vision_config.hidden_size, lexicon)
     one = batches.build(family, processor, lexicon, "scenes", [offline.get("scenes").item("train", 0, 2)])
