@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -49,16 +49,32 @@ class Batch:
     asked: torch.Tensor  # bool [B, Q, Q] words that matter of the question that a target answers
     categories: list[list[str]]  # [B][questions]
 
+    def to(self, device: torch.device) -> Batch:
+        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+        media = {name: move(x) for name, x in self.media.items()}
+        return replace(self, **{name: move(x) for name, x in vars(self).items()} | {"media": media})
+
 
 @cache
 def _encode(tok, text: str) -> tuple[int, ...]:
     return tuple(tok(text, add_special_tokens=False)["input_ids"])
 
 
-def encode(tok, question: Question) -> Encoded:
-    """Token ids of a question and its answer as the chat template writes them, and how many are the question's."""
+def encode(tok, question: Question, spelled: bool = False) -> Encoded:
+    """Token ids of a question and its answer as the chat template writes them, and how many are the question's.
+
+    spelled: the answer letter by letter, whatever longer tokens there are."""
     prompt = _encode(tok, f"{question.text}<|im_end|><|im_start|>assistant")
+    if spelled:
+        letters = tuple(_encode(tok, letter)[0] for letter in question.answer)
+        return prompt + _encode(tok, " ") + letters + _encode(tok, "<|im_end|>"), len(prompt)
     return prompt + _encode(tok, f" {question.answer}<|im_end|>"), len(prompt)
+
+
+def telling(tok, word: str) -> int:
+    """The token that a word is known by: its first but for a bare space."""
+    ids = _encode(tok, word)
+    return next((i for i in ids if i not in _encode(tok, " ")), ids[0])
 
 
 def _annotate(
@@ -106,7 +122,7 @@ def _annotate(
 def build(family: Family, kit, lexicon: Lexicon, task: str, some: Sequence[Item]) -> Batch:
     """A batch of items of one task, by the processor `kit`."""
     tok = kit.tokenizer
-    rows = [[encode(tok, q) for q in item.questions] for item in some]
+    rows = [[encode(tok, q, family.spells and (task, q.category) in READ) for q in item.questions] for item in some]
     notes = [_annotate(item, task, lexicon, row, family) for item, row in zip(some, rows)]
     packed = pack(rows, [looks for _, _, looks in notes], tok.pad_token_id)
     if some[0].media == "video":
@@ -124,7 +140,7 @@ def build(family: Family, kit, lexicon: Lexicon, task: str, some: Sequence[Item]
     focus = torch.zeros(*packed["ids"].shape, prefix.shape[1], dtype=torch.bool)
     for b, visual in enumerate(kinds > 0):
         focus[b][:, visual] = packed["focus"][b, :, : int(visual.sum())]
-    named = torch.tensor([_encode(tok, word)[0] for word in lexicon.content])
+    named = torch.tensor([telling(tok, word) for word in lexicon.content])
     told = torch.isin(packed["ids"], named) & (packed["targets"] == IGNORE)  # in questions: an answer is no help
     asked = (packed["block"][:, :, None] == packed["block"][:, None]) & told[:, None]
     return Batch(
@@ -143,7 +159,7 @@ def build(family: Family, kit, lexicon: Lexicon, task: str, some: Sequence[Item]
 
 def shown_ids(tok, lexicon: Lexicon) -> torch.Tensor:
     """Token ids of what `Batch.words` tells of, [content words and characters]."""
-    return torch.tensor([_encode(tok, word)[0] for word in (*lexicon.content, *lexicon.characters)])
+    return torch.tensor([telling(tok, word) for word in (*lexicon.content, *lexicon.characters)])
 
 
 class Parts:

@@ -25,11 +25,16 @@ class Family(ABC):
     """Patches, S of all media of a batch, lie in groups of `merge`, which the tower makes one visual token of.
 
     image, video: how a prompt says that one stands there; None where the model takes none.
+    spells: whether codes and numbers are to be answered letter by letter, though its tokenizer has longer tokens.
+    heard, watched: (layer, head) of the decoder that are taught what was asked about, and where that is.
     """
 
     merge: int
     image: str
     video: str | None
+    spells: bool = False
+    heard: tuple[tuple[int, int], ...] = ((2, 0),)
+    watched: tuple[tuple[int, int], ...] = ((4, 0),)
 
     @abstractmethod
     def processor(self, lexicon: Lexicon) -> Any: ...
@@ -59,7 +64,7 @@ class Family(ABC):
 
     def places(self, net: nn.Module, batch: Batch) -> torch.Tensor:
         """Position ids of the prefix, [B, P] or [axes, B, P]."""
-        return torch.arange(batch.prefix.shape[1]).expand_as(batch.prefix)
+        return torch.arange(batch.prefix.shape[1], device=batch.prefix.device).expand_as(batch.prefix)
 
 
 @dataclass(frozen=True)

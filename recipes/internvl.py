@@ -47,6 +47,7 @@ class Recipe(recipe.Recipe):
 
 class InternVL(Family):
     merge = MERGE**2
+    tiles = TILES
     image, video = "<IMG_CONTEXT>\n", "<video>\n"
 
     def processor(self, lexicon: Lexicon) -> InternVLProcessor:
@@ -55,7 +56,7 @@ class InternVL(Family):
         special = (*SPECIAL, *TOKENS.values())
         tok = tokenizer(words, special, end="<|im_end|>", pad="<|endoftext|>", template=template, **TOKENS)
         pixels = {"size": {"height": TILE, "width": TILE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        images = GotOcr2ImageProcessor(**pixels, crop_to_patches=True, max_patches=TILES)
+        images = GotOcr2ImageProcessor(**pixels, crop_to_patches=True, max_patches=self.tiles)
         videos = InternVLVideoProcessor(**pixels)
         return InternVLProcessor(images, tok, videos, image_seq_length=(GRID // MERGE) ** 2, chat_template=template)
 
@@ -95,7 +96,7 @@ class InternVL(Family):
         for n, image in enumerate(item.images):
             columns, rows = (1, 1)
             if item.media == "image":
-                columns, rows = get_optimal_tiled_canvas(image.size[::-1], (TILE, TILE), 1, TILES)
+                columns, rows = get_optimal_tiled_canvas(image.size[::-1], (TILE, TILE), 1, self.tiles)
             planes.append(_plane(n, image.size, rows, columns))
             if rows * columns > 1:
                 planes.append(_plane(n, image.size, 1, 1, sharp=False))

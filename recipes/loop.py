@@ -15,12 +15,24 @@ from typing import Any
 
 import torch
 from torch import multiprocessing, nn
+from torch.utils.data import DataLoader
 
 from vtok.eval.bench.machine import commit
 
-# In bfloat16 a CPU without instructions for it is twenty times slower than in float32.
-DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=DTYPE is torch.bfloat16)
+# In bfloat16 a CPU without instructions for it is several times slower than in float32.
+FAST = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+DTYPE = torch.bfloat16 if FAST else torch.float32
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """In which a loss is computed there."""
+    return torch.bfloat16 if device.type == "cuda" else DTYPE
+
+
+def autocast(device: torch.device = torch.device("cpu")) -> torch.autocast:  # noqa: B008
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype_on(device) is torch.bfloat16)
+
+
 COUNTS = ("pictures", "questions")
 Answer = dict[str, float]  # of one part: the numbers of "pictures" and "questions", and losses for the log
 LOG_EVERY, CHECK_EVERY = 50, 500  # steps
@@ -28,15 +40,24 @@ LOG_EVERY, CHECK_EVERY = 50, 500  # steps
 
 @dataclass(frozen=True)
 class Stage:
-    """`loss(index)` is the loss of one part and what the log says of it; its data is a function of the index alone."""
+    """`loss(data[index])` is the loss of one part and what the log says of it; a part's data is a function of its index
+    alone."""
 
     name: str
     steps: int
     parts: int  # parts a step
     modules: Mapping[nn.Module, float]  # what is trained, each with a factor on the learning rate
-    loss: Callable[[int], tuple[torch.Tensor, Answer]]
-    kind: Callable[[int], Hashable]  # of a part; those of a kind take about as long
+    data: Any  # what `recipes.batches.Parts` is; `kind(index)`: parts of a kind take about as long
+    loss: Callable[[Any], tuple[torch.Tensor, Answer]]
     check: Callable[[], dict[str, float]] | None = None  # accuracies on validation pictures, for the log
+    check_every: int = CHECK_EVERY  # steps
+
+
+def _pretrained(half: nn.Module, processor: Any, out: Path) -> dict[str, Any]:
+    half.set_attn_implementation("sdpa")
+    half.save_pretrained(out)
+    processor.save_pretrained(out)
+    return {}
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,8 @@ class Trained:
     optimisers: Callable[[Mapping[nn.Module, float]], list[torch.optim.Optimizer]]  # each group with its "peak" rate
     rate: Callable[[int, int], float]  # share of the peak learning rate at a step of so many
     before: dict[str, Any] | None = None  # training.json of the weights that it begins with
+    # puts a float16 copy and the processor into the folder; what it returns is told in training.json
+    write: Callable[[nn.Module, Any, Path], dict[str, Any]] = _pretrained
 
 
 class Team:
@@ -88,6 +111,30 @@ class Team:
         self.pool.join()
 
 
+class Feed:
+    """The same with an accelerator: worker processes make the data of parts ahead of time, this one takes gradients."""
+
+    def __init__(self, size: int, weights: list[nn.Parameter], stage: Stage, first: int, device: torch.device):
+        self.weights, self.stage, self.device = weights, stage, device
+        multiprocessing.set_sharing_strategy("file_system")  # else every tensor on its way is an open file
+        ahead = {"num_workers": size, "prefetch_factor": 4, "multiprocessing_context": "fork"} if size else {}
+        parts = range(first * stage.parts, stage.steps * stage.parts)
+        self.made = iter(DataLoader(stage.data, batch_size=None, sampler=parts, **ahead))
+
+    def step(self, indices) -> list:
+        for weight in self.weights:
+            weight.grad = None
+        answers = []
+        for _ in indices:
+            loss, answer = self.stage.loss(next(self.made).to(self.device))
+            (loss / len(indices)).backward()
+            answers.append(answer)
+        return answers
+
+    def stop(self) -> None:
+        del self.made
+
+
 def _begin(grads, rows, weights, work) -> None:
     """In a worker: gradients are added to its row in place."""
     global _work
@@ -95,6 +142,10 @@ def _begin(grads, rows, weights, work) -> None:
     for weight, grad in zip(weights, grads[rows.get()].split([w.numel() for w in weights])):
         weight.grad = grad.view_as(weight)
     _work = work
+
+
+def _loss(stage: Stage, index: int) -> tuple[torch.Tensor, Answer]:
+    return stage.loss(stage.data[index])
 
 
 def _part(index: int) -> tuple[int, float, Any]:
@@ -112,16 +163,19 @@ def fit(
     stop_after: int | None = None,
     checkpoint_every: float = 180,
     log: Callable = print,
+    device: torch.device | None = None,
 ) -> None:
     """Train into the hub folder `out`. The state to go on from lies in `out`.ckpt.
 
-    `stop_after` steps of this call it saves and returns, as if killed; `checkpoint_every` is in seconds.
+    `stop_after` steps of this call it saves and returns, as if killed; `checkpoint_every` is in seconds. device: an
+    accelerator, where the model already is; left out, the workers themselves train on the CPU.
     """
     path, left = state_file(out), math.inf if stop_after is None else stop_after
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"stage": 0, "step": 0, "pictures": 0, "questions": 0, "seconds": 0.0, "optimisers": None}
+    state = {"stage": 0, "step": 0, "pictures": 0, "questions": 0, "seconds": 0.0, "optimisers": None, "curve": []}
     if path.exists():
-        state = torch.load(path)
+        state = torch.load(path, map_location="cpu")
+        state.setdefault("curve", [])
         trained.model.load_state_dict(state.pop("model"))
         trained.heads.load_state_dict(state.pop("heads"))
         log(f"resumed at stage {state['stage']}, step {state['step']}")
@@ -132,25 +186,31 @@ def fit(
         for optimiser, before in zip(optimisers, state["optimisers"] or ()):
             optimiser.load_state_dict(before)
         weights = [p for module in stage.modules for p in module.parameters()]
-        team, told = Team(workers, weights, stage.loss, stage.kind), Told(stage, log)
-        torch.set_num_threads(workers)  # for the optimisers, while the team waits
+        told = Told(stage, log)
+        if device is None:
+            team = Team(workers, weights, partial(_loss, stage), stage.data.kind)
+        else:
+            team = Feed(workers, weights, stage, state["step"], device)
+        torch.set_num_threads(max(1, workers))  # for the optimisers, while the team waits
         saved = began = time.time()
         while state["step"] < stage.steps and left:
             _step(trained, stage, state, team, optimisers, told)
             state["seconds"], began, left = state["seconds"] + time.time() - began, time.time(), left - 1
-            told.after(state["step"])
+            told.after(state)
             if time.time() - saved > checkpoint_every or state["step"] == stage.steps or not left:
                 _save(trained, state, optimisers, path)
                 if number == len(stages) - 1:
-                    _write(trained, state, out, workers)
+                    _write(trained, state, out, workers, device)
                 saved = time.time()
         team.stop()
         torch.set_num_threads(1)  # the next team is forked
+        if not stage.steps and number == len(stages) - 1:  # what the stages before made
+            _write(trained, state, out, workers, device)
         if not left:
             return
 
 
-def _step(trained: Trained, stage: Stage, state: dict, team: Team, optimisers: list, told: Told) -> None:
+def _step(trained: Trained, stage: Stage, state: dict, team: Team | Feed, optimisers: list, told: Told) -> None:
     step = state["step"]
     for group in (group for optimiser in optimisers for group in optimiser.param_groups):
         group["lr"] = group["peak"] * trained.rate(step, stage.steps)
@@ -175,18 +235,22 @@ class Told:
             for name, value in answer.items():
                 self.seen[name].append(value)
 
-    def after(self, step: int) -> None:
-        if step % LOG_EVERY == 0:
+    def after(self, state: dict) -> None:
+        step, means = state["step"], {}
+        last = step == self.stage.steps
+        if step % LOG_EVERY == 0 or last:
             speed = sum(self.seen["pictures"]) / (time.time() - self.clock)
-            means = (f"{k} {sum(v) / len(v):.3f}" for k, v in sorted(self.seen.items()) if k not in COUNTS)
+            means = {k: sum(v) / len(v) for k, v in sorted(self.seen.items()) if k not in COUNTS}
             clock = f"{time.strftime('%H:%M:%S')} {self.stage.name} {step}/{self.stage.steps}"
-            self.log(f"{clock} pictures/s {speed:.1f}  {'  '.join(means)}")
+            self.log(f"{clock} pictures/s {speed:.1f}  {'  '.join(f'{k} {v:.3f}' for k, v in means.items())}")
             self.seen.clear()
             self.clock = time.time()
-        if self.stage.check and step % CHECK_EVERY == 0:
+        if self.stage.check and (step % self.stage.check_every == 0 or last):
             scores = self.stage.check()
             mean = sum(scores.values()) / len(scores)
             self.log(f"val {mean:.3f}  " + "  ".join(f"{name} {share:.2f}" for name, share in scores.items()))
+            point = {"step": step} | {key: state[key] for key in (*COUNTS, "seconds")}
+            state["curve"].append(point | {"losses": means, "right": scores})
             self.clock = time.time()
 
 
@@ -201,14 +265,15 @@ def _save(trained: Trained, state: dict, optimisers: list, path: Path) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def _write(trained: Trained, state: dict, out: Path, workers: int) -> None:
+def _write(trained: Trained, state: dict, out: Path, workers: int, device: torch.device | None) -> None:
     """The hub folder: float16 weights, configuration, tokenizer, processor, chat template; and what made it."""
-    half = copy.deepcopy(trained.model).half()
-    half.set_attn_implementation("sdpa")
-    half.save_pretrained(out)
-    trained.processor.save_pretrained(out)
-    made = {key: state[key] for key in (*COUNTS, "seconds", "step")} | {"commit": commit()}
+    out.mkdir(parents=True, exist_ok=True)
+    told = trained.write(copy.deepcopy(trained.model).half(), trained.processor, out)
+    made = told | {key: state[key] for key in (*COUNTS, "seconds", "step")} | {"commit": commit()}
     made |= {"recipe": asdict(trained.recipe), "parameters": sum(p.numel() for p in trained.model.parameters())}
-    made |= {"workers": workers, "torch": torch.__version__, "dtype": str(DTYPE).removeprefix("torch.")}
+    made |= {"workers": workers, "torch": torch.__version__}
+    made |= {"dtype": str(dtype_on(device or torch.device("cpu"))).removeprefix("torch.")}
+    made |= {"device": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {}
+    made |= {"curve": state["curve"]} if state["curve"] else {}
     made |= {"before": trained.before} if trained.before else {}
     (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")

@@ -6,16 +6,17 @@ is asked at inference, at a tenth of the cost.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from recipes.loop import DTYPE
+from recipes.loop import dtype_on
 
 IGNORE = -100
 PREFIX, PADDING = -2, -1  # in place of a question's number
-HEARD, WATCHED = 2, 4  # decoder layers whose first heads are taught what was asked about and where that is
 
 Encoded = tuple[tuple[int, ...], int]  # token ids of a question and its answer, and how many of them are the question
 
@@ -38,15 +39,18 @@ def packed_attention(module, query, key, value, attention_mask, scaling, dropout
     them form the prefix, which is causal and never looks at them.
     """
     query = query * scaling
+    if key.shape[1] < query.shape[1]:  # heads that share keys
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if attention_mask is None:  # a vision tower
         return attend(query, key, value).transpose(1, 2), None
     start = query.shape[2] - attention_mask.shape[2]
-    causal = torch.full((start, start), float("-inf"), dtype=attention_mask.dtype).triu(1)
+    causal = torch.full((start, start), float("-inf"), dtype=attention_mask.dtype, device=query.device).triu(1)
     prefix = attend(query[:, :, :start], key[:, :, :start], value[:, :, :start], causal)
     asked = attend(query[:, :, start:], key, value, attention_mask)
-    if module.layer_idx in (HEARD, WATCHED):
-        seen = query[:, 0, start:] @ key[:, 0].transpose(-1, -2) + attention_mask[:, 0]
-        module.watched = seen.float().log_softmax(-1)  # [B, Q, P + Q] of the first head
+    module.watched = {}
+    for head in getattr(module, "taught", ()):
+        seen = query[:, head, start:] @ key[:, head].transpose(-1, -2) + attention_mask[:, 0]
+        module.watched[head] = seen.float().log_softmax(-1)  # [B, Q, P + Q]
     return torch.cat([prefix, asked], dim=2).transpose(1, 2), None
 
 
@@ -59,11 +63,13 @@ def visible(block: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
     block: [B, Q] number of the question a token belongs to, PADDING elsewhere. prefix: [B, P] PREFIX, and PADDING
     after a shorter one.
     """
-    everything, places = torch.cat([prefix, block], dim=1), torch.arange(prefix.shape[1] + block.shape[1])
+    everything = torch.cat([prefix, block], dim=1)
+    places = torch.arange(everything.shape[1], device=block.device)
     start = prefix.shape[1]
     seen = (block[:, :, None] == everything[:, None]) | (everything[:, None] == PREFIX)  # [B, Q, P + Q]
     seen &= places[start:, None] >= places
-    return torch.zeros(seen.shape, dtype=DTYPE).masked_fill(~seen, float("-inf"))[:, None]
+    dtype = dtype_on(block.device)
+    return torch.zeros(seen.shape, dtype=dtype, device=block.device).masked_fill(~seen, float("-inf"))[:, None]
 
 
 def pack(rows: list[list[Encoded]], looks: list[list[np.ndarray]], pad: int) -> dict[str, torch.Tensor]:
@@ -91,19 +97,24 @@ def pack(rows: list[list[Encoded]], looks: list[list[np.ndarray]], pad: int) -> 
     return out | {"focus": torch.from_numpy(focus)}
 
 
-def focus_loss(layers, asked: torch.Tensor, shown: torch.Tensor, before: int = 0) -> torch.Tensor:
+def teach(layers, heads: Iterable[tuple[int, int]]) -> None:
+    """Have `packed_attention` keep what these (layer, head) look at, for `focus_loss`."""
+    for layer, head in heads:
+        attention = layers[layer].self_attn
+        attention.taught = (*getattr(attention, "taught", ()), head)
+
+
+def focus_loss(layers, heads: Sequence[tuple[int, int]], first: int, wanted: torch.Tensor) -> torch.Tensor:
     """How little the taught heads attend, before a word of an answer is said, to what they should.
 
-    asked: bool [B, Q, Q] words of the question that matter, for HEARD. shown: bool [B, Q, N] visual tokens of what
-    they name, for WATCHED, which lie from place `before` on.
+    heads: (layer, head) that `teach` was told. wanted: bool [B, Q, N] columns from `first` on, which counts from the
+    end if negative.
     """
-    loss = torch.zeros(())
-    for layer, first, wanted in ((HEARD, -asked.shape[-1], asked), (WATCHED, before, shown)):
-        seen = layers[layer].self_attn.watched[..., first:][..., : wanted.shape[-1]]
-        some = wanted.any(-1)
-        if some.any():
-            loss = loss - seen[some].masked_fill(~wanted[some], float("-inf")).logsumexp(-1).mean()
-    return loss
+    some, loss = wanted.any(-1), torch.zeros((), device=wanted.device)
+    for layer, head in heads if some.any() else ():
+        seen = layers[layer].self_attn.watched[head][..., first:][..., : wanted.shape[-1]]
+        loss = loss - seen[some].masked_fill(~wanted[some], float("-inf")).logsumexp(-1).mean()
+    return loss / max(1, len(heads))
 
 
 def share_loss(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from recipes.batches import READ, Batch, Parts, shown_ids
 from recipes.family import Family
 from recipes.items import Lexicon
 from recipes.muon import Muon
-from recipes.packed import IGNORE, PADDING, PREFIX, focus_loss, share_loss, visible
+from recipes.packed import IGNORE, PADDING, PREFIX, focus_loss, share_loss, teach, visible
 from vtok import zoo
 from vtok.eval.tasks import task as offline
 
@@ -138,24 +138,24 @@ def _seen(data: Parts, batch: Batch, net, heads: Heads, words: torch.Tensor) -> 
     return features, dense, word_loss(features, net.get_input_embeddings()(words), batch.words)
 
 
-def tower_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
+def tower_loss(batch: Batch, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
     """Loss of one part of stage 1, and what the log says of it."""
-    batch = data[index]
     with loop.autocast():
         _, dense, named = _seen(data, batch, net, heads, words)
     answer = {"pictures": len(batch.there), f"dense {batch.task}": dense.item(), "words": named.item()}
     return dense + recipe.word_weight * named, answer
 
 
-def question_loss(index: int, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
+def question_loss(batch: Batch, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
     """The same of stage 2."""
-    batch = data[index]
     with loop.autocast():
         features, dense, named = _seen(data, batch, net, heads, words)
         wanted = batch.targets != IGNORE
         logits = net.lm_head(question_states(data.family, net, features, batch)[wanted]).float()
         asked = F.cross_entropy(logits, batch.targets[wanted])
-        focus = focus_loss(net.model.language_model.layers, batch.asked, batch.focus)
+        layers = net.model.language_model.layers
+        focus = focus_loss(layers, data.family.heard, -batch.asked.shape[-1], batch.asked)
+        focus = focus + focus_loss(layers, data.family.watched, 0, batch.focus)
     loss = asked + recipe.dense_weight * dense + recipe.word_weight * named + recipe.focus_weight * focus
     answer = {"dense": dense.item(), "words": named.item(), "focus": focus.item(), batch.task: asked.item()}
     return loss, answer | {"pictures": len(batch.there), "questions": sum(map(len, batch.categories))}
@@ -166,13 +166,15 @@ def accuracy(family: Family, net, batches: Sequence[Batch]) -> dict[str, float]:
     """Exact match per task and category; teacher-forced, which for greedy decoding is the same."""
     right: dict[str, list[bool]] = {}
     for batch in batches:
-        with loop.autocast():
+        batch = batch.to(net.device)
+        with loop.autocast(net.device):
             states = question_states(family, net, family.tower_states(net, batch)[1], batch)
             best = net.lm_head(states).argmax(-1)
-        good = (best == batch.targets) | (batch.targets == IGNORE)
+        good = ((best == batch.targets) | (batch.targets == IGNORE)).cpu()
+        block = batch.block.cpu()
         for b, categories in enumerate(batch.categories):
             for n, category in enumerate(categories):
-                right.setdefault(f"{batch.task}/{category}", []).append(bool(good[b, batch.block[b] == n].all()))
+                right.setdefault(f"{batch.task}/{category}", []).append(bool(good[b, block[b] == n].all()))
     return {name: sum(hits) / len(hits) for name, hits in sorted(right.items())}
 
 
@@ -245,6 +247,7 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
             family.tower(net).load_state_dict(family.tower(other).state_dict())
             before = json.loads((zoo.path(recipe.start) / "training.json").read_text())
     net.set_attn_implementation("zoo_packed")
+    teach(net.model.language_model.layers, (*family.heard, *family.watched))
     net.share_memory()
     heads = Heads(net.config.vision_config.hidden_size, lexicon).share_memory()
     words = shown_ids(kit.tokenizer, lexicon)
@@ -257,11 +260,11 @@ def train(family: Family, out: Path, recipe: Recipe, workers: int = 2, check: in
     stages = [
         loop.Stage(
             "tower", recipe.tower_steps, recipe.parts, {tower: 1.0, heads: 1.0, decoder.embed_tokens: 1.0},
-            partial(tower_loss, data=data[0], **known), data[0].kind,
+            data[0], partial(tower_loss, data=data[0], **known),
         ),
         loop.Stage(
             "questions", recipe.steps, recipe.parts, {tower: recipe.tower_lr, heads: 1.0, decoder: 1.0},
-            partial(question_loss, data=data[1], **known), data[1].kind, partial(accuracy, family, net, held),
+            data[1], partial(question_loss, data=data[1], **known), partial(accuracy, family, net, held),
         ),
     ]  # fmt: skip
     how = partial(optimisers, recipe=recipe), partial(rate, recipe=recipe)

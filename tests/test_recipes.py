@@ -10,7 +10,7 @@ from test_triton import HERE, child
 from recipes import batches, internvl, items, llava_next, qwen2_5_vl, recipe, text
 from recipes import family as places
 from recipes.muon import Muon
-from recipes.packed import IGNORE
+from recipes.packed import IGNORE, teach
 from recipes.words import pieces, tokenizer
 from vtok.eval.tasks import task as offline
 
@@ -257,15 +257,16 @@ def test_recipe_learns(untrained, lexicon):
     tok = processor.tokenizer
     net = family.model(tok)
     net.set_attn_implementation("zoo_packed")
+    teach(net.model.language_model.layers, (*family.heard, *family.watched))
     settings = recipe.Recipe()
     heads = recipe.Heads(net.config.vision_config.hidden_size, lexicon)
     one = batches.build(family, processor, lexicon, "scenes", [offline.get("scenes").item("train", 0, 2)])
-    data = type("One", (), {"family": family, "lexicon": lexicon, "__getitem__": lambda self, index: one})()
+    data = type("One", (), {"family": family, "lexicon": lexicon})()
     words = batches.shown_ids(tok, lexicon)
     some = recipe.optimisers({net: 1.0, heads: 1.0}, settings)
     losses = []
-    for step in range(8):
-        loss, answer = recipe.question_loss(step, data, net, heads, words, settings)
+    for _ in range(8):
+        loss, answer = recipe.question_loss(one, data, net, heads, words, settings)
         losses.append(answer["scenes"])
         for optimiser in some:
             optimiser.zero_grad()

