@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import transformers as T
 from PIL import Image
@@ -39,11 +38,9 @@ def picture(words: Sequence[str]) -> Image.Image:
     written = [word.encode() for word in words]
     if len(written) > SIDE * SIDE or max(map(len, written)) > PATCH:
         raise InvalidValue(f"A picture has up to {SIDE * SIDE} words of up to {PATCH} bytes.")
-    cells = np.zeros((SIDE * SIDE, PATCH), dtype=np.uint8)
-    for cell, word in zip(cells, written):
-        cell[: len(word)] = np.frombuffer(word, dtype=np.uint8)
-    rows = cells.reshape(SIDE, 1, SIDE * PATCH).repeat(PATCH, axis=1).reshape(SIDE * PATCH, SIDE * PATCH)
-    return Image.fromarray(rows).convert("RGB")
+    cells = b"".join(word.ljust(PATCH, b"\0") for word in written).ljust(SIDE * SIDE * PATCH, b"\0")
+    rows = [cells[start : start + SIDE * PATCH] * PATCH for start in range(0, len(cells), SIDE * PATCH)]
+    return Image.frombytes("L", (SIDE * PATCH, SIDE * PATCH), b"".join(rows)).convert("RGB")
 
 
 class Reader(Tower):
