@@ -87,15 +87,20 @@ def test_pruning_is_masking(family, method, side):
     present = trace.present_at(3)
     whole, _ = dense(family, side)
     assert pruned.logits.shape == whole.shape
-    torch.testing.assert_close(pruned.logits[present], masked.logits[present], atol=1e-5, rtol=1e-5)
+    close(pruned.logits[present], masked.logits[present])
     assert not dropped or (pruned.logits[~present] == 0).all()
     assert not torch.allclose(pruned.logits[present], whole[present], atol=1e-2)  # the oracle is not vacuous
     for i, (ours, theirs) in enumerate(zip(pruned.hidden_states, masked.hidden_states)):
         here = trace.present_at(max(0, i - 1))
         assert ours.shape == theirs.shape
-        size = theirs[here].abs().max().item()  # hidden states of the scaled-up random weights are not of order 1
-        torch.testing.assert_close(ours[here], theirs[here], atol=1e-5 * max(1.0, size), rtol=1e-5)
+        close(ours[here], theirs[here])
         assert not dropped or (ours[~here] == 0).all()
+
+
+def close(ours, theirs):
+    """To 1e-5 of the largest number: what scaled-up random weights give is not of order 1, and rounding goes by it."""
+    size = theirs.abs().max().item()
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, size), rtol=1e-5)
 
 
 GENERATION = {"greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": True, "num_return_sequences": 3}}

@@ -133,7 +133,7 @@ def test_options_go_to_the_compressor_that_has_them():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"compressor": "fastv", "keepp": 0.5}, "no argument keepp.*fastv has keep, anchor, layer"),
+        ({"compressor": "fastv", "keepp": 0.5}, "no argument keepp.*fastv has keep, anchor, ranking, probe, layer"),
         ({"compressor": "downsample+fastv", "keep": 0.5}, "downsample.keep or fastv.keep"),
         ({"compressor": "fastv", "aim.keep": 0.5}, "'aim' is none of the compressors"),
         ({"compressor": "fastv", "fastv.nope": 0.5}, "no argument fastv.nope"),

@@ -76,7 +76,7 @@ def counts(text, layer):
     return found
 
 
-@pytest.mark.parametrize("how", [{"keep": 0.25}, {"budget": 0.5}])
+@pytest.mark.parametrize("how", [{"keep": 0.7}, {"budget": 0.7}])
 def test_the_page_draws_the_masks_of_the_trace(llava, how):
     model, processor = llava
     seen, methods = picture(96, 128), ["uniform", "fastv", "schedule"]
@@ -230,7 +230,7 @@ def test_frames_of_a_folder_and_of_a_file(tmp_path):
 def test_the_poster_has_a_row_a_method_and_a_column_a_run_of_layers(llava):
     model, processor = llava
     seen = picture(96, 128)
-    dense, fastv, schedule = show.follow(model, processor, seen, "Why?", ["fastv", "schedule"], 0.25, max_new_tokens=1)
+    dense, fastv, schedule = show.follow(model, processor, seen, "Why?", ["fastv", "schedule"], 0.7, max_new_tokens=1)
     size = lambda *shown: show.poster(seen, shown).size
     one, two = size(dense), size(fastv)
     assert one[1] == two[1] < size(fastv, fastv)[1]

@@ -185,7 +185,7 @@ def serve(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each server.")] = 2,
     memory: Annotated[int, typer.Option(min=1, help="GiB of each server's KV cache.")] = 1,
-    model: Annotated[Path | None, typer.Option(help="Folder to make the checkpoint in, or that has it.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder to make it in, or that has it.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
 ) -> None:
@@ -203,6 +203,6 @@ def serve(
     launch.check_installed()
     load = work.Load(tuple(options.numbers(at_once, int, "--at-once")), requests, tokens, rounds, memory)
     with TemporaryDirectory() as made:
-        met = work.run(visual, compressor, keep, load, model or Path(made), out)
+        met = work.run(visual, compressor, keep, load, checkpoint or Path(made), out)
     if check and not met:
         raise typer.Exit(1)

@@ -27,8 +27,8 @@ def serve(
 
     \b
     Examples:
-      vtok serve llava-hf/llava-v1.6-vicuna-7b-hf --compressor globalcom2 --keep 0.25 --port 8000
-      vtok serve Qwen/Qwen2.5-VL-3B-Instruct --config vtok.json --tensor-parallel-size 2
+      vtok serve llava-hf/llava-1.5-7b-hf --compressor divprune --port 8000
+      vtok serve Qwen/Qwen2.5-VL-3B-Instruct --config vtok.json
     """
     from vtok.models import place
 

@@ -33,8 +33,9 @@ class Schedule(AtSafeLayer):
         averaged over the layers' parts of the depth; with a file too.
     neither: P-Sigmoid, a / (1 + exp(k (i - midpoint))) with the midpoint that gives the mean `keep`.
 
-    keep: the mean of the rates over all layers, a fraction; P-Sigmoid's is 0.34 if left out. Rates that are given are
-        used as they are if it is left out, else those below 1 are scaled to this mean.
+    keep: the mean of the rates over all layers, a fraction; P-Sigmoid's is 0.34 if left out, or more in decoders so
+        shallow that less than a quarter of it would be left behind the full layers. Rates that are given are used as
+        they are if it is left out, else those below 1 are scaled to this mean.
     a, k: amplitude and steepness per layer of P-Sigmoid.
     r_min: its lowest rate.
     first_full: how many layers see all tokens, two in the paper: the first layer ranks unlike all others; "auto", up
@@ -89,7 +90,7 @@ class Schedule(AtSafeLayer):
             return (1.0,) * n_layers
         if self.given is None:
             shape = {"n_layers": n_layers, "first_full": self.first_full, "r_min": self.r_min, "a": self.a, "k": self.k}
-            keep = MEAN if self.keep is None else self.keep
+            keep = max(MEAN, self.first_full / (0.75 * n_layers)) if self.keep is None else self.keep
             return schedules.sigmoid(midpoint=schedules.midpoint(keep, **shape), **shape)
         rates = schedules.resampled(self.given, n_layers, self.first_full)
         return rates if self.keep is None else schedules.scaled(rates, self.keep)
