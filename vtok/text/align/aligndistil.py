@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue
-from vtok.text.align.stats import CHUNK, IGNORE
+from vtok.text.align.stats import CHUNK, IGNORE, rows_at
 
 TEACHERS = ("contrast", "adaptive", "fixed")
 LEAST = 1e-3  # of the weight, by which the loss is divided
@@ -99,13 +99,8 @@ class _ReverseKL(torch.autograd.Function):
 
 def _gaps(logits: Tensor, dpo: Tensor, other: Tensor, at: Tensor, how: tuple) -> tuple[Tensor, ...]:
     """Probabilities of the student, log p - log q, factor and weight, of some rows."""
-    student, dpo, other = (_rows(x, at) for x in (logits, dpo, other))
+    student, dpo, other = (rows_at(x, at) for x in (logits, dpo, other))
     log_p = student.log_softmax(-1)
     log_q, factor, weight = _teacher(dpo, other, how)
     p = log_p.exp()
     return p, (log_p - log_q).masked_fill(p == 0, 0), factor, weight
-
-
-def _rows(logits: Tensor, at: Tensor) -> Tensor:
-    rows = logits[at[:, 0], at[:, 1]]
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -80,9 +80,14 @@ def of_predicted(stats: TokenStats, values: Tensor, name: str) -> Tensor:
     return values[:, 1:]
 
 
-def _log_softmax(logits: Tensor, at: Tensor) -> Tensor:
+def rows_at(logits: Tensor, at: Tensor) -> Tensor:
+    """[N, V] the rows of logits [B, T, V] at `at` [N, 2], in fp32 or better."""
     rows = logits[at[:, 0], at[:, 1]]
-    return rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _log_softmax(logits: Tensor, at: Tensor) -> Tensor:
+    return rows_at(logits, at).log_softmax(-1)
 
 
 class _OfTokens(torch.autograd.Function):

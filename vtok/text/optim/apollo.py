@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue
-from vtok.text.optim.base import Base, drawn, in_range, kept
+from vtok.text.optim.base import Base, drawn, in_range, moments
 
 GROWTH = 1.01  # by which the norm of an update may grow in a step
 
@@ -57,9 +57,7 @@ class Apollo(Base):
         (b1, b2), step = group["betas"], state["step"]
         tall = grad.shape[0] >= grad.shape[1]
         seen = (grad if tall else grad.T) @ self.projection(grad, step, group, key)  # [long, rank]
-        mean, square = kept(state, "exp_avg", seen), kept(state, "exp_avg_sq", seen)
-        mean.lerp_(seen, 1 - b1)
-        square.mul_(b2).addcmul_(seen, seen, value=1 - b2)
+        mean, square = moments(seen, state, group["betas"])
         adapted = mean / (square.sqrt() + group["eps"])
         if group["per"] == "channel":
             factor = adapted.norm(dim=1) / (seen.norm(dim=1) + 1e-8)  # [long]

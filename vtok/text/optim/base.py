@@ -105,13 +105,33 @@ class Base(torch.optim.Optimizer):
                     self.state[p][key] = value.to(p.device, copy=True)
 
 
-def adam(grad: Tensor, state: dict, betas: tuple[float, float], eps: float, step: int) -> Tensor:
-    """Adam's direction: the mean of gradients by the root of the mean of their squares, both without bias."""
+def moments(grad: Tensor, state: dict, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Adam's moments with this gradient in them: the running means of gradients and of their squares."""
     b1, b2 = betas
     mean, square = kept(state, "exp_avg", grad), kept(state, "exp_avg_sq", grad)
-    mean.lerp_(grad, 1 - b1)
-    square.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+    return mean.lerp_(grad, 1 - b1), square.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+
+
+def forget(state: dict) -> None:
+    """Let the moments begin anew."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        state.pop(name, None)
+
+
+def adam(grad: Tensor, state: dict, betas: tuple[float, float], eps: float, step: int) -> Tensor:
+    """Adam's direction: the mean of gradients by the root of the mean of their squares, both without bias."""
+    (b1, b2), (mean, square) = betas, moments(grad, state, betas)
     return mean / (1 - b1**step) / ((square / (1 - b2**step)).sqrt() + eps)
+
+
+def lion(
+    grad: Tensor, state: dict, betas: tuple[float, float], kernel: Callable[[Tensor], Tensor] = torch.sign
+) -> Tensor:
+    """Lion's direction: `kernel` of a momentum that looks one gradient further than the one that is kept."""
+    (b1, b2), momentum = betas, kept(state, "exp_avg", grad)
+    direction = kernel(momentum.lerp(grad, 1 - b1))
+    momentum.lerp_(grad, 1 - b2)
+    return direction
 
 
 def adamw(weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:

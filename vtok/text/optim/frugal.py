@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue
-from vtok.text.optim.base import Base, adam, drawn, in_range, kept
+from vtok.text.optim.base import Base, adam, drawn, forget, in_range, lion
 
 SHARES = ("columns", "rows", "entries", "blocks")
 INNER = ("adam", "lion")
@@ -60,8 +60,7 @@ class Frugal(Base):
         turn, since = divmod(state["step"] - 1, group["gap"])
         place = self.place(grad, turn, group, key)
         if since == 0:
-            for name in ("exp_avg", "exp_avg_sq"):
-                state.pop(name, None)
+            forget(state)
         update = grad.sign() * group["sign_scale"]
         if (chosen := grad[place]).numel():
             update[place] = self._inner(chosen, state, group, since + 1)
@@ -71,10 +70,7 @@ class Frugal(Base):
     def _inner(grad: Tensor, state: dict, group: dict, step: int) -> Tensor:
         if group["inner"] == "adam":
             return adam(grad, state, group["betas"], group["eps"], step)
-        (b1, b2), momentum = group["betas"], kept(state, "exp_avg", grad)
-        direction = momentum.lerp(grad, 1 - b1).sign()
-        momentum.lerp_(grad, 1 - b2)
-        return direction
+        return lion(grad, state, group["betas"])
 
     def place(self, grad: Tensor, turn: int, group: dict, key: tuple[int, int]) -> Place:
         """Which part of a matrix has a state in this turn."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue
-from vtok.text.optim.base import Base, in_range, kept, newton_schulz
+from vtok.text.optim.base import Base, in_range, lion, newton_schulz
 
 # a subgradient of K at the momentum x; e is `threshold`
 KERNELS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -60,7 +60,5 @@ class LionK(Base):
         in_range("threshold", group["threshold"], torch.finfo(torch.float32).tiny)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict, group: dict, key: tuple[int, int]) -> None:
-        (b1, b2), momentum = group["betas"], kept(state, "exp_avg", grad)
-        direction = self.kernel(momentum.lerp(grad, 1 - b1), group["threshold"])
+        direction = lion(grad, state, group["betas"], lambda x: self.kernel(x, group["threshold"]))
         weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
-        momentum.lerp_(grad, 1 - b2)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtok.text.optim.base import Base, adam, in_range, kept
+from vtok.text.optim.base import Base, adam, forget, in_range, kept, moments
 
 EARLY = 20  # steps after a reset in which nothing is cut, as second moments are not known yet
 
@@ -48,16 +48,13 @@ class Spam(Base):
 
     def update(self, weight: Tensor, grad: Tensor, state: dict, group: dict, key: tuple[int, int]) -> None:
         (b1, b2), step, gap = group["betas"], state["step"], group["gap"]
-        mean, square = kept(state, "exp_avg", grad), kept(state, "exp_avg_sq", grad)
         turn, since = divmod(step - 1, gap) if gap else (0, step - 1)
-        if turn and since == 0:
-            mean.zero_()
-            square.zero_()
+        if since == 0:
+            forget(state)
         if since >= EARLY:
-            most = (group["threshold"] * square).sqrt_()
+            most = (group["threshold"] * state["exp_avg_sq"]).sqrt_()
             grad = grad.clamp(-most, most)
-        mean.lerp_(grad, 1 - b1)
-        square.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        mean, square = moments(grad, state, group["betas"])
         size = group["lr"] * (1 - b2**step) ** 0.5 / (1 - b1**step)
         if turn and since < group["warmup"]:
             size *= 1 - 0.99 * (1 + math.cos(math.pi * since / group["warmup"])) / 2
@@ -103,7 +100,6 @@ class StableSpam(Base):
         grad = grad * (mean / (square.sqrt() + group["eps"]) / norm.clamp(min=1e-38))
         since = (step - 1) % gap if gap else step - 1
         if since == 0:
-            for name in ("exp_avg", "exp_avg_sq"):
-                state.pop(name, None)
+            forget(state)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.sub_(adam(grad, state, group["betas"], group["eps"], since + 1), alpha=group["lr"])
