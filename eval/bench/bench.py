@@ -11,7 +11,6 @@ prefill, of which the kernels in use compute the lower half: by that count dense
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from vtok.eval.bench import machine, workloads
 from vtok.eval.bench.bars import bars
 from vtok.eval.bench.measure import How, measure
 from vtok.eval.bench.shown import plot, table
+from vtok.files import write_json
 
 
 def run(
@@ -76,8 +76,7 @@ def _show(result: dict[str, Any], console: Console) -> bool:
 
 
 def _write(about: dict[str, str], results: list[dict[str, Any]], out: Path, console: Console) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
+    write_json(out, {"machine": about, "results": results})
     console.print(f"wrote {out}", soft_wrap=True)
     for result in results:
         file = out.with_name(f"{out.stem}-{result['visual_tokens']}.png")

@@ -8,7 +8,6 @@ cache. Variants take turns on each passage; a file that exists already is gone o
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +25,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from vtok.errors import InvalidValue
-from vtok.eval.bench import machine, passages
+from vtok.engine.accounting import TextShape, kv_bytes
+from vtok.eval.bench import machine, texts
 from vtok.eval.bench.measure import How
+from vtok.eval.bench.resume import begun
 from vtok.eval.results.cells import Cell, cells
 from vtok.eval.results.statistics import FEWEST, interval
+from vtok.files import write_json
 from vtok.runs import DENSE
 from vtok.timing import Marks, clock
 
@@ -38,13 +39,22 @@ HEAD = ("method", "cache", "perplexity", "nats lost", "95 %", "prompt, s", "toke
 
 
 @dataclass(frozen=True)
+class Asked:
+    """prompts: their tokens. passages: of each kind and length. tokens: of an answer."""
+
+    model: str
+    methods: tuple[str, ...]
+    budgets: tuple[float, ...]
+    prompts: tuple[int, ...]
+    passages: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One passage under one cell. nats: sum of -log p over the answer's `tokens`. seconds: `prompt` of the prefill with
     all that the method does behind it, `token` the median of an answer's step. bytes: of the prompt's cache."""
 
-    kind: str
-    passage: int
-    prompt: int
     method: str
     budget: float
     tokens: int
@@ -66,62 +76,47 @@ class Forced(LogitsProcessor):
         return torch.full_like(scores, -math.inf).index_fill(1, wanted[None], 0.0)
 
 
-def run(
-    model: nn.Module,
-    tokenizer: Any,
-    name: str,
-    methods: Sequence[str],
-    budgets: Sequence[float],
-    prompts: Sequence[int],
-    count: int,
-    how: How,
-    out: Path | None,
-) -> None:
-    """Measure, print, and write JSON to `out` after each passage. count: passages of each kind and length. Raises
-    `InvalidValue` where `out` holds something else."""
-    console = Console()
-    wanted, refused = [], {}
-    for cell in cells(methods, budgets, pictures=False):
-        reason = cell.refusal(model)
-        wanted.append(cell) if reason is None else refused.update({f"{cell.method} at {cell.budget:g}": reason})
-    what = {"model": name, "answer": how.tokens, "passages": count}
-    rows = _known(out, what)
-    done = {(row.kind, row.prompt, row.passage, row.method, row.budget) for row in rows}
-    about = machine.describe(how.device, how.dtype) | {"clock": "CPU time" if how.cpu_time else "wall"}
-    for kind, prompt, i, ids in track(list(_passages(tokenizer, prompts, count, how.tokens)), console=console):
-        for cell in wanted[:: 1 if i % 2 == 0 else -1]:
-            if (kind, prompt, i, cell.method, cell.budget) not in done:
-                measured = once(model, torch.tensor([ids], device=model.device), cell, how)
-                rows.append(Row(kind, i, prompt, cell.method, cell.budget, how.tokens, *measured))
+def run(model: nn.Module, tokenizer: Any, asked: Asked, how: How, out: Path | None) -> None:
+    """Measure, print, and write JSON to `out` after each passage; those that it has are not measured again. Raises
+    `InvalidValue` where it is of another run."""
+    console, about = Console(), machine.describe(how.device, how.dtype)
+    run_ = begun(out, asked, about | {"clock": "CPU time" if how.cpu_time else "wall"})
+    reasons = {cell: cell.refusal(model) for cell in cells(asked.methods, asked.budgets, pictures=False)}
+    wanted = [cell for cell, reason in reasons.items() if reason is None]
+    for name, ids in track(list(_passages(tokenizer, asked)), console=console):
+        if name in run_["rounds"]:
+            continue
+        order = wanted[:: 1 if len(run_["rounds"]) % 2 == 0 else -1]
+        prompt = torch.tensor([ids], device=model.device)
+        run_["rounds"][name] = [asdict(once(model, prompt, cell, asked.tokens, how)) for cell in order]
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            told = {"machine": about, "what": what, "refused": refused, "rows": [asdict(row) for row in rows]}
-            out.write_text(json.dumps(told, indent=1) + "\n")
-    for prompt in prompts:
-        for kind in passages.KINDS:
-            console.print(table([row for row in rows if (row.kind, row.prompt) == (kind, prompt)]))
-    for cell, reason in refused.items():
-        console.print(f"not run: {cell}: {reason}", style="dim", highlight=False, markup=False)
+            write_json(out, run_)
+    for title, rows in of_texts(run_).items():
+        console.print(table(title, rows))
+    for cell, reason in reasons.items():
+        if reason is not None:
+            console.print(f"not run: {cell.method} at {cell.budget:g}: {reason}", style="dim", markup=False)
 
 
-def _known(out: Path | None, what: dict[str, Any]) -> list[Row]:
-    if out is None or not out.exists():
-        return []
-    told = json.loads(out.read_text())
-    if told["what"] != what:
-        raise InvalidValue(f"{out} holds results of {told['what']}, not of {what}: take another file.")
-    return [Row(**row) for row in told["rows"]]
+def _passages(tokenizer: Any, asked: Asked) -> Iterator[tuple[str, list[int]]]:
+    """Name and ids of each, prompt and answer."""
+    for prompt in asked.prompts:
+        found = {kind: texts.passages(tokenizer, kind, prompt + asked.tokens, asked.passages) for kind in texts.READ}
+        yield from ((f"{kind} {prompt} {i}", found[kind][i]) for i in range(asked.passages) for kind in found)
 
 
-def _passages(tokenizer: Any, prompts: Sequence[int], count: int, answer: int) -> Iterator[tuple]:
-    for prompt in prompts:
-        found = {kind: passages.of(tokenizer, kind, prompt + answer, count) for kind in passages.KINDS}
-        yield from ((kind, prompt, i, found[kind][i]) for i in range(count) for kind in found)
+def of_texts(run_: dict[str, Any]) -> dict[str, list[list[Row]]]:
+    """Kind of text and length -> the rows of each passage."""
+    found: dict[str, list[list[Row]]] = {}
+    for name, rows in run_["rounds"].items():
+        kind, prompt, _ = name.split()
+        found.setdefault(f"{kind}, prompts of {prompt} tokens", []).append([Row(**row) for row in rows])
+    return found
 
 
-def once(model: nn.Module, ids: Tensor, cell: Cell, how: How) -> tuple[float, float, float, int]:
-    """nats, seconds of the prompt and of a token, and bytes, of one passage ids [1, S + how.tokens]."""
-    prompt, forced = ids[:, : -how.tokens], Forced(ids[0, -how.tokens :])
+def once(model: nn.Module, ids: Tensor, cell: Cell, tokens: int, how: How) -> Row:
+    """One passage ids [1, S + tokens] under one cell."""
+    prompt, forced = ids[:, :-tokens], Forced(ids[0, -tokens:])
     now: Callable[[], float] = clock(model.device, how.read)
     with cell.patch(model) if cell.method != DENSE else nullcontext() as handle, torch.inference_mode():
         marks = Marks(model, now)
@@ -131,42 +126,40 @@ def once(model: nn.Module, ids: Tensor, cell: Cell, how: How) -> tuple[float, fl
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 logits_processor=LogitsProcessorList([forced]),
-                max_new_tokens=how.tokens,
-                min_new_tokens=how.tokens,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
                 do_sample=False,
             )
         finally:
             marks.remove()
         steps = [end - start for start, end in pairwise([*marks.entered[1:], now()])]
-        size = (handle.trace.kv_bytes()["compressed"]) if handle is not None else _dense_bytes(model, prompt.shape[1])
-    return -sum(forced.logs), marks.left[0] - began, statistics.median(steps), size
+        if handle is not None:
+            size = handle.trace.kv_bytes()["compressed"]
+        else:
+            shape = TextShape.of(model.config)
+            size = kv_bytes(shape, [prompt.shape[1]] * shape.layers, model.dtype.itemsize)
+    seconds = marks.left[0] - began, statistics.median(steps)
+    return Row(cell.method, cell.budget, tokens, -sum(forced.logs), *seconds, size)
 
 
-def _dense_bytes(model: nn.Module, columns: int) -> int:
-    config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * columns * model.dtype.itemsize
-
-
-def table(rows: Sequence[Row]) -> Table:
+def table(title: str, passages: Sequence[Sequence[Row]]) -> Table:
     """Of one kind of text and one length, in 80 columns."""
-    title = f"{rows[0].kind}, prompts of {rows[0].prompt} tokens"
     drawn = Table(title=title, box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
     for name in HEAD:
         drawn.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for line in lines(rows):
+    for line in lines(passages):
         drawn.add_row(*line)
     return drawn
 
 
-def lines(rows: Sequence[Row]) -> list[list[str]]:
+def lines(passages: Sequence[Sequence[Row]]) -> list[list[str]]:
     """`HEAD` of each cell, the whole cache first."""
-    groups: dict[tuple[str, float], dict[int, Row]] = {}
-    for row in rows:
-        groups.setdefault((row.method, row.budget), {})[row.passage] = row
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for row in (row for passage in passages for row in passage):
+        groups.setdefault((row.method, row.budget), []).append(row)
     whole = groups[DENSE, 1.0]
     ordered = sorted(groups.items(), key=lambda group: (-group[0][1], group[0][0]))
-    return [_line(cell, list(own.values()), [whole[i] for i in own]) for cell, own in ordered]
+    return [_line(cell, own, whole) for cell, own in ordered]
 
 
 def _line(cell: tuple[str, float], own: Sequence[Row], whole: Sequence[Row]) -> list[str]:

@@ -8,7 +8,6 @@ are compared with those of plain steps behind the same cache. Time is that of de
 
 from __future__ import annotations
 
-import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,11 @@ from transformers import DynamicCache
 from vtok import models
 from vtok.compressors.snapkv import SnapKV
 from vtok.errors import InvalidValue
-from vtok.eval.bench.decoding import begun, timed, written
+from vtok.eval.bench import machine
+from vtok.eval.bench.decoding import timed
+from vtok.eval.bench.resume import begun
+from vtok.eval.bench.texts import chat
+from vtok.files import write_json
 from vtok.markdown import table
 from vtok.text.decoding.loop import Drafter
 from vtok.text.decoding.self_speculation import SelfSpeculation
@@ -96,7 +99,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = None) -> bool:
         )
     if threads:
         torch.set_num_threads(threads)
-    console, run_ = Console(), begun(out, asked)
+    console, run_ = Console(), begun(out, asked, machine.describe("cpu", "float32"))
     model, tokenizer = models.load(models.SMOLLM2, "cpu")
     inputs = _long(tokenizer)
     for name, options in variants().items():
@@ -105,7 +108,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = None) -> bool:
         with console.status(name):
             run_["rounds"][name] = _measured(model, inputs, asked, options)
         if out is not None:
-            written(out, run_)
+            write_json(out, run_)
     head, *lines = cells(run_)
     console.print(table(head, lines), soft_wrap=True, highlight=False, markup=False)
     for row in break_even():
@@ -131,14 +134,8 @@ def _long(tokenizer: Any) -> dict[str, Tensor]:
 
     ask = "\n\nExplain what the text above is about, in your own words."
     words = " ".join(topics["formatstrings"].split())
-    chat = lambda text: tokenizer.apply_chat_template(
-        [{"role": "user", "content": textwrap.fill(text, 10**6) + ask}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    ids = chat(words)["input_ids"]
-    tail = chat("")["input_ids"].shape[1]
+    ids = chat(tokenizer, words + ask)["input_ids"]
+    tail = chat(tokenizer, ask)["input_ids"].shape[1]
     return {"input_ids": torch.cat([ids[:, : REAL - tail], ids[:, -tail:]], 1)}
 
 

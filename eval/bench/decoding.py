@@ -9,12 +9,10 @@ tell, also where others use this one. Time is that of `generate`, prefill and al
 from __future__ import annotations
 
 import copy
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,10 @@ from torch import Tensor, nn
 
 from vtok import models
 from vtok.compressors.snapkv import SnapKV
-from vtok.errors import InvalidValue
 from vtok.eval.bench import machine
+from vtok.eval.bench.resume import begun
 from vtok.eval.bench.texts import FIRST, KINDS, prompts, repeated
+from vtok.files import write_json
 from vtok.markdown import table
 from vtok.text.decoding.dyspec import DySpec
 from vtok.text.decoding.loop import Decoder
@@ -68,7 +67,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = 1) -> bool:
     again. Raises `InvalidValue` where it is of another run."""
     if threads:
         torch.set_num_threads(threads)
-    console, run_ = Console(), begun(out, asked)
+    console, run_ = Console(), begun(out, asked, machine.describe("cpu", "float32"))
     model, tokenizer = models.load(models.SMOLLM2, "cpu")
     for number in range(asked.rounds):
         for kind in KINDS:
@@ -79,7 +78,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = 1) -> bool:
                 asking = prompts(kind, tokenizer)[: FIRST + asked.prompts]
                 run_["rounds"][name] = _round(model, asking, entrants(model, asked.layers), asked.tokens, number % 2)
             if out is not None:
-                written(out, run_)
+                write_json(out, run_)
     head, *lines = cells(run_)
     console.print(table(head, lines), soft_wrap=True, highlight=False, markup=False)
     verdicts = bars(run_)
@@ -170,29 +169,7 @@ def _answer(
     return ids, row | {"tokens": len(ids), "steps": steps, "drafted": drafted, "accepted": accepted}
 
 
-# ---- what is written, and read again ---------------------------------------------------------------------------------
-def begun(out: Path | None, asked: Any) -> dict[str, Any]:
-    """What a run has so far. Raises `InvalidValue` where the file is of a run that was asked for something else."""
-    about = machine.describe("cpu", "float32") | {"python": platform.python_version()}
-    wanted = json.loads(json.dumps(asdict(asked)))
-    if out is None or not out.exists():
-        return {"machine": about, "asked": wanted, "rounds": {}}
-    found = json.loads(out.read_text())
-    if found.get("asked") != wanted:
-        raise InvalidValue(
-            f"{out} is of a run that was asked for {found.get('asked')}: take another file, or delete it."
-        )
-    return found
-
-
-def written(out: Path, run_: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(run_, indent=1) + "\n")
-    part.replace(out)
-
-
+# ---- what is read of it ----------------------------------------------------------------------------------------------
 def rows_of(run_: dict[str, Any], kind: str) -> dict[str, dict[str, float]]:
     """Decoder -> its numbers on one kind of text. speed: plain's time over its own, the median of all prompts and
     rounds. accepted: share of the drafts, NaN where there were none. same: share of texts equal to plain's."""

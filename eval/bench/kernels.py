@@ -9,7 +9,6 @@ features that it needs.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtok.eval.bench.machine import describe
+from vtok.files import write_json
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import bipartite_match
@@ -205,8 +205,6 @@ def run(
     for met, sentence in verdicts:
         console.print(f"{'ok  ' if met else 'MISS'} {sentence}", style=None if met else "bold red")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        told = {"machine": about, "limits": limit, "sizes": list(sizes), "kernels": rows}
-        out.write_text(json.dumps(told, indent=1) + "\n")
+        write_json(out, {"machine": about, "limits": limit, "sizes": list(sizes), "kernels": rows})
         console.print(f"wrote {out}", soft_wrap=True)
     return all(met for met, _ in verdicts)

@@ -33,6 +33,7 @@ def describe(device: str, dtype: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "dtype": dtype,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit(),

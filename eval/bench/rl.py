@@ -8,7 +8,6 @@ same with and without a compressor. Rewards and the optimiser are left out. Vari
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from vtok.errors import InvalidValue
 from vtok.eval.bench import machine
 from vtok.eval.bench.measure import spread
 from vtok.eval.bench.workloads import LLAMA, llava
+from vtok.files import write_json
 from vtok.methods import call
 from vtok.patching import Patch, patch
 from vtok.runs import DENSE
@@ -85,9 +85,7 @@ def run(
     for met, sentence in verdicts:
         console.print(f"{'ok  ' if met else 'MISS'} {sentence}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        told = {"machine": about, "rl": results, "fits": fits, "memory_gib": step.memory}
-        out.write_text(json.dumps(told, indent=1) + "\n")
+        write_json(out, {"machine": about, "rl": results, "fits": fits, "memory_gib": step.memory})
         console.print(f"wrote {out}")
     return all(met for met, _ in verdicts)
 

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from vtok.errors import PatchStateError
 from vtok.eval.bench import machine, served
+from vtok.files import write_json
 from vtok.runs import DENSE
 
 HEAD = ("variant", "at once", "requests/s", "first token s", "between ms", "KV cache %", "running", "waiting")
@@ -85,9 +86,8 @@ def run(visual: int, method: str, keep: float, load: Load, folder: Path, out: Pa
         console.print(f"{'ok  ' if met else 'MISS'} {sentence}")
     if out is not None:
         about = machine.describe("cpu", "float32") | {"workload": f"a server of pictures of {visual:,} visual tokens"}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        told = {"machine": about, "serve": {"visual_tokens": visual, "results": results, "rounds": samples}}
-        out.write_text(json.dumps(told, indent=1) + "\n")
+        told = {"visual_tokens": visual, "results": results, "rounds": samples}
+        write_json(out, {"machine": about, "serve": told})
         console.print(f"wrote {out}")
     return all(met for met, _ in verdicts)
 

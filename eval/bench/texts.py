@@ -1,11 +1,14 @@
-"""Prompts for decoders: ordinary text, text that repeats what is in the prompt, and code. Passages and sources are read
-out of the Python that runs this."""
+"""Texts for language models: prompts that decoders answer (ordinary text, text that repeats what is in the prompt, and
+code), and long passages to read. Passages and sources are read out of the Python that runs this; nothing is stored.
+"""
 
 from __future__ import annotations
 
 import inspect
+import sysconfig
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -48,12 +51,12 @@ def prompts(kind: str, tokenizer: Any) -> list[dict[str, Tensor]]:
     asked: Sequence[str] = ORDINARY
     if kind == "repetitive":
         asked = [f"{ask}\n\n{_passage(topic)}" for ask, topic in zip(REPEATING, PASSAGES)]
-    return [_chat(tokenizer, text) for text in asked]
+    return [chat(tokenizer, text) for text in asked]
 
 
-def _chat(tokenizer: Any, text: str) -> dict[str, Tensor]:
-    chat = [{"role": "user", "content": text}]
-    return dict(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+def chat(tokenizer: Any, text: str) -> dict[str, Tensor]:
+    turn = [{"role": "user", "content": text}]
+    return dict(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True))
 
 
 def _passage(topic: str) -> str:
@@ -81,3 +84,35 @@ def repeated(prompt: Sequence[int], answer: Sequence[int], n: int = 4) -> float:
             old += run in seen
         seen.add(run)
     return old / len(answer)
+
+
+# ---- to read ---------------------------------------------------------------------------------------------------------
+# Long files of the standard library with much prose in them.
+MODULES = ("argparse", "ast", "datetime", "decimal", "difflib", "doctest", "inspect", "logging/__init__", "tarfile")
+
+
+def prose() -> str:
+    """The language reference, as `help()` shows it."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(text for _, text in sorted(topics.items()))
+
+
+def code() -> str:
+    """Modules of the standard library."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return "\n\n".join((folder / f"{name}.py").read_text() for name in MODULES)
+
+
+READ: dict[str, Callable[[], str]] = {"prose": prose, "code": code}
+
+
+def passages(tokenizer: Any, kind: str, tokens: int, count: int) -> list[list[int]]:
+    """Ids of `count` passages of so many tokens, from places spread evenly over all there is of a kind of `READ`."""
+    text = READ[kind]()
+    starts = [i * len(text) // count for i in range(count)]
+    found = []
+    for start in starts:
+        start = text.index("\n", start) + 1  # at the beginning of a line
+        found.append(tokenizer(text[start : start + 12 * tokens], add_special_tokens=False)["input_ids"][:tokens])
+    return found

@@ -28,6 +28,7 @@ from vtok.eval.results.cells import Cell, cells
 from vtok.eval.results.results import summarise
 from vtok.eval.tasks.answers import answer
 from vtok.eval.tasks.task import TEST_SEED, Item, Task
+from vtok.files import write_json
 from vtok.runs import DENSE
 
 
@@ -202,10 +203,7 @@ def _write_summary(model: Any, about: dict[str, Any], wanted: list[Cell], refuse
             refused = refused | {cell: f"It leaves {whole} of the {count} items whole, and so is above the budget."}
             del lines[cell]
     told = {cell: cell.options(model) for cell in lines if cell.method != DENSE}
-    summary = summarise(about, lines, told, refused)
-    part = file.with_suffix(".tmp")  # a kill leaves no half of the file, which a later call reads
-    part.write_text(json.dumps(summary, indent=1) + "\n")
-    part.replace(file)
+    write_json(file, summarise(about, lines, told, refused))  # a later call reads it
 
 
 def test_set(task: Task) -> dict[str, int]:

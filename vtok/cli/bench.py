@@ -135,10 +135,13 @@ def cache(
     with options.loaded(model, device, dtype, threads) as (network, tokenizer, status):
         from vtok.eval.bench import cache as work
         from vtok.eval.bench.measure import How
+        from vtok.eval.results.cells import training_free
 
         status("")
-        how = How(1, str(network.device), str(network.dtype).removeprefix("torch."), tokens, cpu_time=cpu_time)
-        work.run(network, tokenizer, model, chosen, shares, lengths, passages, how, out)
+        how = How(device=str(network.device), dtype=str(network.dtype).removeprefix("torch."), cpu_time=cpu_time)
+        chosen = training_free(pictures=False) if chosen is None else chosen
+        asked = work.Asked(model, tuple(chosen), tuple(shares), tuple(lengths), passages, tokens)
+        work.run(network, tokenizer, asked, how, out)
 
 
 @app.command()

@@ -48,12 +48,12 @@ def probe(
     chosen = options.chosen(methods)
     options.drawing(required=True)
     from vtok.eval.tasks import task
+    from vtok.files import write_json
 
     named = None if tasks is None else [task.get(name) for name in options.names(tasks)]
     with options.loaded(model, device, dtype, threads) as (network, processor, status):
         from vtok.eval.results import probe as work
         from vtok.eval.results.sweep import fingerprint
-        from vtok.search.schedules import write_json
 
         asked = work.of_tasks(processor, named, questions) if boxes is None else work.of_file(boxes)
         step = lambda name: status(f"asking about {name}")

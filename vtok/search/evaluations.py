@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
+from vtok.files import write_json
 from vtok.search import schedules
 
 
@@ -78,4 +79,4 @@ class Evaluations:
 
     def _write(self) -> None:
         if self.file is not None:
-            schedules.write_json(self.file, self.log)
+            write_json(self.file, self.log)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
+from vtok.files import write_json
 
 Rates = tuple[float, ...]
 FULL = 2  # layers that see all tokens, as in the paper: the first layer ranks unlike the others
@@ -130,15 +131,3 @@ def write(file: str | os.PathLike[str], rates: Sequence[float], **about: Any) ->
     """Write a schedule as JSON, `about` (where it comes from) beside its rates."""
     rates = check(rates)
     write_json(file, {"rates": list(rates), "layers": len(rates), "mean_keep": mean(rates), **about})
-
-
-def write_json(file: str | os.PathLike[str], content: Any) -> None:
-    """Write a file so that a kill leaves the old one or the new one. Raises `InvalidValue` where it cannot be."""
-    file = Path(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".part")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, file)
-    except OSError as error:
-        raise InvalidValue(f"{str(file)!r} could not be written ({error.strerror}).") from error
