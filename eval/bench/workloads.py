@@ -80,7 +80,9 @@ def llava(decoder: dict[str, int], side: int, views: bool, batch: int, device: s
     return _behind_clip(text, side, views, batch, device, dtype)
 
 
-def _behind_clip(text: Any, side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
+def thin_front(text: Any, side: int, views: bool, image: int) -> Any:
+    """The config of a LLaVA, or with `views` a LLaVA-NeXT, whose tower is small. text: the decoder's config. image: the
+    placeholder's id."""
     import transformers as T
 
     common = {
@@ -93,23 +95,29 @@ def _behind_clip(text: Any, side: int, views: bool, batch: int, device: str, dty
             patch_size=14,
         ),
         "text_config": text,
-        "image_token_index": IMAGE,
+        "image_token_index": image,
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": text.tie_word_embeddings,
     }
+    return T.LlavaNextConfig(image_grid_pinpoints=[[28 * side] * 2], **common) if views else T.LlavaConfig(**common)
+
+
+def _behind_clip(text: Any, side: int, views: bool, batch: int, device: str, dtype: torch.dtype) -> Built:
+    import transformers as T
+
+    config = thin_front(text, side, views, IMAGE)
     torch.manual_seed(0)
     view = (3, 14 * side, 14 * side)
     if views:
         double = 28 * side
-        config = T.LlavaNextConfig(image_grid_pinpoints=[[double, double]], **common)
         count = side**2 + 2 * side * (2 * side + 1)  # thumbnail, crops, a newline after each of their rows
         sizes = torch.tensor([[double, double]] * batch)
         pictures = {"pixel_values": torch.rand(batch, 5, *view).to(dtype), "image_sizes": sizes}
         model = _random(T.LlavaNextForConditionalGeneration, config, device, dtype)
     else:
         count, pictures = side**2, {"pixel_values": torch.rand(batch, *view).to(dtype)}
-        model = _random(T.LlavaForConditionalGeneration, T.LlavaConfig(**common), device, dtype)
+        model = _random(T.LlavaForConditionalGeneration, config, device, dtype)
     return model, _prompt(count, text.vocab_size, batch, pictures, device)
 
 

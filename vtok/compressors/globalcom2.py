@@ -37,11 +37,10 @@ class GlobalCom2(PreLLM):
         cuts the outer crops. The same where nothing is padded and the grid divides the thumbnail.
     renumber: kept tokens get consecutive positions, as in the official code, instead of their own.
     Differs from the paper: kept tokens stay in raster order, the thumbnail's too; crops keep an exact total, and their
-    shares allow for padding (`exact_count`, `budget_map`), so that of 448 pictures 1 keeps the official set, and in the
-    others 1.3 to 1.7 % of the tokens are different ones; the official code leaves a picture of one view whole, of
-    which the paper says nothing. Three faults of the official code cannot occur, as the
-    sequence holds no padding and keeps all separators: tokens that slide into padding, newlines for rows of
-    padding, and scores that come from another picture of the batch.
+    shares allow for padding (`exact_count`, `budget_map`), so that few pictures keep exactly the official set; the
+    official code leaves a picture of one view whole, of which the paper says nothing. Three faults of the official code
+    cannot occur, as the sequence holds no padding and keeps all separators: tokens that slide into padding, newlines
+    for rows of padding, and scores that come from another picture of the batch.
     """
 
     name = "globalcom2"

@@ -313,29 +313,18 @@ class Trace:
         """{"dense", "compressed"}: for each sample the columns of its prompt that each decoder layer's cache holds, the
         mean over key-value heads."""
         counts = self.counts()
-        held = [
-            [self._cached(layer, b, n) for layer, n in enumerate(sample)]
-            for b, sample in enumerate(counts["compressed"])
-        ]
-        return {"dense": counts["dense"], "compressed": held}
+        return {
+            "dense": counts["dense"],
+            "compressed": self._by_parts(counts["compressed"], lambda part: part.cached),
+        }
 
     def attended(self) -> dict[str, list[list[float]]]:
         """The same as `cached`, of columns to which the first token of the answer attends."""
         cached = self.cached()
         return {
             "dense": cached["dense"],
-            "compressed": [self._attended(b, x) for b, x in enumerate(cached["compressed"])],
+            "compressed": self._by_parts(cached["compressed"], lambda part: part.attended),
         }
-
-    def _stored(self, sample: int, held: list[float]) -> list[float]:
-        for part in self.parts.values():
-            held = [part.stored(layer, sample, n) for layer, n in enumerate(held)]
-        return held
-
-    def _attended(self, sample: int, held: list[float]) -> list[float]:
-        for part in self.parts.values():
-            held = [part.attended(layer, sample, n) for layer, n in enumerate(held)]
-        return held
 
     @property
     def mean_attended(self) -> float:
@@ -343,10 +332,13 @@ class Trace:
         sums = {kind: sum(map(sum, samples)) for kind, samples in self.attended().items()}
         return sums["compressed"] / sums["dense"]
 
-    def _cached(self, layer: int, sample: int, tokens: float) -> float:
+    def _by_parts(
+        self, samples: list[list[float]], says: Callable[[Part], Callable[[int, int, float], float]]
+    ) -> list[list[float]]:
+        """Counts of columns [B][layers] after each part, in turn, said what becomes of them."""
         for part in self.parts.values():
-            tokens = part.cached(layer, sample, tokens)
-        return tokens
+            samples = [[says(part)(i, b, n) for i, n in enumerate(counts)] for b, counts in enumerate(samples)]
+        return samples
 
     def _seen_as(self, picture: Picture) -> Layout:
         found = [layout for part in self.parts.values() if (layout := part.seen_as(picture)) is not None]
@@ -359,7 +351,7 @@ class Trace:
         """{"dense", "compressed"}: bytes of the prompt's keys and values, padding of ragged batches left out. Heads
         that hold fewer columns than another one of their layer take as many bytes."""
         text, size, columns = self.shapes.text, self.bytes_per_value, self.cached()
-        stored = [self._stored(b, held) for b, held in enumerate(columns["compressed"])]
+        stored = self._by_parts(columns["compressed"], lambda part: part.stored)
         return {
             kind: sum(kv_bytes(text, counts, size) for counts in samples)
             for kind, samples in {"dense": columns["dense"], "compressed": stored}.items()
