@@ -16,6 +16,13 @@ def answer_width(labels: Tensor) -> int:
     return labels.shape[1] - int((labels != IGNORE).any(0).nonzero()[0]) + 1
 
 
+def log_means(trainer: Any, metrics: dict[str, Tensor]) -> None:
+    """Let one of TRL's trainers log the mean of each metric [B] over all processes."""
+    mode = "train" if trainer.model.training else "eval"
+    for name, values in metrics.items():
+        trainer._metrics[mode][name].append(trainer.accelerator.gather(values).mean().item())
+
+
 def add_answer_logits(model: nn.Module) -> None:
     """Let `model(..., labels=labels, answer_logits=n)` give the logits of the last n columns, and no loss.
 

@@ -25,11 +25,11 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.media import Sampling
 from vtok.patching import patches_on
-from vtok.rl.answers import add_answer_logits, answer_width
+from vtok.rl.answers import add_answer_logits, answer_width, log_means
 from vtok.rl.clips import COLUMNS
 from vtok.rl.objectives import DPO, Objective
-from vtok.rl.preferences import TEXT, WEIGHTS, PairCollator, Phrases, checked
-from vtok.text.align.stats import IGNORE, TokenStats, token_stats
+from vtok.rl.preferences import TEXT, WEIGHTS, PairCollator, Phrases, checked, for_models
+from vtok.text.align.stats import TokenStats, token_stats
 
 
 @dataclass
@@ -138,22 +138,18 @@ class PreferenceTrainer(DPOTrainer):
         metrics |= {"rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float()}
         logps = stats.logp.detach().sum(1).view(2, -1)
         metrics |= dict(zip(("logps/chosen", "logps/rejected"), logps))
-        mode = "train" if self.model.training else "eval"
-        for name, values in metrics.items():
-            self._metrics[mode][name].append(self.accelerator.gather(values).mean().item())
+        log_means(self, metrics)
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
     def _stats(self, model: Any, inputs: Mapping[str, Any]) -> tuple[TokenStats, dict[str, Tensor], Any]:
         """Of the columns in which answers are: `TokenStats`; what objectives read beside them; the policy's outputs."""
-        extra = {name: inputs[name] for name in ("signs", "weights") if name in inputs}
-        given = {name: value for name, value in inputs.items() if name not in ("completion_mask", *extra)}
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
-        width = answer_width(labels)
-        given |= {"labels": labels, "answer_logits": width, "use_cache": False}
+        given, extra = for_models(inputs)
+        width = answer_width(given["labels"])
+        given["answer_logits"] = width
         states = {"output_hidden_states": True} if "states" in self.objective.needs else {}
         reference = self._reference(given | states)
         outputs = model(**given)
-        columns = {name: value[:, -width:] for name, value in (extra | {"labels": labels}).items()}
+        columns = {name: value[:, -width:] for name, value in (extra | {"labels": given["labels"]}).items()}
         if states:
             columns["states"] = reference.hidden_states[-1][:, -width:]
         return token_stats(outputs.logits, reference.logits, columns["labels"]), columns, outputs

@@ -21,6 +21,7 @@ from vtok.errors import InvalidValue, Unsupported, VtokError
 from vtok.media import Sampling
 from vtok.rl.clips import COLUMNS, SPREAD, as_parts, check_clips, conversation, has_media, media
 from vtok.text.align.rrpo import TAG, diff_signs, diff_spans, to_tokens, unmark
+from vtok.text.align.stats import IGNORE
 
 Phrases = Literal["words", "tokens", "markup", "all"]
 Signed = tuple[list[int], list[int]]  # ids of an answer, and their signs
@@ -28,6 +29,14 @@ TEXT = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # colu
 WEIGHTS = ("chosen_weights", "rejected_weights")  # columns of numbers, one for each token of an answer
 TYPES = ("token_type_ids", "mm_token_type_ids")  # which some processors give beside the ids; 0 is text
 log = logging.getLogger(__name__)
+
+
+def for_models(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor | bool], dict[str, Tensor]]:
+    """Of a batch of `PairCollator` what models are given, labels in it, and what objectives read beside it."""
+    extra = {name: batch[name] for name in ("signs", "weights") if name in batch}
+    given = {name: value for name, value in batch.items() if name not in ("completion_mask", *extra)}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
+    return given | {"labels": labels, "use_cache": False}, extra
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok.rl.preferences import WEIGHTS, PairCollator
+from vtok.rl.preferences import WEIGHTS, PairCollator, for_models
 from vtok.text.align.cdpo import critical_weights
 from vtok.text.align.stats import IGNORE, token_stats
 from vtok.text.align.treg import BETTER, WORSE, contrast_scores
@@ -58,8 +58,5 @@ def _answers(model: nn.Module, pairs: PairCollator, row: Row) -> list[Tensor]:
 
 
 def _batch(model: nn.Module, pairs: PairCollator, row: Row) -> tuple[dict[str, Tensor], Tensor]:
-    batch = {name: value.to(model.device) for name, value in pairs([row]).items()}
-    for name in ("signs", "weights"):
-        batch.pop(name, None)
-    labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORE)
-    return batch | {"labels": labels, "use_cache": False}, labels
+    given, _ = for_models({name: value.to(model.device) for name, value in pairs([row]).items()})
+    return given, given["labels"]

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from vtok.errors import InvalidValue, Unsupported
-from vtok.rl.answers import add_answer_logits, answer_width
+from vtok.rl.answers import add_answer_logits, answer_width, log_means
 from vtok.text.align.aligndistil import aligndistil
 from vtok.text.align.ift import ift, mixed_embeddings, shifted_predictions
 from vtok.text.align.stats import IGNORE, token_stats
@@ -54,9 +54,7 @@ class AnswerTrainer(SFTTrainer):
         if not bool((inputs["labels"] != IGNORE).any()):
             raise InvalidValue("Nothing of this batch is supervised: were the answers cut off (max_length)?")
         losses, metrics = self.objective(self, model, {**inputs, "use_cache": False})
-        mode = "train" if self.model.training else "eval"
-        for name, values in metrics.items():
-            self._metrics[mode][name].append(self.accelerator.gather(values).mean().item())
+        log_means(self, metrics)
         return (losses.mean(), {}) if return_outputs else losses.mean()
 
 

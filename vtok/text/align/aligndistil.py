@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue
-from vtok.text.align.stats import CHUNK, IGNORE, rows_at
+from vtok.text.align.stats import CHUNK, IGNORE, check_logits, rows_at
 
 TEACHERS = ("contrast", "adaptive", "fixed")
 LEAST = 1e-3  # of the weight, by which the loss is divided
@@ -44,9 +44,7 @@ def aligndistil(
     is. Nothing of the logits' size is made but their gradient. `teacher_weight` is a's mean. Raises `InvalidValue`."""
     if teacher not in TEACHERS:
         raise InvalidValue(f"teacher is one of {', '.join(TEACHERS)}, not {teacher!r}.")
-    shapes = [tuple(x.shape) for x in (logits, dpo_logits, other_logits)]
-    if len(set(shapes)) > 1 or shapes[0][:2] != tuple(labels.shape):
-        raise InvalidValue(f"Logits of three models are [B, T, V] and labels [B, T], not {shapes}, {labels.shape}.")
+    check_logits(labels, logits, dpo_logits, other_logits)
     mask = labels[:, 1:] != IGNORE
     how = (beta, strength, teacher, temperature)
     found, weights = _ReverseKL.apply(logits, dpo_logits.detach(), other_logits.detach(), mask.nonzero(), how, chunk)

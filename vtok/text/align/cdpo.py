@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtok.errors import InvalidValue
-from vtok.text.align.stats import CHUNK, IGNORE
+from vtok.text.align.stats import CHUNK, IGNORE, check_logits, rows_at
 
 
 def critical_weights(
@@ -26,18 +25,14 @@ def critical_weights(
     weigh 1. On tokens of high entropy s is small whatever the models think: weights near 1 are no finding.
 
     Raises `InvalidValue` where shapes do not fit."""
-    if right_logits.shape != wrong_logits.shape or right_logits.shape[:2] != labels.shape:
-        raise InvalidValue(
-            f"Logits of both models are [B, T, V] and labels [B, T], not {tuple(right_logits.shape)}, "
-            f"{tuple(wrong_logits.shape)} and {tuple(labels.shape)}."
-        )
+    check_logits(labels, right_logits, wrong_logits)
     mask = labels[:, 1:] != IGNORE
     at, targets = mask.nonzero(), labels[:, 1:][mask]
     weights = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-    for (row, column), y in zip((some.T for some in at.split(chunk)), targets.split(chunk)):
-        right, wrong = right_logits[row, column].float(), wrong_logits[row, column].float()
-        likely = ((1 + contrast) * right - contrast * wrong).softmax(-1)
-        weights[row, column + 1] = 1 - likely.gather(1, y[:, None])[:, 0]
+    for some, y in zip(at.split(chunk), targets.split(chunk)):
+        right, wrong = rows_at(right_logits, some), rows_at(wrong_logits, some)
+        likely = ((1 + contrast) * right - contrast * wrong).softmax(-1).gather(1, y[:, None])[:, 0]
+        weights[some[:, 0], some[:, 1] + 1] = 1 - likely.float()
     return weights
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue
+from vtok.text.align.stats import to_come
 
 
 def mixed_embeddings(embeddings: Tensor, predicted: Tensor, supervised: Tensor, share: float = 0.2) -> Tensor:
@@ -40,11 +41,7 @@ def ift(logp: Tensor, mask: Tensor, *, gamma: float = 0.95, detach: bool = False
     lengths = mask.sum(1).clamp(min=1)
     if gamma == 0:
         return losses.sum(1) / lengths
-    places = torch.arange(logp.shape[1], device=logp.device)
-    ahead = (places[None, :] - places[:, None]).clamp(min=0)
-    power = torch.tensor(gamma, dtype=losses.dtype, device=losses.device) ** ahead
-    coming = losses @ (power * (places[None, :] >= places[:, None])).T  # [B, T]: sum over i >= t of gamma^(i-t) loss_i
-    coming = coming.masked_fill(~mask, 0)
+    coming = to_come(losses, gamma).masked_fill(~mask, 0)
     weights = coming * lengths[:, None] / coming.sum(1, keepdim=True).clamp(min=1e-12)
     weights = weights.detach() if detach else weights
     return (losses * weights).sum(1) / lengths

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtok.errors import InvalidValue
+from vtok.text.align.stats import to_come
 
 
 def shaped_rewards(
@@ -51,10 +52,7 @@ def advantages(rewards: Tensor, mask: Tensor, group: int, *, gamma: float = 1.0,
         raise InvalidValue(f"{len(rewards)} answers are no groups of {group}.")
     mask = mask.bool()
     rewards = rewards.masked_fill(~mask, 0)
-    coming, ahead = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        ahead = rewards[:, t] + gamma * ahead
-        coming[:, t] = ahead
+    coming = to_come(rewards, gamma)
     first = mask.long().argmax(1, keepdim=True)  # padding before an answer discounts nothing
     returns = coming.gather(1, first)[:, 0].view(-1, group)
     coming = coming - returns.mean(1).repeat_interleave(group)[:, None]

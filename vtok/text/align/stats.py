@@ -46,18 +46,31 @@ def token_stats(logits: Tensor, ref_logits: Tensor | None, labels: Tensor, chunk
     Work and memory go with the supervised tokens. What a chunk needs for its gradient is computed again in the
     backward, so that nothing of the logits' size is made but their gradient. Raises `InvalidValue` where shapes do not
     fit."""
-    other = logits if ref_logits is None else ref_logits
-    if logits.shape != other.shape or logits.shape[:2] != labels.shape:
-        raise InvalidValue(
-            f"Logits of policy and reference are [B, T, V] and labels [B, T], not {tuple(logits.shape)}, "
-            f"{tuple(other.shape)} and {tuple(labels.shape)}."
-        )
+    check_logits(labels, *([logits] if ref_logits is None else [logits, ref_logits]))
     targets = labels[:, 1:]
     mask = targets != IGNORE
     at = mask.nonzero()
     found = _OfTokens.apply(logits, None if ref_logits is None else ref_logits.detach(), at, targets[mask], chunk)
     logp, ref_logp, kl = (torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in found)
     return TokenStats(logp, ref_logp.detach(), kl, mask)
+
+
+def check_logits(labels: Tensor, *logits: Tensor) -> None:
+    """Raise `InvalidValue` unless logits are [B, T, V], of all models alike, and labels [B, T]."""
+    shapes = [tuple(x.shape) for x in logits]
+    if len({*shapes}) > 1 or shapes[0][:2] != tuple(labels.shape):
+        raise InvalidValue(
+            f"Logits are [B, T, V], of all models alike, and labels [B, T]: not {shapes} and {tuple(labels.shape)}."
+        )
+
+
+def to_come(values: Tensor, gamma: float) -> Tensor:
+    """[B, T] of each token its own value and gamma times what is to come behind it. values: [B, T]."""
+    ahead, found = torch.zeros_like(values[:, 0]), []
+    for value in values.flip(1).unbind(1):
+        ahead = value + gamma * ahead
+        found.append(ahead)
+    return torch.stack(found[::-1], 1)
 
 
 def by_answer(stats: TokenStats, values: Tensor) -> tuple[Tensor, Tensor]:
