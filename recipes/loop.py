@@ -29,7 +29,7 @@ def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else DTYPE
 
 
-def autocast(device: torch.device = torch.device("cpu")) -> torch.autocast:  # noqa: B008
+def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype_on(device) is torch.bfloat16)
 
 

@@ -140,7 +140,7 @@ def _seen(data: Parts, batch: Batch, net, heads: Heads, words: torch.Tensor) -> 
 
 def tower_loss(batch: Batch, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
     """Loss of one part of stage 1, and what the log says of it."""
-    with loop.autocast():
+    with loop.autocast(net.device):
         _, dense, named = _seen(data, batch, net, heads, words)
     answer = {"pictures": len(batch.there), f"dense {batch.task}": dense.item(), "words": named.item()}
     return dense + recipe.word_weight * named, answer
@@ -148,7 +148,7 @@ def tower_loss(batch: Batch, data: Parts, net, heads: Heads, words: torch.Tensor
 
 def question_loss(batch: Batch, data: Parts, net, heads: Heads, words: torch.Tensor, recipe: Recipe):
     """The same of stage 2."""
-    with loop.autocast():
+    with loop.autocast(net.device):
         features, dense, named = _seen(data, batch, net, heads, words)
         wanted = batch.targets != IGNORE
         logits = net.lm_head(question_states(data.family, net, features, batch)[wanted]).float()

@@ -75,6 +75,15 @@ def tiny(family: str, attention: str = "sdpa", layers: int = 4):
     return mould.cast(), processor
 
 
+def apart(model):
+    """The model, its decoder moved a little, so that it is not its reference."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
 def language_model(
     vocabulary: int,
     layers: int = 2,

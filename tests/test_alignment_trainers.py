@@ -5,7 +5,7 @@ import math
 import datasets
 import pytest
 import torch
-from contract import picture, tiny
+from contract import apart, picture, tiny
 
 import vtok
 from vtok.errors import InvalidValue, Unsupported
@@ -37,14 +37,6 @@ def pairs(kind, **columns):
     if kind == "picture":
         rows = [row | {"image": picture(56, 84 + 28 * i, i)} for i, row in enumerate(rows)]
     return datasets.Dataset.from_list([row | {k: v[i] for k, v in columns.items()} for i, row in enumerate(rows)])
-
-
-def apart(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.model.language_model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
 
 
 def trainer_on(kind, objective, folder, method=None, moved=True, data=None, **given):

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from contract import picture, tiny
+from contract import apart, picture, tiny
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
@@ -235,15 +235,6 @@ def config(folder, **given):
     given = {"phrases": "words", "nframes": 4, "beta": 0.3, "alpha": 0.05, **given}
     given |= {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     return RRPOConfig(str(folder), per_device_train_batch_size=2, logging_steps=1, max_steps=2, **given)
-
-
-def apart(model):
-    """The model, its decoder moved a little, so that it is not its reference."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.model.language_model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
 
 
 def trainer_on(family, data, folder, method=None, **given):

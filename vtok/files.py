@@ -1,4 +1,4 @@
-"""How results are written."""
+"""How results are written, and read again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
+
+
+def read_json(file: str | os.PathLike[str], what: str) -> Any:
+    """What a file of JSON holds, None where it is no JSON. what: the file is to be. Raises `InvalidValue` where it
+    cannot be read."""
+    try:
+        return json.loads(Path(file).read_text())
+    except OSError as error:
+        raise InvalidValue(f"The {what} {str(file)!r} cannot be read ({error.strerror}).") from error
+    except ValueError:
+        return None
 
 
 def write_json(file: str | os.PathLike[str], content: Any) -> None:

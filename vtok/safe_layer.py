@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from vtok.errors import InvalidValue
+from vtok.files import read_json
 from vtok.options import AtLeast1, Depth
 from vtok.stages.llm import InLLM
 
@@ -19,12 +18,7 @@ LastFull = Depth | Auto  # the last of them
 
 def read(file: str | os.PathLike[str]) -> dict[str, Any]:
     """What `vtok probe` wrote. Raises `InvalidValue` where the file holds nothing of that kind."""
-    try:
-        content = json.loads(Path(file).read_text())
-    except OSError as error:
-        raise InvalidValue(f"The probe {str(file)!r} cannot be read ({error.strerror}).") from error
-    except ValueError:
-        content = None
+    content = read_json(file, "probe")
     if not isinstance(content, dict) or not {"layers", "safe", "methods"} <= content.keys():
         raise InvalidValue(f"{str(file)!r} was not written by `vtok probe`.")
     return content

@@ -54,7 +54,7 @@ def demo(
         from vtok import draw
         from vtok.methods import supported
 
-        names = supported(network, work.METHODS) if names is None else names
+        names = supported(network, work.METHODS, **how) if names is None else names
         report = lambda method: status(f"answering with {method}")
         answers = work.compare(network, processor, picture, asked, names, max_new_tokens=tokens, progress=report, **how)
     where = f"{network.device.type}, {str(network.dtype).removeprefix('torch.')}"

@@ -51,7 +51,7 @@ def show(
         from vtok import show as work
         from vtok.methods import supported
 
-        names = supported(network, work.METHODS) if names is None else names
+        names = supported(network, work.METHODS, **how) if names is None else names
         report = lambda method: status(f"answering with {method}")
         shown = work.follow(network, processor, seen, asked, names, max_new_tokens=tokens, progress=report, **how)
         status("drawing")

@@ -6,16 +6,14 @@ of all tokens that entered the decoder, not of those that the layer before had.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
-from vtok.files import write_json
+from vtok.files import read_json, write_json
 
 Rates = tuple[float, ...]
 FULL = 2  # layers that see all tokens, as in the paper: the first layer ranks unlike the others
@@ -116,12 +114,9 @@ def _rising(function: Callable[[float], float], wanted: float, low: float, high:
 
 def read(file: str | os.PathLike[str]) -> Rates:
     """The rates in a schedule's file, as `write` made it. Raises `InvalidValue` where it holds none."""
-    try:
-        content = json.loads(Path(file).read_text())
-    except OSError as error:
-        raise InvalidValue(f"The schedule {str(file)!r} cannot be read ({error.strerror}).") from error
-    except ValueError:
-        raise InvalidValue(f"{str(file)!r} is no schedule: it is not JSON.") from None
+    content = read_json(file, "schedule")
+    if content is None:
+        raise InvalidValue(f"{str(file)!r} is no schedule: it is not JSON.")
     if not isinstance(content, dict) or not isinstance(content.get("rates"), list):
         raise InvalidValue(f'{str(file)!r} is no schedule: it has no list named "rates".')
     return check(content["rates"], f"The rates in {str(file)!r}")
