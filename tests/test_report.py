@@ -397,6 +397,14 @@ def test_a_task_with_no_right_answer_decides_nothing(several, tmp_path):
     assert found.rows[Cell("divprune", 0.5)].kept.at == found.tasks[1].rows[Cell("divprune", 0.5)].kept.at
 
 
+def test_a_budget_at_which_no_baseline_ran_gives_no_verdict(tmp_path):
+    place = put(tmp_path / "run", cells=CELLS | {Cell("divprune", 0.3): 0.6})
+    summed(place, tmp_path / "cards" / "some-model" / "sweep" / "scenes.json")
+    (found,) = results.load(tmp_path / "cards")
+    assert "divprune" not in verdicts.hopeless(found.tasks)
+    assert choosing.page(tmp_path / "cards")
+
+
 def test_intervals_of_means():
     """Of two test sets, whose items are redrawn apart: the squares of half-widths add up."""
     rng = np.random.default_rng(0)

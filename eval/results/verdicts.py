@@ -43,9 +43,11 @@ def tied(rows: Iterable[Any], row: Any) -> list[str]:
 def hopeless(found: Sequence[Results]) -> list[str]:
     """Methods that at no budget on any telling task beat the best baseline beyond the interval."""
     pairs = [(row, results.rival(row)) for results in found if results.telling for row in results.methods]
-    tried = {row.method: False for row, other in pairs if other is not None and row.method not in baselines()}
-    tried |= {row.method: True for row, other in pairs if row.method in tried and beats(row, other)}
-    return sorted(name for name, better in tried.items() if not better)
+    better: dict[str, bool] = {}
+    for row, other in pairs:
+        if other is not None and row.method not in baselines():
+            better[row.method] = better.get(row.method, False) or beats(row, other)
+    return sorted(name for name, ever in better.items() if not ever)
 
 
 def beats(row: Row, other: Row) -> bool:
