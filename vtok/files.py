@@ -21,6 +21,14 @@ def read_json(file: str | os.PathLike[str], what: str) -> Any:
         return None
 
 
+def read_lines(file: str | os.PathLike[str]) -> list[Any]:
+    """What each line of a file of JSON lines holds. Raises `InvalidValue`."""
+    try:
+        return [json.loads(line) for line in Path(file).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidValue(f"{str(file)!r} cannot be read as JSON lines: {error}") from error
+
+
 def write_json(file: str | os.PathLike[str], content: Any) -> None:
     """Write a file so that a kill leaves the old one or the new one. Raises `InvalidValue` where it cannot be."""
     file = Path(file)

@@ -32,7 +32,6 @@ from vtok.stages import stage as stages
 from vtok.stages.blocks import Grouping, VitTrace, check_tower
 from vtok.stages.stage import Site, Stage
 from vtok.tower import Tower
-from vtok.types import check_keep
 
 TRANSFORMERS = ((5, 19), (5, 25))  # tested from the first up to, not with, the second; as in pyproject.toml
 _PATCHES: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()  # core model -> its patch
@@ -382,8 +381,6 @@ def _parts(
             raise InvalidValue("Give keep or budget, not both.")
         if isinstance(budget, bool) or not isinstance(budget, float | int) or not 0.0 < budget <= 1.0:
             raise InvalidValue(f"budget must be a fraction in (0, 1], got {budget!r}")
-    if "keep" in options:
-        check_keep(options["keep"])
     methods = [method] if isinstance(method, str | Compressor) else list(method)
     if not methods:
         raise InvalidValue("No compressor was given.")

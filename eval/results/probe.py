@@ -7,7 +7,6 @@ before another one: the AUC, .5 by chance. Nothing is dropped, so each layer is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from vtok.errors import InvalidValue, VtokError
 from vtok.eval.results import statistics
 from vtok.eval.tasks.answers import media
 from vtok.eval.tasks.task import Question, Task, tasks
+from vtok.files import read_lines
 from vtok.media import open_picture
 from vtok.prompts import ask, encode
 from vtok.stages.llm import InLLM
@@ -102,11 +102,7 @@ def of_tasks(processor: Any, named: Sequence[Task] | None, questions: int) -> It
 
 def of_file(file: Path) -> Iterable[Asked]:
     """Of JSON lines {"image": "cat.jpg", "question": "...", "boxes": [[left, top, right, bottom], ...]}, in pixels."""
-    try:
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InvalidValue(f"{str(file)!r} cannot be read as JSON lines: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(file), 1):
         try:
             boxes = tuple((0, *map(float, box)) for box in line["boxes"])
             question, image = str(line["question"]), file.parent / line["image"]

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import vtok
-from vtok.cli import bench, demo, evaluate, methods, probe, report, search, serve, show, tasks, zoo
+from vtok.cli import bench, calibrate, demo, evaluate, methods, probe, report, search, serve, show, tasks, zoo
 from vtok.cli.group import Group
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ app.command(short_help="Draw what is kept, layer by layer.")(show.show)
 app.command(short_help="List the methods, or explain one.")(methods.methods)
 app.command(name="eval", short_help="Accuracy of methods at budgets on the offline tasks.")(evaluate.evaluate)
 app.command(short_help="From which layer on methods find what answers need.")(probe.probe)
+app.command(short_help="A budget by quality: how many tokens pictures need.")(calibrate.calibrate)
 app.command(short_help="Results of vtok eval as a page.")(report.report)
 app.command(
     short_help="Serve a model with vLLM on fewer visual tokens.",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtok.errors import InvalidValue, Unsupported
 from vtok.modules.tokenflex import TokenFlexProjector, square_side
+from vtok.options import Keep
 from vtok.stages.pre_llm import PreLLM
 from vtok.types import Layout, Plane, Selection, VisualTokens
 
@@ -35,6 +36,7 @@ class TokenFLEX(PreLLM):
     merges = True
     trained = True
 
+    keep: Keep = 0.25
     weights: nn.Module | str | Path | None = field(default=None, repr=False)
 
     is_identity: ClassVar[bool] = False

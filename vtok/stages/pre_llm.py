@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from vtok.calibration import Auto, Calibration
 from vtok.compressor import Compressor
 from vtok.engine.decoder import Pass
 from vtok.engine.encode import Read
 from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
 from vtok.errors import InvalidValue, Unsupported
+from vtok.options import Keep
 from vtok.stages.stage import Site, Stage
 from vtok.types import Layout, Question, Selection, VisualTokens, keep_count, mean_of_members, sum_of_members
 
@@ -24,6 +27,8 @@ from vtok.types import Layout, Question, Selection, VisualTokens, keep_count, me
 class PreLLM(Compressor):
     """A method that chooses among the tokens of pictures before the language model.
 
+    keep: fraction or count of a picture's tokens; "auto": as many as the picture needs, see `vtok.calibration`.
+    calibration: with keep="auto", the file that `vtok calibrate` wrote of this method and this model.
     renumber: kept tokens get consecutive positions instead of their own, and the text behind them moves up. Only for
         one-dimensional RoPE.
     """
@@ -31,7 +36,37 @@ class PreLLM(Compressor):
     stage = "pre_llm"
     merges: ClassVar[bool] = False  # True if kept tokens get new features, through which gradient must flow
 
+    keep: Keep | Auto = 0.25
+    calibration: str | os.PathLike[str] | None = field(default=None, repr=False)
     renumber: bool = False
+    _calibrated: Calibration | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep == "auto":
+            object.__setattr__(self, "_calibrated", self._read())
+
+    def _read(self) -> Calibration:
+        if self.calibration is None:
+            raise InvalidValue(
+                f"keep='auto' needs a calibration: run `vtok calibrate MODEL --method {self.name} --loss 0.02 --out "
+                f"FILE`, then vtok.patch(model, {self.name!r}, keep='auto', calibration=FILE)."
+            )
+        found = Calibration.read(self.calibration)
+        if found.method != self.name:
+            raise InvalidValue(f"{str(self.calibration)!r} is a calibration of {found.method}, not of {self.name}.")
+        return found
+
+    @property
+    def adaptive_now(self) -> bool:
+        return super().adaptive_now or self._calibrated is not None
+
+    def for_each(self, features: Tensor) -> list[PreLLM]:
+        """The compressor for each of G pictures [G, n, D]: with keep="auto" one that keeps what the picture needs."""
+        if self._calibrated is None:
+            return [self] * len(features)
+        of_keep = {keep: replace(self, keep=keep) for keep in self._calibrated.keeps}
+        return [of_keep[keep] for keep in self._calibrated.of(features)]
 
     @property
     def reads_prompt_end(self) -> bool:
@@ -76,7 +111,10 @@ def select(
 def place(compressor: PreLLM, rows: Tensor, layout: Layout, encoder: Mapping[Read, Tensor] | None = None) -> Placed:
     """What is left of G pictures as the family's encoder method gives them, for an engine that has no prompt at hand.
 
-    rows: [G, n_rows, D], tokens and separators in the order of the prompt's placeholders."""
+    rows: [G, n_rows, D], tokens and separators in the order of the prompt's placeholders. Raises `Unsupported` with
+    keep="auto": ask it `for_each`."""
+    if compressor.keep == "auto":
+        raise Unsupported("keep='auto' gives each picture a compressor of its own: compressor.for_each(features).")
     at, separators = layout.place.to(rows.device), layout.separator_place.to(rows.device)
     selection = select(compressor, rows[:, at], layout, encoder)
     keep = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
@@ -107,9 +145,15 @@ class PreLLMStage(Stage[PreLLM]):
         if each and len(each) != len(prefill.pictures):
             n = len(prefill.pictures)
             raise InvalidValue(f"using() was given {len(each)} values, and this call has {n} pictures.")
+        again = prefill.replay is not None and self.compressor.replays
         for members in prefill.groups():
-            for compressor in dict.fromkeys(each[i] for i in members) if each else (self.compressor,):
-                yield compressor, [i for i in members if not each or each[i] == compressor]
+            of = dict.fromkeys(members, self.compressor) | {i: each[i] for i in members if each}
+            if not again and (auto := [i for i in members if of[i].keep == "auto"]):
+                with prefill.stopwatch:
+                    features = torch.stack([prefill.flat[prefill.pictures[i].tokens] for i in auto])
+                    of |= dict(zip(auto, of[auto[0]].for_each(features)))
+            for compressor in dict.fromkeys(of.values()):
+                yield compressor, [i for i in members if of[i] == compressor]
 
     def select(self, prefill: Prefill) -> None:
         prefill.chosen = True

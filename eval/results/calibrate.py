@@ -1,0 +1,235 @@
+"""The measurement behind `vtok calibrate`: how many tokens pictures need, by their own redundancy, for a stated loss.
+
+Every item is answered with all tokens and with each of `KEEPS`. A setting gives each item one of these, so its loss is
+looked up. Settings are tried from the most careful one down, as long as a bound on their mean loss, of items redrawn,
+is at most what was allowed; the last is taken. So the loss is within it at the stated confidence (fixed sequences of
+Angelopoulos et al., Learn then Test, arXiv 2110.01052). The one fixed keep that the same rule gives stands beside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vtok
+from vtok.calibration import Calibration, needed, rounded_up, spectrum
+from vtok.errors import InvalidValue, Unsupported
+from vtok.eval.results import statistics
+from vtok.eval.tasks.answers import answer, media
+from vtok.eval.tasks.task import Item, Question, Task, normal
+from vtok.files import read_lines
+from vtok.media import open_clip, open_picture
+from vtok.stages.pre_llm import PreLLM
+from vtok.types import Selection, VisualTokens
+
+KEEPS = (0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
+VARIANCES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
+CONFIDENCE = 0.95
+
+
+class Watcher(PreLLM):
+    """Keeps all tokens, and notes the spectrum of each picture."""
+
+    paper = "none"
+
+    def __init__(self) -> None:
+        super().__init__(keep=0.5)
+        object.__setattr__(self, "seen", [])
+        object.__setattr__(self, "widths", set())
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        self.seen.extend(spectrum(tokens.features)[:, None].cpu())
+        self.widths.add(tokens.features.shape[-1])
+        return Selection(torch.ones(tokens.features.shape[:2], dtype=torch.bool, device=tokens.features.device))
+
+
+Watcher.name = "watcher"  # behind the class, so that it is no method that users find
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One item. spectra: of its pictures, [1, m] each. lost: [KEEPS, questions] right answers of the dense model less
+    those at each keep; without a right answer, whether it answers otherwise."""
+
+    spectra: tuple[torch.Tensor, ...]
+    lost: np.ndarray
+
+    def keeps(self, variance: float) -> list[float]:
+        """Of each picture."""
+        return rounded_up([float(needed(x, variance)) for x in self.spectra], KEEPS)
+
+    def at(self, variance: float) -> int:
+        """Which of `KEEPS` the item is judged at: the smallest of its pictures, on the careful side."""
+        return KEEPS.index(min(self.keeps(variance)))
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+def of_tasks(tasks: Sequence[Task], split: str, count: int, seed: int = 0) -> Iterable[Item]:
+    """So many items of each task. "test" are those of its fixed test set, on which calibration must not look."""
+    for task in tasks:
+        for i in range(count):
+            yield task.test_item(i) if split == "test" else task.item(split, seed, i)
+
+
+def of_file(file: Path) -> list[Item]:
+    """Of JSON lines {"image": "cat.jpg", "question": "...", "answer": "..."}: a clip is {"clip": "film.mp4"}, and the
+    answer may be left out. Questions of one picture are one item."""
+    found: dict[tuple[str, str], list[Question]] = {}
+    for number, line in enumerate(read_lines(file), 1):
+        kind = "clip" if isinstance(line, dict) and "clip" in line else "image"
+        if not (isinstance(line, dict) and isinstance(line.get(kind), str) and isinstance(line.get("question"), str)):
+            raise InvalidValue(
+                f'Line {number} of {str(file)!r} must be {{"image": FILE, "question": TEXT}}, with "clip" for a film '
+                f'and "answer" where you know it.'
+            )
+        asked = Question("", line["question"], str(line.get("answer", "")))
+        found.setdefault((kind, line[kind]), []).append(asked)
+    items = []
+    for i, ((kind, name), questions) in enumerate(found.items()):
+        if kind == "clip":
+            clip = open_clip(file.parent / name)
+            items.append(Item(i, "video", tuple(clip.frames), tuple(questions), clip.fps))
+        else:
+            items.append(Item(i, "image", (open_picture(file.parent / name),), tuple(questions)))
+    return items
+
+
+# ---- what is answered ------------------------------------------------------------------------------------------------
+def look(
+    model: Any, processor: Any, method: str, options: dict[str, Any], items: Iterable[Item], step: Callable[[], None]
+) -> tuple[list[Seen], int]:
+    """Every item at every keep, and the width of the tokens. Raises `Unsupported` where the model takes no such item,
+    or the method cannot have a keep for each picture."""
+    watcher, found = Watcher(), []
+    for item in items:
+        if item.media not in media(processor):
+            raise Unsupported(f"The model takes {', '.join(media(processor))}, and item {item.index} is {item.media}.")
+        watcher.seen.clear()
+        with vtok.patch(model, watcher):
+            dense = answer(model, processor, item)
+        lost = np.zeros((len(KEEPS), len(item.questions)))
+        with vtok.patch(model, method, keep=KEEPS[0], **options) as patch:
+            for k, keep in enumerate(KEEPS[:-1]):
+                with patch.using(keep=keep):
+                    lost[k] = losses(item, dense, answer(model, processor, item))
+        found.append(Seen(tuple(watcher.seen), lost))
+        step()
+    return found, max(watcher.widths)
+
+
+def losses(item: Item, dense: Sequence[str], said: Sequence[str]) -> list[int]:
+    """Of each question: 1 lost, -1 won, against the dense model; without a right answer 1 where it says otherwise."""
+    return [
+        (normal(was) == normal(q.answer)) - (normal(now) == normal(q.answer))
+        if q.answer
+        else int(normal(was) != normal(now))
+        for q, was, now in zip(item.questions, dense, said)
+    ]
+
+
+# ---- what is concluded -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Setting:
+    """variance, keep: one of them. kept: mean keep of the items. lost: mean loss of the questions, and its bound."""
+
+    kept: float
+    lost: float
+    bound: float
+    variance: float | None = None
+    keep: float | None = None
+
+
+def bound(lost: Sequence[np.ndarray], confidence: float) -> float:
+    """On the mean loss of a question, items redrawn; never below what so many items can miss (1 in 20 for 59 of them,
+    at 95 %)."""
+    sums, counts = np.array([x.sum() for x in lost]), np.array([len(x) for x in lost])
+    drawn = np.nanpercentile(statistics.redrawn(sums[None], counts[None])[0], 100 * confidence)
+    return max(float(drawn), unseen(len(lost), confidence))
+
+
+def unseen(items: int, confidence: float) -> float:
+    """How often something may happen that none of so many items shows."""
+    return 1 - (1 - confidence) ** (1 / items)
+
+
+def settings(seen: Sequence[Seen], confidence: float) -> tuple[list[Setting], list[Setting]]:
+    """Of each variance and of each fixed keep, from the most careful one down."""
+    by_variance, by_keep = [], []
+    for variance in sorted(VARIANCES, reverse=True):
+        lost = [item.lost[item.at(variance)] for item in seen]
+        kept = float(np.mean([np.mean(item.keeps(variance)) for item in seen]))
+        by_variance.append(Setting(kept, float(np.concatenate(lost).mean()), _bound(lost, kept, confidence), variance))
+    for k in reversed(range(len(KEEPS))):
+        lost = [item.lost[k] for item in seen]
+        at = _bound(lost, KEEPS[k], confidence)
+        by_keep.append(Setting(KEEPS[k], float(np.concatenate(lost).mean()), at, keep=KEEPS[k]))
+    return by_variance, by_keep
+
+
+def _bound(lost: Sequence[np.ndarray], kept: float, confidence: float) -> float:
+    return 0.0 if kept == 1 else bound(lost, confidence)  # of all tokens nothing is lost
+
+
+def last_within(found: Sequence[Setting], loss: float) -> Setting:
+    """The last before the first whose bound is above the loss."""
+    good = found[0]
+    for setting in found:
+        if setting.bound > loss:
+            break
+        good = setting
+    return good
+
+
+def run(
+    model: Any,
+    processor: Any,
+    method: str,
+    options: dict[str, Any],
+    items: Sequence[Item],
+    loss: float,
+    confidence: float,
+    step: Callable[[], None],
+) -> dict[str, Any]:
+    """What the file of a calibration holds, but for the model's name: `Calibration`'s fields, and what was measured.
+    Raises `InvalidValue` where so few items cannot show a loss so small."""
+    if unseen(len(items), confidence) > loss:
+        least = math.ceil(math.log(1 - confidence) / math.log(1 - loss))
+        raise InvalidValue(
+            f"{len(items)} items cannot show that at most {loss:.1%} is lost: it takes {least} at a confidence of "
+            f"{confidence:.0%}. Give more, or allow more."
+        )
+    seen, width = look(model, processor, method, options, items, step)
+    by_variance, by_keep = settings(seen, confidence)
+    auto, fixed = last_within(by_variance, loss), last_within(by_keep, loss)
+    return Calibration(method, auto.variance, KEEPS, width, loss).to_dict() | {
+        "options": options,
+        "confidence": confidence,
+        "items": len(items),
+        "questions": sum(item.lost.shape[1] for item in seen),
+        "auto": vars(auto),
+        "fixed": vars(fixed),
+        "tried": [vars(x) for x in by_variance + by_keep],
+    }
+
+
+def check(
+    model: Any, processor: Any, method: str, options: dict[str, Any], items: Sequence[Item], step: Callable[[], None]
+) -> dict[str, Any]:
+    """What a method loses on items that were not calibrated on, and how much it keeps."""
+    lost, kept = [], []
+    for item in items:
+        dense = answer(model, processor, item)
+        with vtok.patch(model, method, **options) as patch:
+            lost.append(np.array(losses(item, dense, answer(model, processor, item))))
+            kept.append(patch.trace.mean_keep)
+        step()
+    sums, counts = np.array([x.sum() for x in lost]), np.array([len(x) for x in lost])
+    number = float(sums.sum() / counts.sum())
+    interval = statistics.interval(sums, counts) if statistics.enough(len(lost), counts.sum()) else None
+    return {"kept": float(np.mean(kept)), "lost": number, "interval": interval, "items": len(lost)}

@@ -1,0 +1,190 @@
+"""`keep="auto"`: each picture keeps what its own redundancy asks for; `vtok calibrate` finds the setting."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from contract import one_line_error, picture, tiny
+from PIL import Image
+from typer.testing import CliRunner
+
+import vtok
+from vtok import cli
+from vtok.calibration import SAMPLE, needed, spectrum
+from vtok.errors import InvalidValue, Unsupported
+from vtok.eval.results import calibrate
+from vtok.eval.results.calibrate import KEEPS, Seen
+from vtok.prompts import ask, encode
+from vtok.stages.pre_llm import place
+from vtok.types import Layout, Plane
+
+KEPT = (0.1, 0.25, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny("llava_next", layers=2)
+
+
+def written(folder, model, **changed):
+    file = folder / "calibration.json"
+    content = {"method": "divprune", "variance": 0.9, "keeps": KEPT, "loss": 0.02}
+    file.write_text(json.dumps(content | {"width": model.config.text_config.hidden_size} | changed))
+    return file
+
+
+def by_hand(x, variance):
+    """By numpy's SVD: components until that share of the variance, over the tokens."""
+    x = x.double().numpy()
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    squares = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+    return (1 + int((squares.cumsum() / squares.sum() < variance).sum())) / len(x)
+
+
+@pytest.mark.parametrize("variance", [0.3, 0.8, 0.95])
+def test_needed_against_an_svd(variance):
+    torch.manual_seed(0)
+    mixed = torch.randn(3, 30, 6) @ torch.randn(3, 6, 40) + 0.1 * torch.randn(3, 30, 40)
+    found = needed(spectrum(mixed), variance).tolist()
+    assert found == pytest.approx([by_hand(x, variance) for x in mixed])
+    assert found[0] < 6.5 / 30 or variance == 0.95
+
+
+def test_equal_tokens_need_one_and_everything_needs_all():
+    assert needed(spectrum(torch.ones(1, 8, 4)), 0.99).tolist() == [1 / 8]
+    assert needed(spectrum(torch.zeros(1, 8, 4)), 0.99).tolist() == [1 / 8]
+    assert needed(spectrum(torch.randn(1, 8, 4)), 1.0).tolist() == [1.0]
+    assert needed(spectrum(torch.randn(1, 1, 4)), 0.5).tolist() == [1.0]
+    assert spectrum(torch.randn(1, 3 * SAMPLE, 4)).shape == (1, SAMPLE)
+
+
+def test_each_picture_keeps_what_a_call_of_its_own_keeps(llava, tmp_path):
+    """Two pictures in one prompt, one alone, and a batch: the keep of each is that of its features, and what stays is
+    what that keep alone would leave."""
+    model, processor = llava
+    plain, rich = Image.new("RGB", (128, 96), (200, 10, 10)), picture(96, 128)
+    file = written(tmp_path, model)
+    inputs = encode(processor, [ask("Why?", plain, rich), ask("Why?", rich)])
+    seen = calibrate.Watcher()
+    with vtok.patch(model, seen), torch.no_grad():
+        model(**inputs, use_cache=True)
+    keeps = [calibrate.rounded_up([float(needed(x, 0.9))], KEPT)[0] for x in seen.seen]
+    assert keeps[0] < keeps[1] == keeps[2]
+    with vtok.patch(model, "divprune", keep="auto", calibration=file) as patch, torch.no_grad():
+        auto = model(**inputs, use_cache=True).logits
+        kept = patch.trace.n_kept
+        assert kept == [int(k * n + 1e-9) for k, n in zip(keeps, patch.trace.n_visual)]
+        with patch.using(keep=keeps):
+            assert torch.equal(model(**inputs, use_cache=True).logits, auto)
+        with patch.using(keep=0.5):
+            model(**inputs, use_cache=True)
+            assert patch.trace.n_kept == [n // 2 for n in patch.trace.n_visual]
+
+
+def test_it_is_saved_composed_and_replayed(llava, tmp_path):
+    model, processor = llava
+    inputs = encode(processor, [ask("Why?", Image.new("RGB", (128, 96)), picture(96, 128))])
+    auto = vtok.DivPrune(keep="auto", calibration=written(tmp_path, model))
+    with vtok.patch(model, [auto, vtok.SnapKV(keep=0.5)]) as patch, torch.no_grad():
+        expected = model(**inputs, use_cache=True).logits
+        record = patch.trace.kept()
+        patch.save(tmp_path / "vtok.json")
+        with patch.replaying(record):
+            assert torch.equal(model(**inputs, use_cache=True).logits, expected)
+    with vtok.patch(model, config=tmp_path / "vtok.json"), torch.no_grad():
+        assert torch.equal(model(**inputs, use_cache=True).logits, expected)
+
+
+def test_what_cannot_be_is_said(llava, tmp_path):
+    model, processor = llava
+    with pytest.raises(InvalidValue, match="vtok calibrate MODEL --method divprune"):
+        vtok.patch(model, "divprune", keep="auto")
+    with pytest.raises(InvalidValue, match="of divprune, not of uniform"):
+        vtok.patch(model, "uniform", keep="auto", calibration=written(tmp_path, model))
+    with pytest.raises(InvalidValue, match="keep must be"):
+        vtok.patch(model, "fastv", keep="auto")
+    with pytest.raises(InvalidValue, match="keep must be"):
+        vtok.patch(model, "divprune", keep="automatic")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(InvalidValue, match="not written by"):
+        vtok.DivPrune(keep="auto", calibration=tmp_path / "other.json")
+    wide = vtok.DivPrune(keep="auto", calibration=written(tmp_path, model, width=7))
+    with vtok.patch(model, wide), pytest.raises(InvalidValue, match="7 wide"):
+        model(**encode(processor, [ask("Why?", picture(96, 128))]), use_cache=True)
+    with pytest.raises(Unsupported, match="for_each"):
+        place(wide, torch.zeros(1, 4, 8), Layout((Plane(2, 2),)))
+
+
+# ---- calibrating -----------------------------------------------------------------------------------------------------
+def made(components, lost_below, questions=2):
+    """An item of one picture that needs so many of 20 components at any variance, and loses all below a keep."""
+    spectrum = torch.tensor([[0.0] * (components - 1) + [1.0] * (21 - components)])
+    lost = np.array([[int(keep < lost_below)] * questions for keep in KEEPS])
+    return Seen((spectrum,), lost)
+
+
+def test_settings_by_hand():
+    """Simple pictures need 2 of 20 components and lose below a tenth; rich ones need 8 and lose below .4."""
+    seen = [made(2, 0.1)] * 150 + [made(8, 0.4)] * 50
+    by_variance, by_keep = calibrate.settings(seen, 0.95)
+    auto, fixed = calibrate.last_within(by_variance, 0.02), calibrate.last_within(by_keep, 0.02)
+    assert (auto.kept, auto.lost) == (pytest.approx((150 * 0.1 + 50 * 0.4) / 200), 0.0)
+    assert (fixed.keep, fixed.lost) == (0.4, 0.0)
+    assert calibrate.last_within(by_keep, 0.35).keep == 0.1  # a quarter of the questions lost, at most .3 by redrawing
+    assert by_keep[-1].lost == 1.0
+
+
+def test_the_walk_stops_at_the_first_that_loses_too_much():
+    at = lambda bound, keep: calibrate.Setting(keep, bound, bound, keep=keep)
+    assert calibrate.last_within([at(0.0, 1.0), at(0.05, 0.5), at(0.01, 0.25)], 0.02).keep == 1.0
+    assert calibrate.last_within([at(0.0, 1.0), at(0.01, 0.5), at(0.05, 0.25)], 0.02).keep == 0.5
+
+
+def test_a_bound_knows_what_so_few_items_cannot_show():
+    nothing = [np.zeros(3)] * 59
+    assert calibrate.bound(nothing, 0.95) == pytest.approx(0.05, abs=0.001)  # .95 ** 59 = .0485
+    some = [np.array([1.0])] * 5 + [np.array([0.0])] * 95
+    assert 0.08 < calibrate.bound(some, 0.95) < 0.1  # .05 and 1.64 standard errors of .0218
+
+
+def test_an_item_of_several_pictures_is_judged_on_the_careful_side():
+    few, many = made(2, 0.1).spectra[0], made(8, 0.1).spectra[0]
+    item = Seen((few, many), np.zeros((len(KEEPS), 1)))
+    assert item.keeps(0.9) == [0.1, 0.4] and KEEPS[item.at(0.9)] == 0.1
+
+
+def test_losses_with_and_without_a_right_answer():
+    from vtok.eval.tasks.task import Item, Question
+
+    item = Item(0, "image", (), tuple(Question("", "?", a) for a in ("red", "red", "red", "", "")))
+    dense, said = ["Red.", "blue", "red", "a cat", "a cat"], ["blue", "red", "red", "A cat", "a dog"]
+    assert calibrate.losses(item, dense, said) == [1, -1, 0, 0, 1]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+def test_the_command_on_ones_own_pictures(llava, tmp_path):
+    model, processor = llava
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    picture(96, 128).save(tmp_path / "a.png")
+    Image.new("RGB", (128, 96)).save(tmp_path / "b.png")
+    lines = [{"image": f"{name}.png", "question": f"Why {i}?"} for name in "ab" for i in range(2)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["calibrate", str(tmp_path / "model"), "--data", str(tmp_path / "mine.jsonl"), "--device", "cpu"]
+
+    def run(*more):
+        result = CliRunner().invoke(cli.app, [*words, "--out", str(tmp_path / "c.json"), *more])
+        return result.exit_code, result.output
+
+    one_line_error(*run("--loss", "0.02"), "2 items cannot show")
+    code, output = run("--loss", "0.9", "--method", "uniform")
+    assert code == 0, output
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert (found["method"], found["items"], found["questions"]) == ("uniform", 2, 4)
+    with vtok.patch(model, "uniform", keep="auto", calibration=tmp_path / "c.json"):
+        model(**encode(processor, [ask("Why?", picture(96, 128))]), use_cache=True)
+    (tmp_path / "mine.jsonl").write_text('{"question": "Why?"}')
+    one_line_error(*run(), "Line 1 of")
+    one_line_error(*run("--loss", "2"), "--loss is a share")
+    one_line_error(*run("--method", "uniform,random"), "one method")

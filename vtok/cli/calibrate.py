@@ -1,0 +1,92 @@
+"""`vtok calibrate`: a budget by quality, for keep="auto"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vtok.cli import options
+from vtok.cli.options import say
+from vtok.errors import InvalidValue
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A bundled name, a local folder or a repository of the hub.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write.")],
+    loss: Annotated[
+        float, typer.Option(metavar="SHARE", help="Right answers that may be lost, as a share of the questions.")
+    ] = 0.02,
+    method: Annotated[str, typer.Option(metavar="NAME", help="A method that acts before the decoder.")] = "divprune",
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON lines of your pictures and questions, see below.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="NAME,...", help="Instead: offline tasks.")] = None,
+    items: Annotated[int, typer.Option(metavar="N", min=1, help="Items of each task.")] = 60,
+    held_out: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Test items of each task on which the result is checked.")
+    ] = 0,
+    confidence: Annotated[float, typer.Option(metavar="SHARE", help="That no more is lost.")] = 0.95,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+) -> None:
+    """How many tokens pictures need for a stated loss. Each picture gets its own number, by its redundancy:
+
+    vtok.patch(model, "divprune", keep="auto", calibration="calibration.json")
+
+    A line of --data: {"image": "cat.jpg", "question": "What is it?", "answer": "a cat"}, or {"clip": "film.mp4", ...}.
+    Without an answer, an answer that differs from the dense model's is lost.
+
+    \b
+    Examples:
+      vtok calibrate vtok-tiny-qwen2.5-vl --tasks scenes,charts --out calibration.json
+      vtok calibrate MODEL --data mine.jsonl --loss 0.01 --out calibration.json
+    """
+    for name, value in (("--loss", loss), ("--confidence", confidence)):
+        if not 0 < value < 1:
+            raise InvalidValue(f"{name} is a share above 0 and below 1, not {value}.")
+    if (tasks is None) == (data is None):
+        raise InvalidValue("Give --data, your own pictures and questions, or --tasks.")
+    if held_out and data is not None:
+        raise InvalidValue(
+            "--held-out goes with --tasks. Of your own data, keep some back and run `vtok calibrate` on it."
+        )
+    chosen = options.chosen(method)
+    from vtok.eval.tasks import task
+    from vtok.files import write_json
+    from vtok.methods import read
+
+    if chosen is None or len(chosen) != 1:
+        raise InvalidValue(f"--method names one method, not {method!r}.")
+    name, how = read(chosen[0])
+    named = [task.get(each) for each in options.names(tasks)] if tasks else []
+    with options.loaded(model, device, dtype, threads) as (network, processor, status):
+        from vtok.eval.results import calibrate as work
+        from vtok.eval.results.sweep import fingerprint
+
+        asked = work.of_file(data) if data else list(work.of_tasks(named, "val", items))
+        done = iter(range(1, len(asked) + held_out * len(named) + 1))
+        step = lambda: status(f"{next(done)} of {len(asked) + held_out * len(named)} items")
+        found = work.run(network, processor, name, how, asked, loss, confidence, step)
+        about = {"model": Path(model).name, "weights": fingerprint(network), "data": data.name if data else tasks}
+        write_json(out, about | found)
+        if held_out:
+            both = {"auto": {"keep": "auto", "calibration": out}, "fixed": {"keep": found["fixed"]["kept"]}}
+            tests = list(work.of_tasks(named, "test", held_out))
+            checked = {
+                kind: work.check(network, processor, name, how | given, tests, step if kind == "auto" else lambda: None)
+                for kind, given in both.items()
+            }
+            found |= {"held_out": checked}
+            write_json(out, about | found)
+    say(f"{found['items']} items, {found['questions']} questions; at most {loss:.1%} may be lost, at {confidence:.0%}")
+    for kind, label in (("auto", "by the picture"), ("fixed", "one keep for all")):
+        one = found[kind]
+        say(f"{label:16} keeps {one['kept']:.1%}, loses {one['lost']:.1%} (at most {one['bound']:.1%})")
+        if held_out:
+            one = found["held_out"][kind]
+            span = "too few for an interval" if one["interval"] is None else "{:.1%} to {:.1%}".format(*one["interval"])
+            say(f"{'  held out':16} keeps {one['kept']:.1%}, loses {one['lost']:.1%} ({span})")
+    say(f"wrote {out}")
