@@ -184,7 +184,8 @@ def test_the_command_on_ones_own_pictures(llava, tmp_path):
     assert (found["method"], found["items"], found["questions"]) == ("uniform", 2, 4)
     with vtok.patch(model, "uniform", keep="auto", calibration=tmp_path / "c.json"):
         model(**encode(processor, [ask("Why?", picture(96, 128))]), use_cache=True)
+    one_line_error(*run("--method", "fastv", "--loss", "0.9"), "before the language model, and fastv")
     (tmp_path / "mine.jsonl").write_text('{"question": "Why?"}')
     one_line_error(*run(), "Line 1 of")
     one_line_error(*run("--loss", "2"), "--loss is a share")
-    one_line_error(*run("--method", "uniform,random"), "one method")
+    one_line_error(*run("--method", "uniform,random"), "No compressor is named")

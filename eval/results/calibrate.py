@@ -19,6 +19,7 @@ import torch
 
 import vtok
 from vtok.calibration import Calibration, needed, rounded_up, spectrum
+from vtok.compressor import find
 from vtok.errors import InvalidValue, Unsupported
 from vtok.eval.results import statistics
 from vtok.eval.tasks.answers import answer, media
@@ -193,11 +194,13 @@ def run(
     options: dict[str, Any],
     items: Sequence[Item],
     loss: float,
-    confidence: float,
     step: Callable[[], None],
+    confidence: float = CONFIDENCE,
 ) -> dict[str, Any]:
     """What the file of a calibration holds, but for the model's name: `Calibration`'s fields, and what was measured.
     Raises `InvalidValue` where so few items cannot show a loss so small."""
+    if find(method).stage != "pre_llm":
+        raise InvalidValue(f"keep='auto' is for methods before the language model, and {method} is none.")
     if unseen(len(items), confidence) > loss:
         least = math.ceil(math.log(1 - confidence) / math.log(1 - loss))
         raise InvalidValue(
@@ -218,10 +221,20 @@ def run(
     }
 
 
-def check(
+def held_out(
+    model: Any, processor: Any, found: dict[str, Any], file: Path, items: Sequence[Item], step: Callable[[], None]
+) -> dict[str, Any]:
+    """What both settings of `run` lose on items that they were not found on, and how much they keep. file: of it."""
+    both = {"auto": {"keep": "auto", "calibration": file}, "fixed": {"keep": found["fixed"]["keep"]}}
+    return {
+        kind: _check(model, processor, found["method"], found["options"] | given, items, step)
+        for kind, given in both.items()
+    }
+
+
+def _check(
     model: Any, processor: Any, method: str, options: dict[str, Any], items: Sequence[Item], step: Callable[[], None]
 ) -> dict[str, Any]:
-    """What a method loses on items that were not calibrated on, and how much it keeps."""
     lost, kept = [], []
     for item in items:
         dense = answer(model, processor, item)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,12 +27,11 @@ def calibrate(
     held_out: Annotated[
         int, typer.Option(metavar="N", min=0, help="Test items of each task on which the result is checked.")
     ] = 0,
-    confidence: Annotated[float, typer.Option(metavar="SHARE", help="That no more is lost.")] = 0.95,
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
 ) -> None:
-    """How many tokens pictures need for a stated loss. Each picture gets its own number, by its redundancy:
+    """How many tokens pictures need for a stated loss, at a confidence of 95 %. Each picture gets its own number:
 
     vtok.patch(model, "divprune", keep="auto", calibration="calibration.json")
 
@@ -44,49 +43,44 @@ def calibrate(
       vtok calibrate vtok-tiny-qwen2.5-vl --tasks scenes,charts --out calibration.json
       vtok calibrate MODEL --data mine.jsonl --loss 0.01 --out calibration.json
     """
-    for name, value in (("--loss", loss), ("--confidence", confidence)):
-        if not 0 < value < 1:
-            raise InvalidValue(f"{name} is a share above 0 and below 1, not {value}.")
+    if not 0 < loss < 1:
+        raise InvalidValue(f"--loss is a share above 0 and below 1, not {loss}.")
     if (tasks is None) == (data is None):
         raise InvalidValue("Give --data, your own pictures and questions, or --tasks.")
     if held_out and data is not None:
-        raise InvalidValue(
-            "--held-out goes with --tasks. Of your own data, keep some back and run `vtok calibrate` on it."
-        )
-    chosen = options.chosen(method)
+        raise InvalidValue("--held-out goes with --tasks.")
     from vtok.eval.tasks import task
     from vtok.files import write_json
     from vtok.methods import read
 
-    if chosen is None or len(chosen) != 1:
-        raise InvalidValue(f"--method names one method, not {method!r}.")
-    name, how = read(chosen[0])
+    name, how = read(method)
     named = [task.get(each) for each in options.names(tasks)] if tasks else []
     with options.loaded(model, device, dtype, threads) as (network, processor, status):
         from vtok.eval.results import calibrate as work
         from vtok.eval.results.sweep import fingerprint
 
         asked = work.of_file(data) if data else list(work.of_tasks(named, "val", items))
-        done = iter(range(1, len(asked) + held_out * len(named) + 1))
-        step = lambda: status(f"{next(done)} of {len(asked) + held_out * len(named)} items")
-        found = work.run(network, processor, name, how, asked, loss, confidence, step)
-        about = {"model": Path(model).name, "weights": fingerprint(network), "data": data.name if data else tasks}
-        write_json(out, about | found)
+        total = len(asked) + 2 * held_out * len(named)
+        done = iter(range(1, total + 1))
+        step = lambda: status(f"{next(done)} of {total} items")
+        found = {"model": Path(model).name, "weights": fingerprint(network), "data": data.name if data else tasks}
+        found |= work.run(network, processor, name, how, asked, loss, step)
+        write_json(out, found)
         if held_out:
-            both = {"auto": {"keep": "auto", "calibration": out}, "fixed": {"keep": found["fixed"]["kept"]}}
             tests = list(work.of_tasks(named, "test", held_out))
-            checked = {
-                kind: work.check(network, processor, name, how | given, tests, step if kind == "auto" else lambda: None)
-                for kind, given in both.items()
-            }
-            found |= {"held_out": checked}
-            write_json(out, about | found)
-    say(f"{found['items']} items, {found['questions']} questions; at most {loss:.1%} may be lost, at {confidence:.0%}")
+            found |= {"held_out": work.held_out(network, processor, found, out, tests, step)}
+            write_json(out, found)
+    _tell(found)
+    say(f"wrote {out}")
+
+
+def _tell(found: dict[str, Any]) -> None:
+    said = f"{found['loss']:.1%} may be lost, at {found['confidence']:.0%}"
+    say(f"{found['items']} items, {found['questions']} questions; at most {said}")
     for kind, label in (("auto", "by the picture"), ("fixed", "one keep for all")):
         one = found[kind]
         say(f"{label:16} keeps {one['kept']:.1%}, loses {one['lost']:.1%} (at most {one['bound']:.1%})")
-        if held_out:
+        if "held_out" in found:
             one = found["held_out"][kind]
             span = "too few for an interval" if one["interval"] is None else "{:.1%} to {:.1%}".format(*one["interval"])
             say(f"{'  held out':16} keeps {one['kept']:.1%}, loses {one['lost']:.1%} ({span})")
-    say(f"wrote {out}")
