@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
-from vtok.eval.bench import rl
+from vtok.eval.bench import rl, serve
 from vtok.eval.bench.bars import bars
 from vtok.eval.bench.shown import cells, ms
 from vtok.markdown import table
@@ -117,4 +117,16 @@ def _rl(file: Path, run: dict[str, Any]) -> str:
     return text + "\n" + "".join(f"- {'Met' if met else '**Missed**'}: {told}.\n" for met, told in rl.bars(run["rl"]))
 
 
-SECTIONS = {"kernels": _kernels, "rl": _rl, "results": _workload}  # what is in a file -> its section
+def _serve(file: Path, run: dict[str, Any]) -> str:
+    title, told = run["machine"]["workload"], run["serve"]
+    text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n\n"
+    text += (
+        "Two servers take turns; medians of rounds. *First*: seconds to the first token. *Between*: from a token to "
+    )
+    text += "the next. *KV*: of the cache in use, and requests that run and wait, at most.\n\n"
+    text += table(list(serve.HEAD), serve.rows_of(told["results"])) + "\n\n"
+    verdicts = serve.bars(told["visual_tokens"], told["keep"], told["results"])
+    return text + "".join(f"- {'' if met else '**Missed**: '}{sentence}.\n" for met, sentence in verdicts)
+
+
+SECTIONS = {"kernels": _kernels, "rl": _rl, "serve": _serve, "results": _workload}  # what is in a file -> its section
