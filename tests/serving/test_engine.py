@@ -133,6 +133,15 @@ def test_rope_that_changes_with_its_length_is_refused(folder):
         EngineArgs(model=str(place), hf_overrides=overrides, enforce_eager=True).create_engine_config()
 
 
+def test_compiled_it_answers_alike(folder, start):
+    place = cases.checkpoint("llava", folder)
+    model, processor = of_transformers(place)
+    asked = pictures(processor)
+    setting = {"compressor": "visionzip", "keep": 0.4}
+    answers = cases.served(start(place, setting, enforce_eager=False), asked)
+    assert cases.difference(answers, cases.reference(model, processor, setting, asked)) < CLOSE
+
+
 def test_two_ranks_answer_as_one(folder, start):
     place = cases.checkpoint("llava", folder)
     model, processor = of_transformers(place)
