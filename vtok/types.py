@@ -219,19 +219,21 @@ class Question:
     where nothing stands there, all text of the prompt.
 
     valid: [B, T] bool, false for padding, which is on the right.
-    states: [B, T, E] the language model's last hidden states where it reads this text alone. Without gradient.
+    embeds: [B, T, E] the language model's input embeddings of this text. Without gradient.
+    states: [B, T, E] its last hidden states where it reads this text alone, only for compressors that need "question".
+        Without gradient.
     ids: [B, T] token ids, or None where the model got embeddings.
     """
 
     valid: Tensor
-    states: Tensor
+    embeds: Tensor
+    states: Tensor | None = None
     ids: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Question:
         """Some rows of the batch, [G] indices."""
-        rows = rows.to(self.valid.device)
-        ids = None if self.ids is None else self.ids[rows]
-        return Question(self.valid[rows], self.states[rows.to(self.states.device)], ids)
+        take = lambda x: None if x is None else x[rows.to(x.device)]
+        return Question(*map(take, (self.valid, self.embeds, self.states, self.ids)))
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ class VisualTokens:
         `encoder["cls_attention", -1]`.
     encoder: (need, layer) -> [B, V, P, ...], what the compressor's `encoder_layers` asks of the vision encoder, and no
         more; see `vtok/tower.py`.
-    question: only for compressors that need "question".
+    question: only for compressors that need "question" or "question_embeds".
     """
 
     features: Tensor
