@@ -328,6 +328,21 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Entered:
+    """What entered the first decoder layer, for in-LLM compressors that need "question_embeds".
+
+    embeds: [B, L0, D], input embeddings; rows of padding may hold anything.
+    visual: [B, L0] bool, the visual tokens of which `Attention.visual` shows those that are left.
+    instruction: [B, R] long, indices among the L0 of the text that `Attention.instruction` names, in the same places;
+        -1 in front.
+    """
+
+    embeds: Tensor
+    visual: Tensor
+    instruction: Tensor
+
+
+@dataclass(frozen=True)
 class Attention:
     """One layer's attention over the visual and text tokens, for in-LLM compressors. Nothing here is a softmax yet.
 
@@ -341,6 +356,7 @@ class Attention:
         the anchor, with the anchor itself; -1 in front where a sample has fewer than R. None where nobody told.
     hidden: [B, Q, D], the hidden states that enter the layer. None where nobody told.
     remaining: for each sample, how many visual tokens are to remain. None where the score says so itself.
+    entered: what entered the first layer; only for compressors that need "question_embeds".
     """
 
     query: Tensor
@@ -352,3 +368,4 @@ class Attention:
     instruction: Tensor | None = None
     hidden: Tensor | None = None
     remaining: Sequence[int] | None = None
+    entered: Entered | None = None
