@@ -20,7 +20,7 @@ TINY = 1e-6  # beside the range of relevance: where all tokens are as relevant, 
 
 @dataclass(frozen=True, kw_only=True)
 class CDPruner(PreLLM):
-    """A determinantal point process conditioned on the question (Section 3): L_ij = r_i cos(i, j) r_j, with r the
+    """A determinantal point process conditioned on the question: L_ij = r_i cos(i, j) r_j, with r the
     relevance of a token brought to [0, 1], and each pick raises the determinant of L over the picks most.
 
     keep: fraction or count of the tokens, per picture. Crops and thumbnail, or the frames of a clip, are one set.

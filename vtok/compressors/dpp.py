@@ -14,7 +14,7 @@ from vtok.types import Selection, VisualTokens, keep_count
 @dataclass(frozen=True, kw_only=True)
 class DPP(PreLLM):
     """Greedy: each pick raises the determinant of the kept tokens' cosines most. CDPruner without its condition, the
-    question (Section 3.1), and so for any question the same.
+    question, and so the same for any.
 
     keep: fraction or count of the tokens, per picture. Crops and thumbnail, or the frames of a clip, are one set.
     The first pick is the first token, since all are of length 1.

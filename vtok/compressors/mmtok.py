@@ -18,7 +18,7 @@ from vtok.views import Views, unit
 
 @dataclass(frozen=True, kw_only=True)
 class MMTok(PreLLM):
-    """Greedy maximum coverage (Section 3): each word of the question, and each visual token, spreads one unit over the
+    """Greedy maximum coverage: each word of the question, and each visual token, spreads one unit over the
     visual tokens by a softmax of cosines, and each pick adds most to the largest shares that the picks hold.
 
     keep: fraction or count of the tokens, per picture. Crops and thumbnail, or the frames of a clip, are one set.

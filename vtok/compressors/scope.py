@@ -20,8 +20,8 @@ IMPORTANCE = {"cls": "cls_probs", "received": "encoder_attention"}  # name -> ne
 
 @dataclass(frozen=True, kw_only=True)
 class Scope(PreLLM):
-    """Greedy: each pick is the token whose gain in coverage times its saliency to the power of `alpha` is the largest
-    (Section 3). What is covered of a token is its largest cosine with a pick, at least 0.
+    """Greedy: each pick is the token whose gain in coverage times its saliency to the power of `alpha` is the largest.
+    What is covered of a token is its largest cosine with a pick, at least 0.
 
     keep: fraction or count, per picture.
     alpha: 0 is coverage alone.

@@ -24,12 +24,12 @@ MARGIN = 1e-6  # by which a rater must be above the mean: words of equal weight 
 @dataclass(frozen=True, kw_only=True)
 class SparseVLM(InLLM):
     """Raters are the words that get more than their share of the visual tokens' softmax over the words, by the product
-    of input embeddings (Section 3.1). Behind layers 2, 6 and 15 of 32 the visual tokens stay that the raters attend to
+    of input embeddings. Behind layers 2, 6 and 15 of 32 the visual tokens stay that the raters attend to
     most.
 
     keep: the mean over layers of the visual tokens that enter them, as a fraction; the rates are scaled to it. Left
         out, the rates are used as they are, which are those published for 192 of 576 tokens. That is the mean of what
-        leaves the layers; 206.8 enter them.
+        leaves the layers; 206.8 enter them in the mean.
     rates: what stays behind each of the three layers, as a fraction of what entered the first: 300, 200 and 118 of 576
         (SparseVLM+). For 128 tokens it has 238, 108, 60, for 96 246, 54, 28, for 64 66, 34, 20.
     heads: the share of the heads that count, those whose raters attend to visual tokens most; SparseVLM+ takes 14 of
