@@ -31,25 +31,26 @@ def greedy_dpp(features: Tensor, k: int, quality: Tensor | None = None, backend:
     batch, n, _ = features.shape
     if backend == "triton" and n * n > CACHE:
         raise InvalidValue(f"backend='triton' picks among at most {math.isqrt(CACHE)} points, got {n}: use 'auto'.")
-    unit = features.detach().float()
-    unit = (unit / unit.norm(dim=-1, keepdim=True).clamp(min=1e-12)).nan_to_num(0.0, 0.0, 0.0)
-    diagonal = unit.any(2).float()  # exactly, so that rounding does not say which of equal tokens is the first
-    if quality is not None:
-        unit, diagonal = unit * quality.detach().float()[..., None], diagonal * quality.detach().float().square()
+    rows = features.detach().float()
+    quality = rows.new_ones(batch, n) if quality is None else quality.detach().float()
+    length = rows.norm(dim=-1)
+    whole = length.isfinite() & (length > 1e-12)
+    diagonal = torch.where(whole, quality.square(), 0.0)  # exactly: rounding must not say which token is the first
     if not k or not batch:
-        return torch.empty(batch, k, dtype=torch.long, device=unit.device)
+        return torch.empty(batch, k, dtype=torch.long, device=rows.device)
+    rows = rows * torch.where(whole, quality / length, 0.0)[..., None]
     with torch.autocast(features.device.type, enabled=False):
         if n * n <= CACHE:
             size = max(1, CACHE // (n * n))
-            parts = zip(unit.split(size), diagonal.split(size))
+            parts = zip(rows.split(size), diagonal.split(size))
             return torch.cat([dispatch(dpp_picks, backend, _kernel(*part), k) for part in parts])
-        picture = torch.arange(batch, device=unit.device)
-        row = lambda point: (unit @ unit[picture, point][..., None]).squeeze(2)
+        picture = torch.arange(batch, device=rows.device)
+        row = lambda point: (rows @ rows[picture, point][..., None]).squeeze(2).nan_to_num_(0.0)
         return _greedy(row, diagonal, k)
 
 
 def _kernel(rows: Tensor, diagonal: Tensor) -> Tensor:
-    kernel = rows @ rows.mT
+    kernel = (rows @ rows.mT).nan_to_num_(0.0)  # of tokens that are not finite
     kernel.diagonal(0, 1, 2).copy_(diagonal)
     return kernel
 

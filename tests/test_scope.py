@@ -9,6 +9,7 @@ from golden import SALIENCY as A
 import vtok
 from vtok.compressors.scope import salient_cover
 from vtok.errors import InvalidValue
+from vtok.kernels.greedy_coverage import first_scores
 from vtok.types import Layout, Plane, VisualTokens
 from vtok.views import unit
 
@@ -52,6 +53,14 @@ def test_golden_picks(alpha, expected):
     assert picks(alpha) == slow(X, A, 6, alpha) == expected
     kept = vtok.Scope(keep=6, alpha=alpha).select(shown()).keep[0]
     assert kept.nonzero().squeeze(1).tolist() == sorted(expected)
+
+
+def test_golden_scores_and_coverage():
+    cosine = unit(X) @ unit(X).T
+    scores = first_scores(cosine[None], A[None], torch.ones(1, 16, dtype=torch.bool))[0, :5]
+    expected = torch.tensor([0.155933, 0.147799, 0.129114, 0.058028, 0.055823])
+    torch.testing.assert_close(scores, expected, atol=2e-6, rtol=0)
+    assert cosine[picks(1.0)].clamp(min=0).amax(0).mean().item() == pytest.approx(0.67298, abs=1e-5)
 
 
 def test_an_equal_token_is_not_taken_twice():

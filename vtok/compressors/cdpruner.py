@@ -47,7 +47,7 @@ class CDPruner(PreLLM):
     )
     text_guided = True
     several_turns = False
-    examples = ({}, {"keep": 0.4, "theta": 1.0})
+    examples = ({"keep": 0.4},)
 
     theta: Part | None = None
     text_tower: ClipText | None = field(default=None, repr=False)

@@ -38,7 +38,7 @@ class MMTok(PreLLM):
     paper = "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs, arXiv 2508.18264"
     text_guided = True
     several_turns = False
-    examples = ({"keep": 0.4}, {"keep": 0.4, "features": "projected"})
+    examples = ({"keep": 0.4},)
 
     text_temperature: Positive = 0.02
     visual_temperature: Positive = 0.2

@@ -47,8 +47,7 @@ class Scope(PreLLM):
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     examples = (
         {"keep": 0.4},
-        {"keep": 0.4, "importance": "received"},
-        {"keep": 0.4, "features": "encoder", "per_view": False},
+        {"keep": 0.4, "importance": "received", "features": "encoder", "per_view": False},
     )
 
     alpha: Annotated[float, In(">= 0")] = 1.0
