@@ -104,6 +104,18 @@ def test_encoder_features_of_several_patches_are_averaged():
     assert kept.nonzero().squeeze(1).tolist() == sorted(slow(mean, total, 6))
 
 
+def test_padding_of_the_mosaic_covers_nothing():
+    """The encoder saw it, and no token stands for it."""
+    layout = Layout((Plane(3, 4, "crops", crop_grid=(1, 1), crop_shape=(4, 4), offset=(1, 0)),))
+    patches = torch.randn(1, 1, 16, 6, generator=torch.Generator().manual_seed(0))
+    patches[..., :4, :] = patches[..., 15:, :]  # as one of the tokens looks
+    a = torch.rand(1, 1, 16, generator=torch.Generator().manual_seed(1))
+    seen = shown(torch.zeros(12, 8), a, layout)
+    seen.encoder["encoder_states", None] = patches
+    kept = vtok.Scope(keep=4, features="encoder").select(seen).keep[0]
+    assert kept.nonzero().squeeze(1).tolist() == sorted(slow(patches[0, 0, 4:], a[0, 0, 4:], 4))
+
+
 @pytest.mark.parametrize("keep", [1, 4, 0.5])
 def test_a_picture_of_one_colour_and_a_single_token(keep):
     for per_view in (True, False):
