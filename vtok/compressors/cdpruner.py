@@ -48,6 +48,7 @@ class CDPruner(PreLLM):
     text_guided = True
     several_turns = False
     examples = ({"keep": 0.4},)
+    slow = True
 
     theta: Part | None = None
     text_tower: ClipText | None = field(default=None, repr=False)

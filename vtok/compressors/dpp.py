@@ -23,6 +23,7 @@ class DPP(PreLLM):
 
     name = "dpp"
     paper = "Beyond Attention or Similarity (CDPruner), arXiv 2506.10967"
+    slow = True
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens) -> Selection:

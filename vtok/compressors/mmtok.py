@@ -36,6 +36,7 @@ class MMTok(PreLLM):
     name = "mmtok"
     needs = frozenset({"question_embeds", "encoder_states"})
     paper = "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs, arXiv 2508.18264"
+    slow = True
     text_guided = True
     several_turns = False
     examples = ({"keep": 0.4},)

@@ -43,6 +43,7 @@ class Scope(PreLLM):
     name = "scope"
     needs = frozenset({"cls_probs", "encoder_attention", "encoder_states"})
     paper = "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs, arXiv 2510.24214"
+    slow = True
     optional = {"cls_probs": {"importance": "received"}}
     hints = {"cls_probs": "For encoders without CLS there is importance='received'."}
     examples = (
