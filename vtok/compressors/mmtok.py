@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtok.kernels.greedy_coverage import greedy_coverage
-from vtok.options import Positive
+from vtok.options import EncoderLayer, Positive
 from vtok.stages.pre_llm import PreLLM
 from vtok.tower import Layer
 from vtok.types import Selection, VisualTokens, keep_count
@@ -27,6 +27,8 @@ class MMTok(PreLLM):
     balance: what covering the picture counts against covering the words.
     features: what visual tokens are compared by: "encoder", as they enter the projector, the paper's; of several
         patches a token the mean; or "projected", as they enter the language model.
+    layer: the hidden state of the encoder that "encoder" compares; None, the one that the projector reads, is the
+        paper's.
     Words are compared as the language model's input embeddings, with the tokens that enter it. They are the text behind
     the last visual token, up to the prompt's end also in training; without any the picture alone is covered.
     Differs from the paper: all tokens of the question count, where the official code leaves out a list of English
@@ -45,6 +47,7 @@ class MMTok(PreLLM):
     visual_temperature: Positive = 0.2
     balance: Positive = 0.5
     features: Literal["encoder", "projected"] = "encoder"
+    layer: EncoderLayer = None
 
     @property
     def needs_now(self) -> frozenset[str]:
@@ -52,7 +55,7 @@ class MMTok(PreLLM):
 
     @property
     def encoder_layers(self) -> dict[str, tuple[Layer, ...]]:
-        return {"encoder_states": (None,)} if self.features == "encoder" else {}
+        return {"encoder_states": (self.layer,)} if self.features == "encoder" else {}
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens) -> Selection:
@@ -60,7 +63,7 @@ class MMTok(PreLLM):
         seen = x
         if self.features == "encoder":
             views = Views.of(tokens.layout, x.device)
-            patches = views.patches(tokens.read("encoder_states", None)).float()
+            patches = views.patches(tokens.read("encoder_states", self.layer)).float()
             seen = unit(views.collect(patches.mean(3)))
         with torch.autocast(x.device.type, enabled=False):
             words = shares(x, unit(asked.embeds.to(x.device)), asked.valid.to(x.device), self.text_temperature)

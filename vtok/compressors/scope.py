@@ -28,7 +28,8 @@ class Scope(PreLLM):
     importance: what saliency is: "cls", the head-mean of the CLS token's attention; "received", for encoders without
         CLS, the head-mean of the attention that a token gets from all others. Of several patches a token (pixel
         shuffle) the sum.
-    layer: of the encoder, whose attention counts; None, the one whose output the projector reads, is the paper's.
+    layer: of the encoder, whose attention counts, and the hidden state that "encoder" compares; None, the one whose
+        output the projector reads, is the paper's.
     features: what is compared: "projected", as tokens enter the language model, or "encoder", as they enter the
         projector, the paper's; of several patches a token the mean.
     per_view: True, each view (a thumbnail, a crop, a frame) is covered alone, and gets its share of the count in
@@ -64,7 +65,7 @@ class Scope(PreLLM):
 
     @property
     def encoder_layers(self) -> dict[str, tuple[Layer, ...]]:
-        return {need: (None if need == "encoder_states" else self.layer,) for need in sorted(self.needs_now)}
+        return dict.fromkeys(sorted(self.needs_now), (self.layer,))
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens) -> Selection:
@@ -73,7 +74,7 @@ class Scope(PreLLM):
         counts = share(total, views.sizes) if self.per_view else [total]
         saliency = views.patches(tokens.read(IMPORTANCE[self.importance], self.layer)).float().sum(3)  # [B, V, T]
         if self.features == "encoder":
-            x = views.patches(tokens.read("encoder_states", None)).float().mean(3)  # [B, V, T, C]
+            x = views.patches(tokens.read("encoder_states", self.layer)).float().mean(3)  # [B, V, T, C]
         else:
             x = views.spread(tokens.features)
         x, saliency = unit(x) * views.valid[..., None], saliency.nan_to_num(0.0).clamp(min=0)
