@@ -170,7 +170,7 @@ def granite():
 @pytest.mark.parametrize("name", METHODS)
 def test_features_of_several_layers(granite, name):
     model, inputs = granite
-    layers = dict.fromkeys(("visionzip", "scope", "mmtok"), {"layer": -2})
+    layers = {one: {"layer": -2} for one in ("visionzip", "scope", "mmtok")}
     layers |= {"tcc": {"keep": 0.5, "low_layer": 0, "deep_layer": -2}}
     method = built(ADAPTERS["llava_next"], model.config, name, **layers.get(name, {}))
     trace = against_the_oracle(model, inputs, method)
