@@ -38,6 +38,7 @@ def greedy_dpp(features: Tensor, k: int, quality: Tensor | None = None, backend:
     diagonal = torch.where(whole, quality.square(), 0.0)  # exactly: rounding must not say which token is the first
     if not k or not batch:
         return torch.empty(batch, k, dtype=torch.long, device=rows.device)
+    # what is no number stays in the columns of its own tokens, which are spent from the beginning
     rows = rows * torch.where(whole, quality / length, 0.0)[..., None]
     with torch.autocast(features.device.type, enabled=False):
         if n * n <= CACHE:
@@ -45,12 +46,12 @@ def greedy_dpp(features: Tensor, k: int, quality: Tensor | None = None, backend:
             parts = zip(rows.split(size), diagonal.split(size))
             return torch.cat([dispatch(dpp_picks, backend, _kernel(*part), k) for part in parts])
         picture = torch.arange(batch, device=rows.device)
-        row = lambda point: (rows @ rows[picture, point][..., None]).squeeze(2).nan_to_num_(0.0)
+        row = lambda point: (rows @ rows[picture, point][..., None]).squeeze(2)
         return _greedy(row, diagonal, k)
 
 
 def _kernel(rows: Tensor, diagonal: Tensor) -> Tensor:
-    kernel = (rows @ rows.mT).nan_to_num_(0.0)  # of tokens that are not finite
+    kernel = rows @ rows.mT
     kernel.diagonal(0, 1, 2).copy_(diagonal)
     return kernel
 
