@@ -77,6 +77,8 @@ def test_padding_of_the_question_does_not_count():
 def test_a_picture_does_not_depend_on_its_neighbours():
     """The official code takes the range of relevance of the whole batch."""
     other = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    wide = torch.cat([RELEVANCE, 9 * RELEVANCE - 4])
+    torch.testing.assert_close(quality(wide, 1.0), quality(RELEVANCE, 1.0).expand(2, -1), atol=1e-5, rtol=0)
     method = vtok.CDPruner(keep=6, theta=1.0)
     assert kept(method, shown(torch.cat([X, other]))) == [*kept(method, shown()), *kept(method, shown(other))]
 
