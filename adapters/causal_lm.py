@@ -19,7 +19,7 @@ class CausalLM(Adapter):
     family = "causal_lm"
     model_types = ()
     provides = frozenset({"attention"})
-    lacks = frozenset({"question"})
+    lacks = frozenset({"question", "question_embeds"})
     encoders = {}
     default = {}
 

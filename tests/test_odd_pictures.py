@@ -20,7 +20,7 @@ from vtok.errors import InvalidValue, Unsupported
 
 METHODS = [name for name, cls in compressors.load_all().items() if not cls.trained and cls.of_pictures]
 COUNTED = ["aim", "aim_merge", "dart", "divprune", "fastv", "globalcom2", "pool", "random", "tcc", "tome", "uniform"]
-COUNTED += ["visionzip"]
+COUNTED += ["cdpruner", "dpp", "mmtok", "scope", "visionzip"]
 LINES = [(8, 2000), (2000, 8), (3, 900), (31, 1024)]  # of which LLaVA-NeXT's crops have no row (or column) left
 
 
@@ -170,7 +170,8 @@ def granite():
 @pytest.mark.parametrize("name", METHODS)
 def test_features_of_several_layers(granite, name):
     model, inputs = granite
-    layers = {"visionzip": {"layer": -2}, "tcc": {"keep": 0.5, "low_layer": 0, "deep_layer": -2}}
+    layers = {one: {"layer": -2} for one in ("visionzip", "scope", "mmtok")}
+    layers |= {"tcc": {"keep": 0.5, "low_layer": 0, "deep_layer": -2}}
     method = built(ADAPTERS["llava_next"], model.config, name, **layers.get(name, {}))
     trace = against_the_oracle(model, inputs, method)
     assert sum(trace.n_kept_at(3)) < sum(trace.n_visual) or name in ("tome", "core_neurons")

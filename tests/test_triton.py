@@ -19,6 +19,8 @@ from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.compact_sequence import compact_sequence
 from vtok.kernels.farthest_points import farthest_points
+from vtok.kernels.greedy_coverage import greedy_coverage
+from vtok.kernels.greedy_dpp import greedy_dpp
 from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
@@ -67,6 +69,8 @@ def calls(device="cpu"):
     return {
         "bipartite_match": lambda **backend: bipartite_match(x, 3, **backend),
         "farthest_points": lambda **backend: farthest_points(x, 3, **backend),
+        "greedy_coverage": lambda **backend: greedy_coverage(x, 3, **backend),
+        "greedy_dpp": lambda **backend: greedy_dpp(x, 3, **backend),
         "attention_rows": lambda **backend: attention_rows(query, key, rows, 0.5, valid, **backend),
         "attention_column_sums": lambda **backend: attention_column_sums(query, key, rows, 0.5, valid, **backend),
         "pagerank": lambda **backend: pagerank(query, key, 0.5, valid, rows[:, 0], **backend),
@@ -102,9 +106,10 @@ def test_backends_on_a_cpu(kernel, monkeypatch):
         call(backend="triton")
 
 
-def test_more_points_than_triton_takes():
+@pytest.mark.parametrize("kernel", [farthest_points, greedy_dpp])
+def test_more_points_than_triton_takes(kernel):
     with pytest.raises(InvalidValue, match="at most 8192 points, got 8193"):
-        farthest_points(torch.zeros(1, 8193, 1), 1, backend="triton")
+        kernel(torch.zeros(1, 8193, 1), 1, backend="triton")
 
 
 def twin(x):
@@ -248,7 +253,10 @@ def test_operations_of_torch_library(kernel, monkeypatch):
     assert seen
 
 
-@pytest.mark.parametrize("kernel", [k for k in calls() if k != "farthest_points"])  # multiplies before it dispatches
+MULTIPLY = {"farthest_points", "greedy_dpp"}  # before they dispatch
+
+
+@pytest.mark.parametrize("kernel", sorted(calls().keys() - MULTIPLY))
 def test_shapes_on_the_meta_device(kernel):
     expected = calls()[kernel]()
     with torch.autocast("cpu", torch.bfloat16):  # which meta does not know
@@ -263,6 +271,8 @@ import sys, torch
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.farthest_points import farthest_points
+from vtok.kernels.greedy_coverage import greedy_coverage
+from vtok.kernels.greedy_dpp import greedy_dpp
 x = torch.randn(1, 6, 4)
 bipartite_match(x, 2), farthest_points(x, 2)
 attention_column_sums(x[:, None], x[:, None], torch.tensor([[5]]), 1.0, torch.ones(1, 6, dtype=torch.bool))

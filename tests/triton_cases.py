@@ -13,6 +13,8 @@ from vtok.kernels.bipartite_match_triton import best_partners as triton_partners
 from vtok.kernels.compact_sequence import compact_sequence
 from vtok.kernels.compact_sequence_triton import BLOCKS
 from vtok.kernels.farthest_points import farthest_points
+from vtok.kernels.greedy_coverage import greedy_coverage
+from vtok.kernels.greedy_dpp import greedy_dpp
 from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
@@ -187,6 +189,44 @@ def test_equal_picks_go_to_the_lower_index():
     torch_, triton = both(farthest_points, x, 40)
     assert torch.equal(torch_, triton)
     assert triton[1].tolist() == list(range(40))
+
+
+# ---- greedy_coverage and greedy_dpp -------------------------------------------------------------------------------
+@pytest.mark.parametrize(("n", "r", "dtype"), [(1, 1, FULL), (5, 3, HALF), (33, 150, BRAIN), (130, 130, FULL)])
+def test_coverage(n, r, dtype):
+    covers = inside(draw(2, n, r, seed=n, dtype=dtype))
+    weight, valid = inside(draw(2, n, seed=1).abs()), inside(draw(2, n, seed=2) < 0.8)
+    for k in {0, min(n, 20), n}:
+        torch_, triton = (greedy_coverage(covers, k, weight, valid, b) for b in ("torch", "triton"))
+        assert torch.equal(torch_, triton) and triton.dtype == torch.long
+        assert all(len(set(row)) == k for row in triton.tolist())
+
+
+def test_equal_coverage_goes_to_the_lower_index():
+    """Sums of small whole numbers are exact, and many are equal: within a program's candidates and between programs."""
+    covers = torch.randint(-1, 3, (2, 70, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE).float()
+    covers[1] = 1
+    torch_, triton = both(greedy_coverage, covers, 70)
+    assert torch.equal(torch_, triton)
+    assert triton[1].tolist() == list(range(70))
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(1, FULL), (2, HALF), (33, BRAIN), (130, FULL)])
+def test_volumes(n, dtype):
+    """Of twelve dimensions, so that the rank runs out among the picks."""
+    x, quality = draw(2, n, 12, seed=n, dtype=dtype), draw(2, n, seed=1).abs()
+    for k in {0, min(n, 9), min(n, 33)}:
+        torch_, triton = (greedy_dpp(x, k, quality, b) for b in ("torch", "triton"))
+        assert torch.equal(torch_, triton) and triton.dtype == torch.long
+        assert all(len(set(row)) == k for row in triton.tolist())
+
+
+def test_equal_volumes_go_to_the_lower_index():
+    x = torch.eye(4, device=DEVICE)[torch.arange(40, device=DEVICE) % 4].expand(2, -1, -1).clone()
+    x[0, 3], x[0, 5], x[1] = 0, torch.nan, 1
+    torch_, triton = both(greedy_dpp, x, 40)
+    assert torch.equal(torch_, triton)
+    assert triton[0].tolist()[:4] == [0, 1, 2, 7] and triton[1].tolist() == list(range(40))
 
 
 # ---- redundancy_counts ------------------------------------------------------------------------------------------

@@ -219,19 +219,21 @@ class Question:
     where nothing stands there, all text of the prompt.
 
     valid: [B, T] bool, false for padding, which is on the right.
-    states: [B, T, E] the language model's last hidden states where it reads this text alone. Without gradient.
+    embeds: [B, T, E] the language model's input embeddings of this text. Without gradient.
+    states: [B, T, E] its last hidden states where it reads this text alone, only for compressors that need "question".
+        Without gradient.
     ids: [B, T] token ids, or None where the model got embeddings.
     """
 
     valid: Tensor
-    states: Tensor
+    embeds: Tensor
+    states: Tensor | None = None
     ids: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Question:
         """Some rows of the batch, [G] indices."""
-        rows = rows.to(self.valid.device)
-        ids = None if self.ids is None else self.ids[rows]
-        return Question(self.valid[rows], self.states[rows.to(self.states.device)], ids)
+        take = lambda x: None if x is None else x[rows.to(x.device)]
+        return Question(*map(take, (self.valid, self.embeds, self.states, self.ids)))
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ class VisualTokens:
         `encoder["cls_attention", -1]`.
     encoder: (need, layer) -> [B, V, P, ...], what the compressor's `encoder_layers` asks of the vision encoder, and no
         more; see `vtok/tower.py`.
-    question: only for compressors that need "question".
+    question: only for compressors that need "question" or "question_embeds".
     """
 
     features: Tensor
@@ -326,6 +328,21 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Entered:
+    """What entered the first decoder layer, for in-LLM compressors that need "question_embeds".
+
+    embeds: [B, L0, D], input embeddings; rows of padding may hold anything.
+    visual: [B, L0] bool, the visual tokens of which `Attention.visual` shows those that are left.
+    instruction: [B, R] long, indices among the L0 of the text that `Attention.instruction` names, in the same places;
+        -1 in front.
+    """
+
+    embeds: Tensor
+    visual: Tensor
+    instruction: Tensor
+
+
+@dataclass(frozen=True)
 class Attention:
     """One layer's attention over the visual and text tokens, for in-LLM compressors. Nothing here is a softmax yet.
 
@@ -339,6 +356,7 @@ class Attention:
         the anchor, with the anchor itself; -1 in front where a sample has fewer than R. None where nobody told.
     hidden: [B, Q, D], the hidden states that enter the layer. None where nobody told.
     remaining: for each sample, how many visual tokens are to remain. None where the score says so itself.
+    entered: what entered the first layer; only for compressors that need "question_embeds".
     """
 
     query: Tensor
@@ -350,3 +368,4 @@ class Attention:
     instruction: Tensor | None = None
     hidden: Tensor | None = None
     remaining: Sequence[int] | None = None
+    entered: Entered | None = None

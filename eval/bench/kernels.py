@@ -27,6 +27,8 @@ from vtok.kernels.attention_rows import attention_rows
 from vtok.kernels.bipartite_match import bipartite_match
 from vtok.kernels.compact_sequence import compact_sequence
 from vtok.kernels.farthest_points import farthest_points
+from vtok.kernels.greedy_coverage import greedy_coverage
+from vtok.kernels.greedy_dpp import greedy_dpp
 from vtok.kernels.merge import merge
 from vtok.kernels.pagerank import pagerank
 from vtok.kernels.redundancy_counts import redundancy_counts
@@ -35,7 +37,7 @@ from vtok.kernels.tree_attention import tree_attention
 from vtok.timing import clock
 
 SIZES = (720, 1440, 2880)
-WIDTH, PICKS = 1024, 1 / 9  # D of features; of N tokens `farthest_points` picks 320 of 2,880
+WIDTH, PICKS = 1024, 1 / 9  # D of features; of N tokens those that pick take 320 of 2,880
 HEADS, HEAD, ROWS, ITERS, DRAFTS = 12, 64, 32, 5, 8
 PRODUCT = "one N x N product"
 PRODUCT_BAR = 1.3  # of its product's time, that farthest_points may take
@@ -55,6 +57,7 @@ def cases(n: int, device: str, dtype: torch.dtype) -> dict[str, Case]:
     """Name -> each kernel on random tensors of n tokens, one picture. For `sparse_ffn` n neurons and one token."""
     torch.manual_seed(0)
     features = torch.randn(1, n, WIDTH, device=device, dtype=dtype)
+    unit = features / features.norm(dim=-1, keepdim=True)
     query, key = torch.randn(2, 1, HEADS, n, HEAD, device=device, dtype=dtype)
     valid = torch.ones(1, n, dtype=torch.bool, device=device)
     last, rows = torch.tensor([n - 1], device=device), torch.arange(n - ROWS, n, device=device)[None]
@@ -72,6 +75,12 @@ def cases(n: int, device: str, dtype: torch.dtype) -> dict[str, Case]:
         PRODUCT: Case(lambda _: features @ features.mT, product, whole + value * n * n),
         "farthest_points": Case(
             lambda b: farthest_points(features, picks, backend=b), product, whole + 8 * n * n + 4 * picks * n
+        ),
+        "greedy_coverage": Case(  # of cosines, with the product that they take, as for SCOPE
+            lambda b: greedy_coverage(unit @ unit.mT, picks, backend=b), product, whole + 8 * n * n
+        ),
+        "greedy_dpp": Case(
+            lambda b: greedy_dpp(features, picks, backend=b), product, whole + 8 * n * n + 4 * picks**2 * n
         ),
         "bipartite_match": Case(lambda b: bipartite_match(features, half, backend=b), product / 4, whole),
         "merge": Case(lambda b: merge(features, group, half, backend=b), n * WIDTH, 1.5 * whole),

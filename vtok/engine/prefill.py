@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +135,16 @@ class Prefill:
         behind = text & (self.visual.flip(1).cumsum(1).flip(1) == 0)
         text = torch.where(behind.any(1, keepdim=True), behind, text)
         index = (~text).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(1, int(text.sum(1).max()))]
+        ids = None if self.call.input_ids is None else self.call.input_ids.gather(1, index)
+        return Question(text.gather(1, index), gather(self.embeds, index).detach(), None, ids)
+
+    @cached_property
+    def read_question(self) -> Question:
+        """The same, with the states of the language model that reads it."""
         # no hooks: this is not the forward that was called. Padding is on the right, where no token sees it
         with torch.no_grad():
-            read = self.module.forward(inputs_embeds=gather(self.embeds, index), use_cache=False, return_dict=True)
-        ids = None if self.call.input_ids is None else self.call.input_ids.gather(1, index)
-        return Question(text.gather(1, index), read.last_hidden_state, ids)
+            read = self.module.forward(inputs_embeds=self.question.embeds, use_cache=False, return_dict=True)
+        return replace(self.question, states=read.last_hidden_state)
 
 
 def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:

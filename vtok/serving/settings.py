@@ -148,7 +148,7 @@ def refuse(compressor: Any) -> None:
             f"acts at {compressor.stage}; the tables of vLLM's cache hold the same tokens for all layers, so tokens "
             f"can only go between the encoder and the language model.",
         )
-    if compressor.text_guided or "question" in compressor.needs_now:
+    if compressor.text_guided:
         raise _refusal(
             compressor, "reads the question; vLLM encodes a picture without it, and keeps the result for other ones."
         )

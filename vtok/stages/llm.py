@@ -20,7 +20,7 @@ from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
 from vtok.errors import Unsupported
 from vtok.stages.stage import Site, Stage
-from vtok.types import Activations, Attention, ranks
+from vtok.types import Activations, Attention, Entered, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +234,13 @@ class InLLMStage(Stage[InLLM]):
         past = seen.key.shape[2] - seen.query.shape[2]
         valid, visual = rows.valid, self._of_turn(p, rows, turn, len(state.anchors))
         mask, counts = state.instruction[turn]
-        asked = Rows.of(mask.to(device).gather(1, rows.index) & rows.valid, counts)
-        instruction = torch.where(asked.valid, past + asked.index, -1)
+        asked = _asked(mask, counts, rows)
+        instruction = torch.where(asked < 0, asked, past + asked)
+        entered = None
+        if "question_embeds" in self.compressor.needs_now:
+            first = p.rows[0].to(device)
+            of_turn = self._of_turn(p, first, turn, len(state.anchors))
+            entered = Entered(p.embeds.detach().to(device), of_turn, _asked(mask, counts, first))
         if past:
             held = p.cache.valid_at(layer)
             old = valid.new_ones(p.batch, past) if held is None else held[:, :past].to(device)
@@ -251,6 +256,7 @@ class InLLMStage(Stage[InLLM]):
             instruction,
             hidden,
             None if budgets is None else [row[turn] for row in budgets],
+            entered,
         )
         return self.compressor.score(told)[:, past:].float()
 
@@ -263,6 +269,12 @@ class InLLMStage(Stage[InLLM]):
         with p.stopwatch, torch.no_grad():
             seen = activations_until(state.anchors[0], values, rows, state.pictures, state.most)
             state.scores[visit.layer] = self.compressor.score(seen).float()
+
+
+def _asked(mask: Tensor, counts: list[int], rows: Rows) -> Tensor:
+    """[B, R] the columns of `rows` in which the text of mask [B, S] is, `counts` of each sample; -1 in front."""
+    asked = Rows.of(mask.to(rows.index.device).gather(1, rows.index) & rows.valid, counts)
+    return torch.where(asked.valid, asked.index, -1)
 
 
 def drawn_by_place(whole: Rows, rows: Rows) -> Tensor:

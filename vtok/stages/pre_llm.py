@@ -70,7 +70,7 @@ class PreLLM(Compressor):
 
     @property
     def reads_prompt_end(self) -> bool:
-        return "question" in self.needs_now  # it is the text up to there
+        return bool(self.needs_now & {"question", "question_embeds"})  # the text up to there
 
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
@@ -169,8 +169,10 @@ class PreLLMStage(Stage[PreLLM]):
                 if prefill.replay is not None and compressor.replays:
                     selection = self._again(prefill, members, tokens)
                 else:
-                    if "question" in self.compressor.needs_now:
-                        question = prefill.question.rows(tokens[:, 0] // prefill.length)
+                    if self.compressor.reads_prompt_end:
+                        read = "question" in self.compressor.needs_now
+                        question = prefill.read_question if read else prefill.question
+                        question = question.rows(tokens[:, 0] // prefill.length)
                     selection = select(compressor, prefill.flat[tokens], first.layout, encoder, question)
             prefill.kept[separators.flatten()] = True
             prefill.kept[tokens.flatten()] |= selection.keep.flatten()

@@ -1,0 +1,129 @@
+"""SparseVLM against numbers that the official functions gave (float64 inputs) and a slow rewrite from the formula."""
+
+import math
+
+import pytest
+import torch
+from contract import batch, picture, run, tiny
+from golden import WORDS, X
+
+import vtok
+from vtok.compressors.sparsevlm import raters
+from vtok.errors import InvalidValue
+from vtok.types import Attention, Entered, ranks
+
+
+def entered(words=WORDS, pads=0):
+    """Two tokens of the system, 16 visual ones, the words; in poisoned memory."""
+    rows = [torch.full((pads, 8), torch.nan), torch.ones(2, 8), X, words]
+    start, length = pads + 18, pads + 18 + len(words)
+    visual = torch.zeros(1, length, dtype=torch.bool)
+    visual[0, pads + 2 : start] = True
+    return Entered(torch.cat(rows)[None], visual, torch.arange(start, length)[None])
+
+
+def attention(pads=0, heads=2, shift=1.0):
+    """Logits sin(0.3 i + 0.5 j + shift h) between queries i and keys j, pads on the left that hold no number."""
+    i, h = torch.arange(21.0), torch.arange(float(heads))[:, None]
+    angle = 0.3 * i + shift * h
+    query = torch.stack([angle.sin(), angle.cos()], -1)  # [H, 21, 2]
+    key = torch.stack([(0.5 * i).cos(), (0.5 * i).sin()], -1).expand(heads, -1, -1)
+    pad = lambda x: torch.cat([torch.full((heads, pads, 2), torch.nan), x], 1)[None]
+    seen = entered(pads=pads)
+    valid = torch.arange(21 + pads)[None] >= pads
+    anchor = torch.tensor([20 + pads])
+    return Attention(pad(query), pad(key), 1.0, valid, seen.visual, anchor, seen.instruction, None, [10], seen)
+
+
+def share(words):
+    """z of each word, one element at a time."""
+    total = [0.0] * len(words)
+    for token in X.double():
+        weights = [math.exp(float(token @ word)) for word in words.double()]
+        total = [t + w / sum(weights) / 16 for t, w in zip(total, weights)]
+    return total
+
+
+def test_golden_raters():
+    assert share(WORDS) == pytest.approx([0.349952, 0.317990, 0.332058], abs=1e-6)
+    assert raters(entered()).tolist() == [[True, False, False]]
+    more = torch.cat([WORDS, 2 * X[3:6]])
+    z = share(more)
+    assert raters(entered(more)).tolist() == [[value > sum(z) / len(z) for value in z]]
+
+
+def test_golden_scores():
+    seen = attention()
+    score = vtok.SparseVLM().score(seen)[0, 2:18]
+    torch.testing.assert_close(score[:4], torch.tensor([0.064515, 0.081632, 0.088059, 0.080713]), atol=1e-6, rtol=0)
+    assert (ranks(score) < 10).nonzero().squeeze(1).tolist() == [*range(6), *range(12, 16)]
+    torch.testing.assert_close(vtok.SparseVLM().score(attention(pads=3))[0, 5:21], score)
+
+
+def test_one_word_and_equal_words_all_rate():
+    assert raters(entered(WORDS[:1])).tolist() == [[True]]
+    assert raters(entered(WORDS[:1].expand(3, -1))).tolist() == [[True] * 3]
+    some = entered(torch.cat([10 * X[:1], WORDS]))
+    some = Entered(some.embeds, some.visual, torch.tensor([[-1, 19, 20, 21]]))
+    assert raters(some).tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize(("heads", "count"), [(0.01, 1), (0.44, 2), (0.75, 3)])
+def test_the_heads_that_look_at_the_picture(heads, count):
+    seen = attention(heads=4)
+    logits = seen.query[0] @ seen.key[0].mT
+    rows = logits[:, 18, :19].softmax(-1)  # [H, 19] of the one rater
+    best = rows[:, 2:18].sum(1).argsort(descending=True)[:count]
+    got = vtok.SparseVLM(heads=heads).score(seen)[0, 2:18]
+    torch.testing.assert_close(got, rows[best, 2:18].mean(0))
+    assert not torch.allclose(got, vtok.SparseVLM().score(seen)[0, 2:18], atol=1e-4)
+
+
+def test_published_counts():
+    """576 tokens, 32 layers: behind layers 2, 6 and 15, and what enters the layers in the mean."""
+    method = vtok.SparseVLM()
+    assert {i: method.remaining(576, rate, 1) for i, rate in method.schedule(32).items()} == {2: 300, 6: 200, 15: 118}
+    for rates, entering in (
+        ((300, 200, 118), 206.8),
+        ((238, 108, 60), 144.1),
+        ((246, 54, 28), 113.9),
+        ((66, 34, 20), 81.8),
+    ):
+        method = vtok.SparseVLM(rates=tuple(n / 576 for n in rates))
+        assert sum(method.rates_at(32)) / 32 * 576 == pytest.approx(entering, abs=0.06)
+
+
+def test_schedules_of_other_depths_and_budgets():
+    assert list(vtok.SparseVLM().schedule(28)) == [2, 5, 13] and list(vtok.SparseVLM().schedule(4)) == [0, 1, 2]
+    assert vtok.SparseVLM().schedule(1) == {} and len(vtok.SparseVLM().schedule(2)) == 1
+    for budget in (0.2, 0.5, 0.9):
+        assert sum(vtok.SparseVLM().with_budget(budget, 32).rates_at(32)) / 32 == pytest.approx(budget)
+    with pytest.raises(InvalidValue, match="leaves next to nothing"):
+        vtok.SparseVLM().with_budget(0.1, 32)
+    with pytest.raises(InvalidValue, match="cannot be met"):
+        vtok.SparseVLM(keep=0.05).schedule(32)
+    with pytest.raises(InvalidValue, match="rates must be 3 fractions from the largest down"):
+        vtok.SparseVLM(rates=(0.2, 0.3, 0.1))
+
+
+def test_raters_stay_the_same_while_tokens_go(monkeypatch):
+    """Behind each layer the visual tokens that entered the first say who rates."""
+    model, processor = tiny("llava")
+    seen = []
+    score = vtok.SparseVLM.score
+    monkeypatch.setattr(vtok.SparseVLM, "score", lambda self, a: seen.append(a) or score(self, a))
+    prompts = ["a # What colour is it?", "two # and # yes"]
+    inputs = batch(processor, prompts, [picture(70, 112, i) for i in range(3)])
+    with vtok.patch(model, [vtok.DivPrune(keep=0.75), vtok.SparseVLM()]) as patch:
+        run(model, inputs)
+    assert [a.visual.sum(1).tolist() for a in seen] == [[12, 24], [6, 12], [4, 8]]
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for a in seen:
+        assert a.entered.visual.sum(1).tolist() == [12, 24]
+        assert torch.equal(raters(a.entered), raters(seen[0].entered))
+        for b, places in enumerate(patch.trace.positions_at(0)):
+            words = a.instruction[b] >= 0
+            assert torch.equal(words, a.entered.instruction[b] >= 0)
+            columns = a.entered.instruction[b][words] - (a.entered.embeds.shape[1] - len(places))
+            assert torch.equal(a.entered.embeds[b][a.entered.instruction[b][words]], embeds[b, places[columns]])
+    assert (seen[2].instruction[0] >= 0).sum() > 3
