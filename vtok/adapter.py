@@ -54,7 +54,7 @@ class Adapter(ABC):
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]  # of transformers' configs
     # what compressors may need, see Compressor.needs; "question" and "ffn" are added to all, "ffn" being checked on the
-    # model (vtok/engine/ffn.py)
+    # model (vtok/engine/ffn.py), and "frames" to those with an encoder of clips
     provides: ClassVar[frozenset[str]] = frozenset({"attention"})
     lacks: ClassVar[frozenset[str]] = frozenset()  # of what a family would have from its base class or from all
     encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}  # modality -> method of the core model
@@ -67,7 +67,8 @@ class Adapter(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.provides = (cls.provides | {"question", "ffn"}) - cls.lacks
+        clips = {"frames"} if "video" in cls.encoders else set()
+        cls.provides = (cls.provides | {"question", "ffn"} | clips) - cls.lacks
         for model_type in cls.model_types:
             register(_REGISTRY, model_type, cls)
 

@@ -33,7 +33,7 @@ class Compressor(ABC):
 
     name: ClassVar[str]  # the word for `vtok.patch(model, name)`
     stage: ClassVar[str]
-    # of "crops", "question", "attention", "ffn", "token_blocks" and those of vtok/tower.py
+    # of "crops", "frames", "question", "attention", "ffn", "token_blocks" and those of vtok/tower.py
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
     # True if how many tokens stay depends on their content, not only on the grid; see `adaptive_now`
