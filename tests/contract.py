@@ -233,15 +233,23 @@ def clip(height: int, width: int, seed: int = 0, frames: int = 6) -> np.ndarray:
     return made
 
 
-def on_clips(label: str) -> bool:
-    """Whether the method of a cell compares frames, and is therefore shown clips in the stead of pictures."""
-    cls = compressors.load_all().get(label.partition("-")[0])
-    return cls is not None and "frames" in cls.needs
+def page(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture in the upper left corner of a white page of twice its sides."""
+    made = np.full((2 * height, 2 * width, 3), 255, "uint8")
+    made[:height, :width] = np.asarray(picture(height, width, seed))
+    return Image.fromarray(made)
+
+
+def maker(label: str) -> Any:
+    """What makes pictures that the method of a cell acts on: noise; clips, where it compares frames; or pages, where it
+    compares pixels."""
+    needs = getattr(compressors.load_all().get(label.partition("-")[0]), "needs", ())
+    return clip if "frames" in needs else page if "patch_list" in needs else picture
 
 
 def shown(label: str, height: int, width: int, seed: int = 0) -> Image.Image | np.ndarray:
-    """Noise that the method of a cell acts on."""
-    return (clip if on_clips(label) else picture)(height, width, seed)
+    """A picture that the method of a cell acts on."""
+    return maker(label)(height, width, seed)
 
 
 def batch(processor, prompts: list[str], pictures: list[Image.Image | np.ndarray], side: str = "left", **extra):
@@ -262,14 +270,14 @@ SIZES = [(70, 112), (56, 56), (112, 70), (84, 84), (56, 140)]
 
 
 def mixed(processor, side: str = "left", label: str = ""):
-    """One, two, no picture; picture first; picture last; ragged counts. label: of the method, which may want clips."""
+    """One, two, no picture; picture first; picture last; ragged counts. label: of the method, see `maker`."""
     return noise(processor, PROMPTS, SIZES, side, label)
 
 
 def noise(processor, prompts: list[str], sizes: list[tuple[int, int]], side: str = "left", label: str = ""):
     """Model inputs for prompts about noise of these heights and widths."""
     processor.tokenizer.padding_side = side
-    return copy.deepcopy(_noise(processor, tuple(prompts), tuple(sizes), side, clip if on_clips(label) else picture))
+    return copy.deepcopy(_noise(processor, tuple(prompts), tuple(sizes), side, maker(label)))
 
 
 @functools.cache  # a processor takes as long as a model
@@ -279,13 +287,13 @@ def _noise(processor, prompts, sizes, side, make):
 
 def dense(family: str, side: str = "left", label: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """What the unpatched model makes of `mixed`: logits, and the prompts with four greedy tokens."""
-    return _dense(family, side, "frames" if on_clips(label) else "")
+    return _dense(family, side, maker(label))
 
 
 @functools.cache
-def _dense(family, side, label):
+def _dense(family, side, make):
     model, processor = tiny(family)
-    inputs = mixed(processor, side, label)
+    inputs = copy.deepcopy(_noise(processor, tuple(PROMPTS), tuple(SIZES), side, make))
     return run(model, inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
 
 

@@ -28,7 +28,7 @@ ORACLE = cells("some", lambda parts: masks(parts) and drops(parts))
 def constant(parts):
     """Features are merged or made anew, or pictures shrunk: the oracle gets them as constants, and knows no gradient
     before them."""
-    return any(part.stage in ("pixels", "blocks") or getattr(part, "merges", False) for part in parts)
+    return any(part.stage in ("pixels", "patches", "blocks") or getattr(part, "merges", False) for part in parts)
 
 
 PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "last 0 1 2 #"]

@@ -126,6 +126,11 @@ class Adapter(ABC):
         other without a gap in the prompt. Called where `previews` gave something; the result has no previews."""
         raise Unsupported(f"Which views of {self.family} are one picture is not known.")
 
+    def pixels(self, modality: str, arguments: dict[str, Any]) -> Tensor:
+        """[patches, values] that an encoder with a list of patches is given, the patches of a token next to each other.
+        Only for those that provide "patch_list"."""
+        raise Unsupported(f"The encoder of {self.family} takes whole views, and no list of patches.")
+
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
     ) -> tuple[Any, list[tuple[int, int]]]:
