@@ -114,7 +114,7 @@ def test_the_encoder_runs_on_what_is_kept(family, made):
     inputs = batch(processor, [" and ".join("#" * len(shown))], shown)
     modality, values = ("video", "_videos") if made == "clips" else ("image", "")
     grids, pixels = inputs[f"{modality}_grid_thw"], inputs[f"pixel_values{values}"]
-    encode = getattr(model.model, f"get_{modality}_features")
+    encode = lambda *given: getattr(model.model, f"get_{modality}_features")(*given)
     with torch.no_grad(), vtok.patch(model, "pixelprune") as patch:
         sparse = encode(pixels, grids)
         run(model, inputs)
@@ -128,8 +128,8 @@ def test_the_encoder_runs_on_what_is_kept(family, made):
         )
     with torch.no_grad():
         dense = encode(pixels, grids)
-    levels = zip(getattr(sparse, "deepstack_features", None) or [], getattr(dense, "deepstack_features", None) or [])
-    pairs = [(torch.cat(list(sparse.pooler_output)), torch.cat(list(dense.pooler_output))), *levels]
+    of = lambda output: [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    pairs = [[torch.cat(list(x)) if isinstance(x, tuple) else x for x in pair] for pair in zip(of(sparse), of(dense))]
     whole = torch.cat(own)
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape
