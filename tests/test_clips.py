@@ -1,5 +1,6 @@
 """Methods for clips against golden numbers and slow rewrites from the formulas; and what they make of odd clips."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,8 @@ from contract import batch, clip, picture, run, tiny
 
 import vtok
 from vtok import compressor as compressors
-from vtok.compressors import evs, vidcom2
+from vtok.compressors import evs, holitom, vidcom2
+from vtok.density import clusters
 from vtok.errors import Unsupported
 from vtok.types import Layout, Plane, VisualTokens
 
@@ -76,6 +78,41 @@ def test_golden_frames():
     assert whole(7, 11) == [1, 3, 5]  # 11 tokens are three frames of 3
 
 
+def attention():
+    """[1, 8, 16]: what each token of `golden` gets in the encoder."""
+    t, p = torch.meshgrid(torch.arange(8.0).double(), torch.arange(16.0).double(), indexing="ij")
+    gets = 1.5 + torch.cos(0.9 * p + 0.3 * t)
+    return (gets / gets.sum(1, keepdim=True)).float()[None]
+
+
+GOLDEN_HOLITOM = [  # tau, keep, windows, saved, tokens of each window
+    (0.8, 0.25, [(0, 3), (4, 7)], 72, [19, 19]),
+    (0.98, 0.25, [(0, 3), (4, 7)], 69, [19, 18]),
+    (0.65, 0.1, [(0, 3), (4, 7)], 72, [7, 7]),
+    (0.9999, 0.25, [(0, 3), (4, 4), (5, 5), (6, 6), (7, 7)], 3, [16, 5, 5, 5, 5]),
+]
+
+
+@pytest.mark.parametrize(("tau", "keep", "found", "saved", "counts"), GOLDEN_HOLITOM)
+def test_golden_holitom(tau, keep, found, saved, counts):
+    table = holitom.longest(holitom.runs(golden()[None], tau))[0].tolist()
+    assert holitom.windows(table) == (found, saved)
+    tokens = seen(golden(), layout=frames_of(8), encoder={("encoder_attention", -1): attention()})
+    chosen = vtok.HoliTom(keep=keep, tau=tau).select(tokens)
+    assert [int(chosen.keep.view(8, 16)[a : z + 1].sum()) for a, z in found] == counts
+    if tau == 0.8:
+        first = chosen.features[0, :64][chosen.keep[0, :64]]
+        assert first.sum().item() == pytest.approx(4.1495, abs=1e-3)
+
+
+def test_golden_clusters():
+    centres, member = clusters(golden()[0], 4, 7)
+    assert centres.tolist() == [0, 9, 11, 14]
+    weight = holitom.weights(centres, member, 0.6)
+    row = (golden()[0] * weight[:, None])[member == 0].sum(0)
+    assert row[:3].tolist() == pytest.approx([0.856184, 0.526729, -0.696074], abs=1e-5)
+
+
 # ---- slow rewrites ---------------------------------------------------------------------------------------------------
 def slow_vidcom2(x, keep):
     t, p, d = x.shape
@@ -137,12 +174,82 @@ def test_vidcom2_does_not_know_the_order_of_frames():
     assert kept(vtok.VidCom2(keep=0.3), x[order]) == [there[i] for i in order]
 
 
+@pytest.mark.parametrize("t", [1, 2, 5, 8])
+def test_windows_are_the_best_of_all(t):
+    for seed in range(10):
+        still = torch.rand(t, 7, generator=torch.Generator().manual_seed(seed)) < 0.7
+        still[0] = False
+        run = torch.zeros(t, 7, dtype=torch.long)
+        for i in range(1, t):
+            run[i] = torch.where(still[i], run[i - 1] + 1, 0)
+        saves = lambda a, z, still=still: int(still[a + 1 : z + 1].all(0).sum()) * (z - a)
+        cuts = [[0, *(i + 1 for i in some), t] for n in range(t) for some in itertools.combinations(range(t - 1), n)]
+        totals = [sum(saves(a, z - 1) for a, z in itertools.pairwise(ends)) for ends in cuts]
+        found, saved = holitom.windows(holitom.longest(run[None])[0].tolist())
+        assert saved == max(totals) == sum(saves(a, z) for a, z in found)
+        assert [i for a, z in found for i in range(a, z + 1)] == list(range(t))
+
+
+def slow_clusters(x, n):
+    """The centres of points x [N, D], ascending, and of each point its centre."""
+    apart, k = [[((u - v) ** 2).sum().item() ** 0.5 / x.shape[1] ** 0.5 for v in x] for u in x], min(7, n, len(x))
+    dense = [math.exp(-sum(d * d for d in sorted(row)[:k]) / k) for row in apart]
+    far, every = max(map(max, apart)), range(len(x))
+    score = [dense[i] * min([far, *(apart[i][j] for j in every if (dense[j], -j) > (dense[i], -i))]) for i in every]
+    centres = sorted(sorted(every, key=lambda i: -score[i])[:n])
+    return centres, [i if i in centres else min(centres, key=lambda c: apart[i][c]) for i in every]
+
+
+def slow_holitom(x, gets, keep, tau, beta):
+    """{place: row} of a clip [T, P, D]."""
+    t, p, _ = x.shape
+    near = torch.cosine_similarity(x[1:], x[:-1], dim=-1) > tau
+    saves = lambda a, z: int(near[a:z].all(0).sum()) * (z - a) if a < z else 0
+    best, first = [0], []
+    for z in range(t):
+        options = [(best[a] + saves(a, z), a) for a in range(z, -1, -1)]
+        best.append(max(options)[0])
+        first.append(next(a for saved, a in options if saved == best[-1]))
+    share, out, z = min(1.0, keep / (1 - best[-1] / (t * p))), {}, t - 1
+    while z >= 0:
+        a = first[z]
+        static = near[a:z].all(0) if a < z else torch.zeros(p, dtype=torch.bool)
+        moving, places = [i for i in range(p) if not static[i]], [i for i in range(p) if static[i]]
+        for frame in range(a, z + 1):
+            ranked = sorted(moving, key=lambda i: -gets[frame, i])
+            out |= {frame * p + i: x[frame, i] for i in ranked[: math.ceil(len(moving) * share - 1e-9)]}
+        mean, n = x[a : z + 1, places].mean(0), max(round(len(places) * share), int(not moving))
+        centres, of = slow_clusters(mean, n) if n else ((), ())
+        for c in centres:
+            others = [mean[i] for i in range(len(places)) if of[i] == c and i != c]
+            row = beta * mean[c] + (1 - beta) * torch.stack(others).mean(0) if others else mean[c]
+            out[a * p + places[c]] = row
+        z = a - 1
+    return out
+
+
+@pytest.mark.parametrize(("keep", "tau"), [(0.3, 0.5), (0.6, 0.0), (0.1, 0.9), (1, 0.3)])
+def test_holitom_is_its_description(keep, tau):
+    steps = [noise(7, 10, 6, seed) for seed in range(3)]
+    clips = [torch.cat([step[:1], step[:1] + (0.3 + 0.1 * i) * step[1:].cumsum(0)]) for i, step in enumerate(steps)]
+    gets = noise(7, 10, 3, 9).abs().permute(2, 0, 1)
+    found = vtok.HoliTom(keep=keep, tau=tau).select(seen(*clips, encoder={("encoder_attention", -1): gets}))
+    for i, x in enumerate(clips):
+        expected = slow_holitom(x, gets[i], keep if isinstance(keep, float) else keep / 70, tau, 0.6)
+        assert found.keep[i].nonzero().flatten().tolist() == sorted(expected)
+        rows = torch.stack([expected[at] for at in sorted(expected)])
+        torch.testing.assert_close(found.features[i][found.keep[i]], rows, atol=1e-5, rtol=1e-5)
+        assert found.keep[i][found.merged_into[i][found.merged_into[i] >= 0]].all()
+
+
 # ---- odd clips -------------------------------------------------------------------------------------------------------
 def test_a_still_clip():
     x = noise(1, 10).expand(6, -1, -1)
     of_clip, _ = vidcom2.commonness(x[None])
     assert vidcom2.frame_counts(of_clip, 0.4, 0.01).tolist() == [[4] * 6]
     assert [len(row) for row in kept(vtok.VidCom2(keep=0.4), x)] == [4] * 6
+    gets = {("encoder_attention", -1): noise(6, 10, 1, 5).abs().squeeze(2)[None]}
+    assert [len(row) for row in kept(vtok.HoliTom(keep=0.1), x, encoder=gets)] == [6, 0, 0, 0, 0, 0]
     assert kept(vtok.EVS(keep=0.4), x) == [[*range(10)], [*range(10)], [*range(4)], [], [], []]
 
 

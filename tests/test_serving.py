@@ -110,7 +110,18 @@ def test_who_reads_the_question_or_the_content_is_refused():
             told[name] = str(error)
     assert "reads the question" in told["quecc"] and "sees a pixel" in told["tcc"]
     assert "weights of its own" in told["tokenflex"]
-    served = {"aim_merge", "divprune", "evs", "frames", "globalcom2", "pool", "random", "uniform", "vidcom2", "visionzip"}
+    served = {
+        "aim_merge",
+        "divprune",
+        "evs",
+        "frames",
+        "globalcom2",
+        "pool",
+        "random",
+        "uniform",
+        "vidcom2",
+        "visionzip",
+    }
     assert served == load_all().keys() - told.keys()
 
 

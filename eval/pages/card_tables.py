@@ -87,9 +87,9 @@ def _methods(folder: Path) -> str:
         f"Questions: {asked}. *Of dense*: accuracy as a part of the dense model's, in percent, the mean over the tasks "
         "that the dense model answers better than chance, with its 95 % interval (paired bootstrap over items). "
         f"{FEW} FLOPs: of encoder and prefill, as a fraction of the dense ones, by formula, the mean over tasks. Bold, "
-        f"on these tasks alone: better than each of {', '.join(f'`{b}`' for b in tried(found.tasks))} at this budget, beyond "
-        "the interval of the paired difference to the best of them. Methods inside the decoder pay for the first "
-        "layers, which see all tokens, and rank by layers so early that they have hardly read the question: eight "
+        f"on these tasks alone: better than each of {', '.join(f'`{b}`' for b in tried(found.tasks))} at this budget, "
+        "beyond the interval of the paired difference to the best of them. Methods inside the decoder pay for the "
+        "first layers, which see all tokens, and rank by layers so early that they have hardly read the question: eight "
         f"layers tell against them. The best at each budget: docs/choosing.md. {at_all(found.tasks, '`{}`'.format)}"
     )
     commands = dict.fromkeys(f"`{results.about['machine']['command']}`" for results in found.tasks)
