@@ -17,8 +17,10 @@ from vtok.compressors.frames import Frames as Frames
 from vtok.compressors.gemfilter import GemFilter as GemFilter
 from vtok.compressors.globalcom2 import GlobalCom2 as GlobalCom2
 from vtok.compressors.h2o import H2O as H2O
+from vtok.compressors.holitom import HoliTom as HoliTom
 from vtok.compressors.keyformer import Keyformer as Keyformer
 from vtok.compressors.kvzip import KVzip as KVzip
+from vtok.compressors.pixelprune import PixelPrune as PixelPrune
 from vtok.compressors.pool import Pool as Pool
 from vtok.compressors.pyramiddrop import PyramidDrop as PyramidDrop
 from vtok.compressors.quecc import QueCC as QueCC
