@@ -64,9 +64,9 @@ class HoliTom(PreLLM):
             views = Views.of(tokens.layout, x.device)
             seen = views.patches(tokens.read("encoder_attention", self.layer)).float().sum(3)  # [B, V, P]
             score = views.collect(seen).nan_to_num(0.0).unflatten(1, shape)  # [B, T, P]
-            still = runs(x, self.tau)  # [B, T, P]
-            table = longest(still).tolist()  # a wait for the device: of windows only the content knows
             ratio = self.keep if isinstance(self.keep, float) else min(1.0, self.keep / n)
+            still = runs(x, self.tau if ratio < 1 else math.inf)  # [B, T, P]
+            table = longest(still).tolist()  # a wait for the device: of windows only the content knows
             parts = [self._merge(*each, ratio) for each in zip(x, score, still, table)]
             into, weight = (torch.stack(part) for part in zip(*parts))
         kept = into == torch.arange(n, device=into.device)
