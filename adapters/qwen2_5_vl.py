@@ -15,11 +15,13 @@ from vtok.engine.accounting import VisionShape
 from vtok.tower import OF_PATCHES, Tower, received
 from vtok.types import Layout, Plane
 
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
 
 class Qwen25VLAdapter(Adapter):
     family = "qwen2_5_vl"
     model_types = ("qwen2_5_vl",)
-    provides = frozenset({"attention"}) | OF_PATCHES
+    provides = frozenset({"attention", "patch_list"}) | OF_PATCHES
     encoders = {"image": "get_image_features", "video": "get_video_features"}
     projector = "visual.merger"
     encoder = "visual"
@@ -29,6 +31,9 @@ class Qwen25VLAdapter(Adapter):
         grids = arguments["image_grid_thw" if modality == "image" else "video_grid_thw"].tolist()
         kind = "image" if modality == "image" else "frame"
         return [Layout((Plane(h // merge, w // merge, kind),) * t, modality=modality) for t, h, w in grids]
+
+    def pixels(self, modality: str, arguments: dict[str, Any]) -> Tensor:
+        return arguments[PIXELS[modality]]
 
     def tower(self, config: Any) -> QwenTower:
         vision = config.vision_config
@@ -42,7 +47,7 @@ class Qwen25VLAdapter(Adapter):
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
     ) -> tuple[Any, list[tuple[int, int]]]:
-        pixels_key = "pixel_values" if modality == "image" else "pixel_values_videos"
+        pixels_key = PIXELS[modality]
         grid_key = "image_grid_thw" if modality == "image" else "video_grid_thw"
         config = core.config.vision_config
         pixels, grid, merge = arguments[pixels_key], arguments[grid_key], config.spatial_merge_size
@@ -133,6 +138,38 @@ class QwenTower(Tower):
         lengths = kwargs["cu_seqlens"].diff().tolist()
         parts = zip(query.split(lengths, 1), key.split(lengths, 1))
         return torch.cat([received(q, k, attention.head_dim**-0.5) for q, k in parts])
+
+    def on_some(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], kept: Tensor
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with which the tower runs on the cells that are kept, each where it is."""
+        from transformers import vision_utils
+
+        given = dict(zip(("hidden_states", "grid_thw"), args)) | kwargs
+        grid, area = given["grid_thw"], self.merge**2
+        patches = kept.repeat_interleave(area).nonzero().squeeze(1)
+
+        def cut(ends: Tensor, order: Tensor) -> Tensor:
+            """Where sequences of patches end, of the cells in this order, among those that are left."""
+            left = torch.nn.functional.pad((order * area).cumsum(0), (1, 0))
+            return left[ends.long() // area].unique_consecutive().to(ends.dtype)
+
+        told = {
+            "hidden_states": given["hidden_states"][patches],
+            "position_ids": vision_utils.get_vision_position_ids(grid, self.merge)[patches],
+            "cu_seqlens": cut(vision_utils.get_vision_cu_seqlens(grid), kept),
+        }
+        if hasattr(module, "num_grid_per_side"):  # a table of positions, resampled to the grid
+            how = module.interpolation_mode, module.interpolation_align_corners, self.merge
+            found = vision_utils.get_vision_interpolation_indices_and_weights(grid, module.num_grid_per_side, *how)
+            told |= zip(("interp_indices", "interp_weights"), (x[patches] for x in found))
+        if self.window:
+            how = self.merge, module.window_size, module.patch_size
+            order, ends = vision_utils.get_vision_window_index(grid, *how)
+            inside = kept[order.to(kept.device)]
+            told["window_index"] = (kept.cumsum(0) - 1)[order.to(kept.device)[inside]]
+            told["cu_window_seqlens"] = cut(ends, inside)
+        return (), given | told
 
     def arrange(self, x: Tensor, layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
         tokens = x.unflatten(0, (-1, self.merge**2))  # [tokens, m * m, ...]

@@ -234,38 +234,75 @@ def mark(processor, modality: str = "image") -> str:
     return f"<|vision_start|>{token}<|vision_end|>" if "pad" in token else token
 
 
-def batch(processor, prompts: list[str], pictures: list[Image.Image], side: str = "left", **extra):
-    """Model inputs for prompts in which "#" stands for the next picture."""
+def clip(height: int, width: int, seed: int = 0, frames: int = 6) -> np.ndarray:
+    """[frames, height, width, 3] of noise, each frame with a part of the one before."""
+    made = np.random.default_rng(seed).integers(0, 255, (frames, height, width, 3)).astype("uint8")
+    for frame in range(1, frames):
+        made[frame, :, : width // 2] = made[frame - 1, :, : width // 2]
+    return made
+
+
+def page(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture in the upper left corner of a white page of twice its sides."""
+    made = np.full((2 * height, 2 * width, 3), 255, "uint8")
+    made[:height, :width] = np.asarray(picture(height, width, seed))
+    return Image.fromarray(made)
+
+
+def maker(label: str) -> Any:
+    """What makes pictures that the method of a cell acts on: noise; clips, where it compares frames; or pages, where it
+    compares pixels."""
+    needs = getattr(compressors.load_all().get(label.partition("-")[0]), "needs", ())
+    return clip if "frames" in needs else page if "patch_list" in needs else picture
+
+
+def shown(label: str, height: int, width: int, seed: int = 0) -> Image.Image | np.ndarray:
+    """A picture that the method of a cell acts on."""
+    return maker(label)(height, width, seed)
+
+
+def batch(processor, prompts: list[str], pictures: list[Image.Image | np.ndarray], side: str = "left", **extra):
+    """Model inputs for prompts in which "#" stands for the next picture, or the next clip."""
     processor.tokenizer.padding_side = side
-    texts = [prompt.replace("#", mark(processor)) for prompt in prompts]
-    return processor(text=texts, images=pictures or None, return_tensors="pt", padding=True, **extra)
+    given = {"images": pictures or None}
+    modality = "image"
+    if pictures and isinstance(pictures[0], np.ndarray):
+        facts = [{"fps": 2.0, "total_num_frames": len(x), "frames_indices": list(range(len(x)))} for x in pictures]
+        given = {"videos": pictures, "video_metadata": facts, "do_sample_frames": False}
+        modality = "video"
+    texts = [prompt.replace("#", mark(processor, modality)) for prompt in prompts]
+    return processor(text=texts, **given, return_tensors="pt", padding=True, **extra)
 
 
 PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "# first", "last 0 1 2 #"]
 SIZES = [(70, 112), (56, 56), (112, 70), (84, 84), (56, 140)]
 
 
-def mixed(processor, side: str = "left"):
-    """One, two, no picture; picture first; picture last; ragged counts."""
-    return noise(processor, PROMPTS, SIZES, side)
+def mixed(processor, side: str = "left", label: str = ""):
+    """One, two, no picture; picture first; picture last; ragged counts. label: of the method, see `maker`."""
+    return noise(processor, PROMPTS, SIZES, side, label)
 
 
-def noise(processor, prompts: list[str], sizes: list[tuple[int, int]], side: str = "left"):
-    """Model inputs for prompts about pictures of noise, of these heights and widths."""
+def noise(processor, prompts: list[str], sizes: list[tuple[int, int]], side: str = "left", label: str = ""):
+    """Model inputs for prompts about noise of these heights and widths."""
     processor.tokenizer.padding_side = side
-    return copy.deepcopy(_noise(processor, tuple(prompts), tuple(sizes), side))
+    return copy.deepcopy(_noise(processor, tuple(prompts), tuple(sizes), side, maker(label)))
 
 
 @functools.cache  # a processor takes as long as a model
-def _noise(processor, prompts, sizes, side):
-    return batch(processor, list(prompts), [picture(h, w, i) for i, (h, w) in enumerate(sizes)], side)
+def _noise(processor, prompts, sizes, side, make):
+    return batch(processor, list(prompts), [make(h, w, i) for i, (h, w) in enumerate(sizes)], side)
+
+
+def dense(family: str, side: str = "left", label: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """What the unpatched model makes of `mixed`: logits, and the prompts with four greedy tokens."""
+    return _dense(family, side, maker(label))
 
 
 @functools.cache
-def dense(family: str, side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
-    """What the unpatched model makes of `mixed`: logits, and the prompts with four greedy tokens."""
+def _dense(family, side, make):
     model, processor = tiny(family)
-    inputs = mixed(processor, side)
+    inputs = copy.deepcopy(_noise(processor, tuple(PROMPTS), tuple(SIZES), side, make))
     return run(model, inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
 
 

@@ -22,6 +22,7 @@ from contract import (
     mixed,
     picture,
     run,
+    shown,
     tiny,
 )
 
@@ -67,7 +68,7 @@ def test_every_method_is_in_the_matrix():
 def test_what_is_not_in_the_matrix_is_refused(family, method):
     model, processor = tiny(family)
     with patched(model, method), pytest.raises(Unsupported, match=REFUSED[family, method]):
-        run(model, mixed(processor))
+        run(model, mixed(processor, label=method))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_what_is_not_in_the_matrix_is_refused(family, method):
 def test_pruning_is_masking(family, method, side):
     """Contract 2, 3, 4, 5: ragged batch with no, one and two pictures, picture first and last, either padding."""
     model, processor = tiny(family)
-    inputs = mixed(processor, side)
+    inputs = mixed(processor, side, method)
     with patched(model, method) as patch, Entered(model, patch) as entered:
         pruned = run(model, inputs, output_hidden_states=True)
     trace = patch.trace
@@ -85,7 +86,7 @@ def test_pruning_is_masking(family, method, side):
     with Masked(model, trace, entered.embeds):
         masked = run(model, inputs, output_hidden_states=True)
     present = trace.present_at(3)
-    whole, _ = dense(family, side)
+    whole, _ = dense(family, side, method)
     assert pruned.logits.shape == whole.shape
     close(pruned.logits[present], masked.logits[present])
     assert not dropped or (pruned.logits[~present] == 0).all()
@@ -113,7 +114,7 @@ GENERATION = {"greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": 
 def test_generate(family, method, how):
     """Contract 2, 3, 5: the same tokens as the unpatched model with masked columns, and the full prompt ids."""
     model, processor = tiny(family)
-    inputs = mixed(processor)
+    inputs = mixed(processor, label=method)
     options = {"max_new_tokens": 4, "do_sample": False} | GENERATION[how]
     torch.manual_seed(0)
     with patched(model, method) as patch, Entered(model, patch) as entered:
@@ -131,7 +132,7 @@ def test_a_batch_is_its_samples(family, method):
     """Contract 5: each row as if it were alone."""
     model, processor = tiny(family)
     prompts = ["a # What colour is it?", "two # and # yes", "no picture at all"]
-    pictures = [picture(70, 112, 1), picture(56, 56, 2), picture(112, 70, 3)]
+    pictures = [shown(method, 70, 112, 1), shown(method, 56, 56, 2), shown(method, 112, 70, 3)]
     with patched(model, method) as patch:
         together = run(model, batch(processor, prompts, pictures)).logits
         counts = patch.trace.n_kept_at(3)
@@ -150,8 +151,8 @@ def test_a_batch_is_its_samples(family, method):
 def test_keep_all_is_the_identity(family, method):
     """Contract 1."""
     model, processor = tiny(family)
-    inputs = mixed(processor)
-    logits, tokens = dense(family)
+    inputs = mixed(processor, label=method)
+    logits, tokens = dense(family, label=method)
     with vtok.patch(model, all_kept(matrix()[family, method])) as patch:
         assert torch.equal(run(model, inputs).logits, logits)
         assert patch.trace.n_kept == patch.trace.n_visual
@@ -162,7 +163,7 @@ def test_keep_all_is_the_identity(family, method):
 def test_the_cache_shrinks(family, method):
     """Contract 6: each layer holds the columns that the trace says, and no more."""
     model, processor = tiny(family)
-    inputs = mixed(processor)
+    inputs = mixed(processor, label=method)
     with patched(model, method) as patch:
         output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     cache, length = output.past_key_values, inputs["input_ids"].shape[1]
@@ -172,7 +173,7 @@ def test_the_cache_shrinks(family, method):
         assert columns == max(sample[layer] for sample in counts) + 2  # two of the three new tokens were fed back
     assert cache.get_seq_length() == length + 2
     assert cache.layers[3].keys.shape[-2] < length
-    single = batch(processor, ["# What?"], [picture(70, 112)])
+    single = batch(processor, ["# What?"], [shown(method, 70, 112)])
     with patched(model, method) as patch:
         cache = run(model, single, use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -186,7 +187,7 @@ def test_attention_implementations_agree(family, method, attention):
     logits, kept = [], []
     for implementation in ("sdpa", attention):
         model, processor = tiny(family, implementation)
-        inputs = mixed(processor)
+        inputs = mixed(processor, label=method)
         with patched(model, method) as patch:
             logits.append(run(model, inputs).logits[inputs["attention_mask"].bool()])  # rows of padding are anything
             kept.append(patch.trace.positions_at(3))
@@ -198,8 +199,8 @@ def test_attention_implementations_agree(family, method, attention):
 def test_a_second_picture_on_an_old_cache(family, method):
     """Contract 5: it is compressed too, and only its own columns."""
     model, processor = tiny(family)
-    first = batch(processor, ["a # What colour is it?"], [picture(70, 112, 1)])
-    second = batch(processor, [" yes and # now?"], [picture(112, 70, 2)])
+    first = batch(processor, ["a # What colour is it?"], [shown(method, 70, 112, 1)])
+    second = batch(processor, [" yes and # now?"], [shown(method, 112, 70, 2)])
     n1, n2 = first["input_ids"].shape[1], second["input_ids"].shape[1]
     second["attention_mask"] = torch.ones(1, n1 + n2, dtype=torch.long)
 
@@ -248,11 +249,11 @@ def test_the_count_is_known_beforehand(family, method, monkeypatch):
     if select is not None:
         monkeypatch.setattr(type(part), "select", lambda self, tokens: seen.append(tokens) or select(self, tokens))
     with vtok.patch(model, part) as patch:
-        run(model, mixed(processor))
+        run(model, mixed(processor, label=method))
     monkeypatch.undo()
     trace = patch.trace
-    for sample, shown, kept in zip(trace.samples, trace.pictures, trace.n_kept):
-        count = part.count(shown.dense)
+    for sample, one, kept in zip(trace.samples, trace.pictures, trace.n_kept):
+        count = part.count(one.dense)
         assert (count is None) == part.adaptive_now
         beside = sample == len(PROMPTS) - 1  # whose prompt ends with a picture
         assert count is None or count <= kept <= count + beside

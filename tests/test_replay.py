@@ -25,7 +25,7 @@ def forbid(monkeypatch, patch):
 @pytest.mark.parametrize(("family", "label"), cells("some", replayed))
 def test_a_prefill_is_done_again(family, label, monkeypatch):
     model, processor = tiny(family)
-    inputs = mixed(processor)
+    inputs = mixed(processor, label=label)
     with vtok.patch(model, example(model, label)) as patch:
         expected, kept = run(model, inputs).logits, patch.trace.kept()
         before = patch.trace.to_dict()

@@ -110,7 +110,20 @@ def test_who_reads_the_question_or_the_content_is_refused():
             told[name] = str(error)
     assert "reads the question" in told["quecc"] and "sees a pixel" in told["tcc"]
     assert "weights of its own" in told["tokenflex"]
-    served = {"aim_merge", "divprune", "dpp", "globalcom2", "pool", "random", "scope", "uniform", "visionzip"}
+    served = {
+        "aim_merge",
+        "divprune",
+        "dpp",
+        "evs",
+        "frames",
+        "globalcom2",
+        "pool",
+        "random",
+        "scope",
+        "uniform",
+        "vidcom2",
+        "visionzip",
+    }
     assert served == load_all().keys() - told.keys()
 
 

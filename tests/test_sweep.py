@@ -130,7 +130,7 @@ def test_names_and_budgets():
         cells.cells(None, [1.5])
     chosen = cells.cells(None, [0.5, 0.1])
     assert chosen[0] == Cell("dense", 1.0) and len(chosen) == 1 + 2 * len(cells.training_free())
-    assert cells.training_free()[:3] == ["downsample", "pool", "random"]
+    assert cells.training_free()[:3] == ["downsample", "frames", "pool"]
 
 
 def test_summary_against_counting_by_hand():

@@ -28,15 +28,15 @@ ORACLE = cells("some", lambda parts: masks(parts) and drops(parts))
 def constant(parts):
     """Features are merged or made anew, or pictures shrunk: the oracle gets them as constants, and knows no gradient
     before them."""
-    return any(part.stage in ("pixels", "blocks") or getattr(part, "merges", False) for part in parts)
+    return any(part.stage in ("pixels", "patches", "blocks") or getattr(part, "merges", False) for part in parts)
 
 
 PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "last 0 1 2 #"]
 SIZES = [(70, 112), (56, 56), (112, 70), (56, 140)]
 
 
-def prompts(processor, side="left"):
-    return noise(processor, PROMPTS, SIZES, side)
+def prompts(processor, method=""):
+    return noise(processor, PROMPTS, SIZES, label=method)
 
 
 def with_completion(inputs, completion):
@@ -56,7 +56,7 @@ def with_completion(inputs, completion):
 def test_loss_and_gradients(family, method):
     """The loss and every gradient are those of the unpatched model with the dropped columns masked."""
     model, processor = tiny(family)
-    inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
+    inputs, labels = with_completion(prompts(processor, method), torch.tensor([[40, 50, 60]]).repeat(4, 1))
     parts = example(model, method)
     own = model.model.visual.merger if family.startswith("qwen") else model.model.multi_modal_projector
     projector = parts[0].weights if parts[0].trained else own
@@ -92,7 +92,7 @@ def test_loss_and_gradients(family, method):
 @pytest.mark.parametrize(("family", "method"), CELLS)
 def test_gradient_checkpointing(family, method):
     model, processor = tiny(family)
-    inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
+    inputs, labels = with_completion(prompts(processor, method), torch.tensor([[40, 50, 60]]).repeat(4, 1))
     weight = model.model.language_model.layers[0].mlp.down_proj.weight
     model.train()
     grads = []
@@ -118,7 +118,7 @@ def test_peft(family, method, order):
     from peft import LoraConfig, get_peft_model
 
     model, processor = tiny(family)
-    inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
+    inputs, labels = with_completion(prompts(processor, method), torch.tensor([[40, 50, 60]]).repeat(4, 1))
     lora = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=2, init_lora_weights=False)
     parts = example(model, method)
     if order == "patch first":
@@ -132,7 +132,7 @@ def test_peft(family, method, order):
     grads = [p.grad for n, p in wrapped.named_parameters() if "lora_B" in n]
     assert grads and all(g is not None and g.abs().sum() > 0 for g in grads)
     assert drops(matrix()[family, method]) == (sum(patch.trace.n_kept_at(3)) < sum(patch.trace.n_visual))
-    wrapped.generate(**prompts(processor), max_new_tokens=2)
+    wrapped.generate(**prompts(processor, method), max_new_tokens=2)
     vtok.unpatch(wrapped)
     assert not patch.active
 
@@ -141,7 +141,7 @@ def test_peft(family, method, order):
 def test_bfloat16(family, method):
     """As many tokens are kept, and rounding hurts no more than it hurts the dense model."""
     model, processor = tiny(family)
-    inputs = prompts(processor)
+    inputs = prompts(processor, method)
     methods = example(model, method)
     dense = run(model, inputs).logits
     with vtok.patch(model, methods) as patch:
@@ -170,7 +170,7 @@ def test_rollout_and_training_agree(family, method):
     model, processor = tiny(family)
     with vtok.patch(model, example(model, method)) as patch:
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        inputs = prompts(processor)
+        inputs = prompts(processor, method)
         torch.manual_seed(0)
         rollout = model.generate(
             **inputs,
@@ -198,7 +198,7 @@ def test_rollout_and_training_agree(family, method):
 def test_generate_without_a_cache(family, method):
     """The grown sequence is run again at each step, and keeps what the prompt kept."""
     model, processor = tiny(family)
-    inputs = prompts(processor)
+    inputs = prompts(processor, method)
     with vtok.patch(model, example(model, method)):
         cached = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         again = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=False)

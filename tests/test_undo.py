@@ -42,7 +42,7 @@ def logits(model, inputs):
 @pytest.mark.parametrize(("family", "method"), cells("some"))
 def test_no_method_leaves_anything_behind(family, method):
     model, processor = tiny(family)
-    inputs = mixed(processor)
+    inputs = mixed(processor, label=method)
     dense, before, methods = logits(model, inputs), snapshot(model), example(model, method)
     with vtok.patch(model, methods):
         assert snapshot(model) != before

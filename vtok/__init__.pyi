@@ -13,13 +13,17 @@ from vtok.compressors.dart import DART as DART
 from vtok.compressors.divprune import DivPrune as DivPrune
 from vtok.compressors.downsample import Downsample as Downsample
 from vtok.compressors.dpp import DPP as DPP
+from vtok.compressors.evs import EVS as EVS
 from vtok.compressors.fastv import FastV as FastV
+from vtok.compressors.frames import Frames as Frames
 from vtok.compressors.gemfilter import GemFilter as GemFilter
 from vtok.compressors.globalcom2 import GlobalCom2 as GlobalCom2
 from vtok.compressors.h2o import H2O as H2O
+from vtok.compressors.holitom import HoliTom as HoliTom
 from vtok.compressors.keyformer import Keyformer as Keyformer
 from vtok.compressors.kvzip import KVzip as KVzip
 from vtok.compressors.mmtok import MMTok as MMTok
+from vtok.compressors.pixelprune import PixelPrune as PixelPrune
 from vtok.compressors.pool import Pool as Pool
 from vtok.compressors.pyramiddrop import PyramidDrop as PyramidDrop
 from vtok.compressors.quecc import QueCC as QueCC
@@ -35,6 +39,7 @@ from vtok.compressors.tokenflex import TokenFLEX as TokenFLEX
 from vtok.compressors.tokenselect import TokenSelect as TokenSelect
 from vtok.compressors.tome import ToMe as ToMe
 from vtok.compressors.uniform import Uniform as Uniform
+from vtok.compressors.vidcom2 import VidCom2 as VidCom2
 from vtok.compressors.visionzip import VisionZip as VisionZip
 from vtok.config import load as load
 from vtok.engine.trace import Trace as Trace

@@ -54,7 +54,7 @@ class Adapter(ABC):
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]  # of transformers' configs
     # what compressors may need, see Compressor.needs; "question", "question_embeds" and "ffn" are added to all, "ffn"
-    # being checked on the model (vtok/engine/ffn.py)
+    # being checked on the model (vtok/engine/ffn.py), and "frames" to those with an encoder of clips
     provides: ClassVar[frozenset[str]] = frozenset({"attention"})
     lacks: ClassVar[frozenset[str]] = frozenset()  # of what a family would have from its base class or from all
     encoders: ClassVar[dict[str, str]] = {"image": "get_image_features"}  # modality -> method of the core model
@@ -67,7 +67,8 @@ class Adapter(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.provides = (cls.provides | {"question", "question_embeds", "ffn"}) - cls.lacks
+        clips = {"frames"} if "video" in cls.encoders else set()
+        cls.provides = (cls.provides | {"question", "question_embeds", "ffn"} | clips) - cls.lacks
         for model_type in cls.model_types:
             register(_REGISTRY, model_type, cls)
 
@@ -124,6 +125,11 @@ class Adapter(ABC):
         """Make pictures of views, given for each picture its views, in order: those whose placeholders follow each
         other without a gap in the prompt. Called where `previews` gave something; the result has no previews."""
         raise Unsupported(f"Which views of {self.family} are one picture is not known.")
+
+    def pixels(self, modality: str, arguments: dict[str, Any]) -> Tensor:
+        """[patches, values] that an encoder with a list of patches is given, the patches of a token next to each other.
+        Only for those that provide "patch_list"."""
+        raise Unsupported(f"The encoder of {self.family} takes whole views, and no list of patches.")
 
     def encode_small(
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float

@@ -26,14 +26,15 @@ class Compressor(ABC):
     """What all compressors share. Subclasses are frozen dataclasses whose fields are the method's hyper-parameters;
     what each accepts is declared in its type, see `vtok.options`, and what it does is a sentence of the docstring.
 
-    A method derives from the base class of its stage (`vtok/stages/`: `Pixels`, `Blocks`, `PreLLM`, `InLLM`, `Decode`),
-    which says what it sees and what it answers, and sets the class variables below. One that is a composition of
-    others (`parts`) derives from this class.
+    A method derives from the base class of its stage (`vtok/stages/`: `Pixels`, `Patches`, `Blocks`, `PreLLM`,
+    `InLLM`, `Decode`), which says what it sees and what it answers, and sets the class variables below. One that is a
+    composition of others (`parts`) derives from this class.
     """
 
     name: ClassVar[str]  # the word for `vtok.patch(model, name)`
     stage: ClassVar[str]
-    # of "crops", "question", "question_embeds", "attention", "ffn", "token_blocks" and those of vtok/tower.py
+    # of "crops", "frames", "question", "question_embeds", "attention", "ffn", "token_blocks", "patch_list" and those of
+    # vtok/tower.py
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str]  # "title, arXiv id", or "baseline"
     # True if how many tokens stay depends on their content, not only on the grid; see `adaptive_now`

@@ -110,6 +110,13 @@ class Tower:
             raise Unsupported("A vision tower that is given an attention mask cannot merge tokens.")
         return {**kwargs, "attention_mask": bias[:, None, None]}
 
+    def on_some(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], kept: Tensor
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Of a tower that takes a list of patches: the arguments of its call with which it runs on some of the cells
+        alone, each of which becomes a token. kept: [cells] bool, of all pictures and frames in raster order."""
+        raise Unsupported(f"{self.kind} take whole views, and no list of patches.")
+
     # ---- its sizes -------------------------------------------------------------------------------------------------
     def shape(self) -> VisionShape:
         """What its cost and its projector's depend on. Raises `Unsupported` where the config does not say it all."""

@@ -65,6 +65,21 @@ class Views:
         return x.unflatten(2, (t, -1))
 
 
+def clip_shape(layout: Layout) -> tuple[int, int]:
+    """(T, P) of a clip: its frames, and the tokens of each. A picture of one view is a clip of one frame.
+
+    Raises `Unsupported` where a picture has several views, or frames have different sizes."""
+    shapes = dict.fromkeys((plane.rows, plane.cols) for plane in layout.planes)
+    if any(plane.kind in ("thumbnail", "crops") for plane in layout.planes):
+        raise Unsupported(
+            "A picture of a thumbnail and crops has no frames to compare: methods for clips take clips. Choose one for "
+            "pictures, such as divprune."
+        )
+    if len(shapes) > 1:
+        raise Unsupported(f"The frames of this {layout.modality} have different sizes: {', '.join(map(str, shapes))}.")
+    return len(layout.planes), layout.planes[0].size
+
+
 def unit(x: Tensor) -> Tensor:
     """x [..., C] in fp32 at length 1; zero stays zero, and what is not finite becomes zero."""
     x = x.float()

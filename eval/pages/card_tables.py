@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vtok.eval.pages.words import FEW
-from vtok.eval.results.cells import Cell, baselines, calls
+from vtok.eval.results.cells import Cell, baselines, calls, tried
 from vtok.eval.results.results import Mean, Results, Several, read
 from vtok.eval.results.verdicts import at_all, beats, not_run
 from vtok.markdown import paragraph, percent, table
@@ -81,13 +81,14 @@ def _methods(folder: Path) -> str:
     if refused := _refused(found.tasks):
         parts.append(f"Not run:\n\n{refused}")
     asked = ", ".join(f"{len(results.questions):,} of `{results.about['task']}`" for results in found.tasks)
+    rivals = ", ".join(f"`{name}`" for name in tried(found.tasks))
     words = (
         "Exact match in percent of every training-free method of vtok at the same budget: the mean over decoder layers "
         "of kept over all visual tokens is at most that, as far as the method can go (*mean keep* is what it was). "
         f"Questions: {asked}. *Of dense*: accuracy as a part of the dense model's, in percent, the mean over the tasks "
         "that the dense model answers better than chance, with its 95 % interval (paired bootstrap over items). "
         f"{FEW} FLOPs: of encoder and prefill, as a fraction of the dense ones, by formula, the mean over tasks. Bold, "
-        f"on these tasks alone: better than each of {', '.join(f'`{b}`' for b in baselines())} at this budget, beyond "
+        f"on these tasks alone: better than each of {rivals} at this budget, beyond "
         "the interval of the paired difference to the best of them. Methods inside the decoder pay for the first "
         "layers, which see all tokens, and rank by layers so early that they have hardly read the question: eight "
         f"layers tell against them. The best at each budget: docs/choosing.md. {at_all(found.tasks, '`{}`'.format)}"

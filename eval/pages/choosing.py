@@ -10,7 +10,7 @@ from typing import Any
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
 from vtok.eval.pages.words import FEW, about_models, family, percent_of, sources
-from vtok.eval.results.cells import bare, baselines
+from vtok.eval.results.cells import bare, tried
 from vtok.eval.results.results import Mean, Results, Several, load
 from vtok.eval.results.verdicts import WORTH, hopeless, tied
 from vtok.markdown import paragraph, percent
@@ -137,7 +137,7 @@ def _cell(choice: Choice | None) -> str:
 
 def _limits(every: Several, models: Sequence[Several]) -> str:
     left = [f"{r.model} on `{r.about['task']}`" for r in every.tasks if not r.advises]
-    weak, first = hopeless(every.tasks), _names(baselines())
+    weak, first = hopeless(every.tasks), _names(tried(every.tasks))
     lines = [
         "A *budget* is an upper bound of the mean over decoder layers of kept over all visual tokens. "
         f"*Not good* is less than {percent_of(WORTH)} of the dense accuracy.",

@@ -48,6 +48,12 @@ def baselines(pictures: bool = True) -> list[str]:
     return [name for name, cls in load_all().items() if cls.paper == "baseline" and cls.of_pictures == pictures]
 
 
+def tried(found: Iterable[Any]) -> list[str]:
+    """Those `baselines` that some of these results have."""
+    there = {cell.method for results in found for cell in results.facts}
+    return [name for name in baselines() if name in there]
+
+
 def smaller_picture() -> str:
     """The baseline that acts before the encoder: what it gets wrong are the questions that need visual detail."""
     return next(name for name in baselines() if load_all()[name].stage == "pixels")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vtok.tower import NEEDS
 
 _CLIP = NEEDS | {"crops"}
+_QWEN = frozenset({"frames"})
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,6 @@ class Family:
 FAMILIES = {
     "llava": Family("LlavaForConditionalGeneration", "vtok.serving.llava:Llava", _CLIP),
     "llava_next": Family("LlavaNextForConditionalGeneration", "vtok.serving.llava_next:LlavaNext", _CLIP),
-    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "vtok.serving.qwen:Qwen2VL", one_axis=False),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "vtok.serving.qwen:Qwen25VL", one_axis=False),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "vtok.serving.qwen:Qwen2VL", _QWEN, one_axis=False),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "vtok.serving.qwen:Qwen25VL", _QWEN, one_axis=False),
 }

@@ -91,9 +91,9 @@ class Settings:
         return [self.layout_of_size(config, size) for size in sizes]
 
     def most_rows(self, layout: Layout) -> int:
-        """A bound on `rows` of this layout and of smaller ones: grids of `pool` fit one better than another, and each
-        plane may keep a token of its own."""
-        count = keep_count(layout.n, self.compressor.keep) + len(layout.planes)
+        """A bound on `rows` of this layout and of smaller ones: grids of `pool` fit one better than another, each plane
+        may keep a token of its own, and methods for clips keep a whole frame."""
+        count = max(keep_count(layout.n, self.compressor.keep) + len(layout.planes), self.compressor.count(layout))
         return min(layout.n, count) + layout.n_rows - layout.n
 
     def times(self, layout: Layout) -> float:

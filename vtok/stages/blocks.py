@@ -94,7 +94,7 @@ class BlocksStage(Stage[Blocks]):
 
     def __init__(self, compressor: Blocks, site: Site) -> None:
         super().__init__(compressor, site)
-        needs = sorted({need for part in site.parts for need in part.needs_now & (NEEDS | {"crops"})})
+        needs = sorted({need for part in site.parts for need in part.needs_now & (NEEDS | {"crops", "frames"})})
         if compressor.scatters and needs:
             names = ", ".join(part.name for part in site.parts if part is not compressor)
             raise Unsupported(f"{names} needs {', '.join(needs)} of whole views, and {compressor!r} leaves parts.")
