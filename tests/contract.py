@@ -211,8 +211,11 @@ def placeholder_ids(model: nn.Module) -> list[int]:
 
 
 def encoder(model: nn.Module) -> nn.Module:
-    core = model.model
-    return core.visual if hasattr(core, "visual") else core.vision_tower
+    return model.model.get_submodule(adapters.of(model.config).encoder)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    return adapters.of(model.config).language_model(model.model)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -270,7 +273,7 @@ class Masked:
         self.present = [trace.present_at(i) for i in range(trace.shapes.layers)]
 
     def __enter__(self) -> None:
-        lm = self.model.model.language_model
+        lm = decoder(self.model)
         self.hooks = [
             layer.register_forward_pre_hook(functools.partial(self._mask, i), with_kwargs=True)
             for i, layer in enumerate(lm.layers)
@@ -321,7 +324,7 @@ class Entered:
 
     def __init__(self, model: nn.Module, patch) -> None:
         self.patch = patch
-        self.lm = model.model.language_model
+        self.lm = decoder(model)
 
     def __enter__(self):
         self.handles = [

@@ -48,6 +48,45 @@ class Encoded:
         return Encoded(self.modality, *map(take, each))
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where the views of a call stand in the prompts, in order. `Adapter.join` reads from it which are one picture.
+
+    where: [sum(sizes)] their placeholders, in the batch flattened from rows of `length`. sizes: placeholders of each.
+    tokens: for places [K] of the flattened batch a number each, the same where the same token stands.
+    """
+
+    where: Tensor
+    sizes: Sequence[int]
+    length: int
+    tokens: Callable[[Tensor], Tensor]
+
+    def unbroken(self) -> list[list[int]]:
+        """Views grouped: those whose placeholders follow each other in one row of the batch. Waits for the device."""
+        starts = self._ends[:-1]  # of the second view on
+        follows = (self.where[starts] == self.where[starts - 1] + 1) & (self.where[starts] % self.length != 0)
+        groups = [[0]]
+        for view, joined in enumerate(follows.tolist(), start=1):
+            if joined:
+                groups[-1].append(view)
+            else:
+                groups.append([view])
+        return groups
+
+    def before(self) -> Tensor:
+        """[V] the token in front of each view."""
+        first = torch.cat([self._ends.new_zeros(1), self._ends[:-1]])
+        return self.tokens(self.where[first] - 1)
+
+    def behind(self) -> Tensor:
+        """[V] the token behind each view."""
+        return self.tokens(self.where[self._ends - 1] + 1)
+
+    @property
+    def _ends(self) -> Tensor:
+        return torch.tensor(self.sizes, device=self.where.device).cumsum(0)
+
+
 class Adapter(ABC):
     """Tells the engine where things are in one model family. Names no compressor except as the measured default."""
 
@@ -120,9 +159,12 @@ class Adapter(ABC):
         to see of each. None for all others."""
         return None
 
-    def join(self, encoded: Encoded, pictures: Sequence[Sequence[int]]) -> Encoded:
-        """Make pictures of views, given for each picture its views, in order: those whose placeholders follow each
-        other without a gap in the prompt. Called where `previews` gave something; the result has no previews."""
+    def by_view(self, config: Any, output: Any) -> None:
+        """Let `output.pooler_output` of the encoder method have an entry [n_rows, D] for each layout, where the family
+        gives it otherwise. Done twice it is harmless."""
+
+    def join(self, encoded: Encoded, placed: Placed) -> Encoded:
+        """Make pictures of views. Called where `previews` gave something; the result has no previews."""
         raise Unsupported(f"Which views of {self.family} are one picture is not known.")
 
     def encode_small(

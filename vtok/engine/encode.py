@@ -67,6 +67,7 @@ def run(
     probed = encoding.probed(call)
     if not hasattr(output, "pooler_output"):
         return output, None
+    call.adapter.by_view(call.core.config, output)
     for rows, layout in zip(output.pooler_output, call.layouts):
         if len(rows) != layout.n_rows:
             raise Unsupported(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import find_packed_sequence_indices
 
-from vtok.adapter import Encoded
+from vtok.adapter import Encoded, Placed
 from vtok.engine import prompt
 from vtok.engine.cache import Rows, cache_in, gather
 from vtok.engine.decoder import Pass
@@ -206,10 +206,19 @@ def locate(engine: Engine, call: Call, embeds: Tensor) -> tuple[Tensor, list[Pic
         sizes = [layout.n_rows for layout in encoded.layouts]
         where = torch.nonzero_static(here.view(-1), size=sum(sizes)).squeeze(1)
         if encoded.previews is not None:  # a wait for the device: only the prompt knows which views are a picture
-            encoded = call.encoded[modality] = engine.adapter.join(encoded, unbroken(where, sizes, length))
+            tokens = partial(_tokens, call.input_ids, embeds)
+            encoded = call.encoded[modality] = engine.adapter.join(encoded, Placed(where, sizes, length, tokens))
             sizes = [layout.n_rows for layout in encoded.layouts]
         pictures += [_picture(modality, encoded, i, rows) for i, rows in enumerate(where.split(sizes))]
     return visual, pictures
+
+
+def _tokens(ids: Tensor | None, embeds: Tensor, places: Tensor) -> Tensor:
+    """[K] a number for the token at each of places [K] of the flattened batch, that of a neighbour beyond its ends."""
+    places = places.clamp(0, embeds.shape[0] * embeds.shape[1] - 1)
+    if ids is not None:
+        return ids.view(-1)[places]
+    return torch.unique(embeds.flatten(0, 1)[places], dim=0, return_inverse=True)[1]
 
 
 def _picture(modality: str, encoded: Encoded, i: int, rows: Tensor) -> Picture:
@@ -226,18 +235,3 @@ def _picture(modality: str, encoded: Encoded, i: int, rows: Tensor) -> Picture:
         place = place[source]
     into = encoded.merged_into[i] if encoded.merged_into is not None else None
     return Picture(modality, dense, layout, rows, rows[place], rows[separators.to(rows.device)], source, into)
-
-
-def unbroken(where: Tensor, sizes: list[int], length: int) -> list[list[int]]:
-    """Views grouped into pictures: those whose placeholders follow each other in one row of the batch.
-
-    where: [sum(sizes)] the placeholders of all views, in the batch flattened from rows of `length`."""
-    starts = torch.tensor(sizes).cumsum(0)[:-1].to(where.device)  # of the second view on
-    follows = (where[starts] == where[starts - 1] + 1) & (where[starts] % length != 0)
-    groups = [[0]]
-    for view, joined in enumerate(follows.tolist(), start=1):
-        if joined:
-            groups[-1].append(view)
-        else:
-            groups.append([view])
-    return groups
