@@ -178,9 +178,10 @@ def cells(scope: str = "all", only=lambda parts: True) -> list:
     fit = {cell: parts for cell, parts in matrix().items() if only(parts)}
     if scope != "all":
         first = {}
-        for family, label in fit:
+        plain = lambda cell: len(type(ADAPTERS[cell[0]]).__mro__)  # a family before those that are described by it
+        for family, label in sorted(fit, key=plain):
             first.setdefault((label, seam(family)), (family, label))
-        fit = {cell: fit[cell] for cell in first.values()}
+        fit = {cell: fit[cell] for cell in fit if cell in first.values()}
     if scope in ("each", "some"):
         of, leading = {}, {}
         for (family, label), parts in fit.items():

@@ -101,7 +101,9 @@ class Prefill:
         self.ask("owners", torch.stack(first) // self.length if first else self.prompts.turns.new_empty(0))
         self.ask("unclear", self.prompts.unclear)
         self.ask("turns", self.prompts.turns)
-        call, absent = self.call, self.engine.token_ids.keys() - self.call.encoded.keys()
+        call, ids = self.call, self.engine.token_ids
+        filled = {ids[modality] for modality in call.encoded}  # families may have one placeholder for all
+        absent = [modality for modality, token in ids.items() if token not in filled]
         self.ask("unfilled", torch.stack([torch.zeros_like(keep).any(), *(call.places(m).any() for m in absent)]))
         for stage in self.stages:
             stage.count(self, keep, droppable)
