@@ -14,6 +14,10 @@ GLM_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image|>", "<|video|>"),
     *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
 )
+GEMMA_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<image_soft_token>", "<start_of_image>", "<end_of_image>"),
+)
 QWEN_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",

@@ -13,7 +13,7 @@ from vtok.engine.accounting import VisionShape
 
 
 class GLM4VAdapter(Qwen25VLAdapter):
-    """One call shows pictures or clips: transformers' model refuses both together, as their placeholders are one token."""
+    """One call shows pictures or clips: transformers' model refuses both together, as they have one placeholder."""
 
     family = "glm4v"
     model_types = ("glm4v", "glm4v_moe", "glm46v")

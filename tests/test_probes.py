@@ -92,7 +92,8 @@ def test_views_apart(family):
 
         return hook
 
-    hooks = [core.multi_modal_projector.register_forward_pre_hook(lambda module, args: projected.append(args[0]))]
+    projector = core.get_submodule(adapter.projector)
+    hooks = [projector.register_forward_pre_hook(lambda module, args: projected.append(args[0]))]
     for i, layer in enumerate(layers):
         attention = getattr(layer, tower.attention)
         first = lambda args, kwargs, out: args[0] if args else kwargs["hidden_states"]

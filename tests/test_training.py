@@ -3,15 +3,17 @@
 import pytest
 import torch
 from contract import (
+    ADAPTERS,
     Entered,
-    Masked,
     cells,
+    decoder,
     drops,
     example,
     masks,
     matrix,
     mixed,
     noise,
+    oracle,
     placeholder_ids,
     run,
     tiny,
@@ -58,12 +60,12 @@ def test_loss_and_gradients(family, method):
     model, processor = tiny(family)
     inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
     parts = example(model, method)
-    own = model.model.visual.merger if family.startswith("qwen") else model.model.multi_modal_projector
+    own = model.model.get_submodule(ADAPTERS[family].projector)
     projector = parts[0].weights if parts[0].trained else own
     watched = {
         "embeddings": model.get_input_embeddings().weight,
         "projector": list(projector.parameters())[-1],
-        "layer 3": model.model.language_model.layers[3].mlp.down_proj.weight,
+        "layer 3": decoder(model).layers[3].mlp.down_proj.weight,
         "head": model.lm_head.weight,
     }
 
@@ -80,7 +82,7 @@ def test_loss_and_gradients(family, method):
     assert pruned.keys() == watched.keys()
     assert all(grad.abs().sum() > 0 for grad in pruned.values())
     fixed = constant(parts)
-    with Masked(model, patch.trace, entered.embeds if fixed else None):
+    with oracle(model, patch.trace, entered.embeds if fixed else None):
         masked_output = model(**inputs, labels=labels)
         masked = grads(masked_output.loss)
     torch.testing.assert_close(output.loss, masked_output.loss, atol=1e-5, rtol=1e-5)
@@ -93,7 +95,7 @@ def test_loss_and_gradients(family, method):
 def test_gradient_checkpointing(family, method):
     model, processor = tiny(family)
     inputs, labels = with_completion(prompts(processor), torch.tensor([[40, 50, 60]]).repeat(4, 1))
-    weight = model.model.language_model.layers[0].mlp.down_proj.weight
+    weight = decoder(model).layers[0].mlp.down_proj.weight
     model.train()
     grads = []
     with vtok.patch(model, example(model, method)):

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from contract import FAMILIES, STACKS, cells, encoder, example, mixed, run, tiny
+from contract import FAMILIES, STACKS, cells, decoder, encoder, example, mixed, run, tiny
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtok
@@ -90,7 +90,7 @@ def test_exceptions_leave_nothing_behind(family, where, monkeypatch):
 
     targets = {
         "compressor": (vtok.Uniform, "select"),
-        "layer": (type(model.model.language_model.layers[3].mlp), "forward"),
+        "layer": (type(decoder(model).layers[3].mlp), "forward"),
         "encoder": (type(encoder(model)), "forward"),
     }
     with monkeypatch.context() as patched:

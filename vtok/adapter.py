@@ -100,6 +100,7 @@ class Adapter(ABC):
     encoder: ClassVar[str] = "vision_tower"  # path in the core model of the vision encoder
     projector: ClassVar[str] = "multi_modal_projector"  # path in the core model of what maps features to embeddings
     late: ClassVar[bool] = False  # whether visual features also enter behind decoder layers, see `late_features`
+    windows: ClassVar[bool] = False  # whether decoder layers may see a window, which then counts the tokens kept
     # What `patch` takes where no method is named: the best at a quarter of the tokens in the one table that there is
     # (model_cards/vtok-tiny-llava-next). A family that has been measured itself overrides it.
     default: ClassVar[dict[str, Any]] = {"method": "divprune", "keep": 0.25}
@@ -153,6 +154,18 @@ class Adapter(ABC):
         engine adds them in the language model's stead, to the tokens that are present there. Only where `late` is set,
         and never behind the last layer."""
         return {}
+
+    def blocks(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """For families whose pictures' tokens see each other, later ones too: [B, S] which block of such tokens each
+        belongs to, -1 for none, from the keywords of the core model. None for all others."""
+        return None
+
+    def masks(self, config: Any, embeds: Tensor, valid: Tensor | None, cache: Any, blocks: Tensor) -> Any:
+        """What the language model takes as `attention_mask` where there are `blocks` [B, L].
+
+        config: of the decoder. embeds: [B, L, D]. valid: [B, columns + L] bool, or None where nothing is padding.
+        cache: holds `columns` columns; or None."""
+        raise Unsupported(f"How {self.family} masks blocks is not known.")
 
     def previews(self, arguments: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """For families whose encoder method is given views and not told which of them are a picture: what `join` wants

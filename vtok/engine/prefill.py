@@ -42,7 +42,7 @@ class Prefill:
         self.batch, self.length, width = self.embeds.shape
         self.device, self.cache = self.embeds.device, cache
         self.stopwatch = Stopwatch(self.device)
-        mask = kwargs.get("attention_mask")
+        mask = call.mask_in(kwargs)
         refuse_packed(kwargs, mask, cache)
         self.valid = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
         if mask is not None:
@@ -179,6 +179,8 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
         keep, max(lengths), seen.flat.view_as(seen.embeds), seen.positions, droppable
     )
     present[0] = Rows(index, there, min(lengths) < max(lengths), may_go)
+    if call.blocks is not None:
+        p.blocks = call.blocks[:, -seen.length :].to(index.device).gather(1, index).masked_fill(~there, -1)
     for stage in seen.stages:
         stage.begin(seen, p)
     if cache is not None:
