@@ -36,10 +36,9 @@ class SmolVLMAdapter(InternVLAdapter):
         return core.text_model
 
     def check(self, config: Any) -> None:
-        vision = config.vision_config
-        side, unit = vision.image_size, self.unit(config)
-        if side % unit:
-            raise Unsupported(f"{self.family} with tiles of {side} pixels, which tokens of {unit} pixels do not fill.")
+        patches, merge = config.vision_config.image_size // config.vision_config.patch_size, config.scale_factor
+        if patches % merge:
+            raise Unsupported(f"{self.family} with tiles of {patches} patches a side, which {merge} does not divide.")
 
     def available(self, config: Any) -> frozenset[str]:
         return self.provides
@@ -47,10 +46,14 @@ class SmolVLMAdapter(InternVLAdapter):
     def unit(self, config: Any) -> int:
         return config.vision_config.patch_size * config.scale_factor
 
+    def side(self, config: Any, pixels: Tensor) -> int:
+        """Tokens along one side of the tiles `pixels` [..., side, side], whose last pixels may fill no patch."""
+        return pixels.shape[-1] // config.vision_config.patch_size // config.scale_factor
+
     def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """One a tile, until `join`. Waits for the device: samples with fewer tiles than others are filled up."""
-        unit, (height, width) = self.unit(config), arguments["pixel_values"].shape[-2:]
-        return [Layout((Plane(height // unit, width // unit),))] * len(self.previews(arguments))
+        side = self.side(config, arguments["pixel_values"])
+        return [Layout((Plane(side, side),))] * len(self.previews(arguments))
 
     def previews(self, arguments: dict[str, Any]) -> tuple[None, ...]:
         """One a tile; tiles of zeros are none."""
@@ -87,7 +90,7 @@ class SmolVLMAdapter(InternVLAdapter):
         self, core: nn.Module, modality: str, encode: Callable[..., Any], arguments: dict[str, Any], scale: float
     ) -> tuple[Any, list[tuple[int, int]]]:
         pixels, unit = arguments["pixel_values"], self.unit(core.config)
-        side = pixels.shape[-1] // unit
+        side = self.side(core.config, pixels)
         small = max(1, int(side * scale + 1e-6))
         resize = torch.nn.functional.interpolate
         less = resize(pixels.flatten(0, 1).float(), size=small * unit, mode="bicubic", antialias=True).to(pixels.dtype)
