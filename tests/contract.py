@@ -24,6 +24,7 @@ from vtok.engine.cache import NAME, cache_in, with_cache
 
 ADAPTERS = adapters.load_all()
 FAMILIES = list(ADAPTERS)
+INSIDE = [family for family in FAMILIES if "attention" in ADAPTERS[family].provides]  # methods act inside the decoder
 
 
 class Mould(pickle.Pickler):

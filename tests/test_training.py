@@ -4,6 +4,7 @@ import pytest
 import torch
 from contract import (
     ADAPTERS,
+    INSIDE,
     Entered,
     cells,
     decoder,
@@ -157,9 +158,10 @@ def test_bfloat16(family, method):
     assert logits.isfinite().all()
     if not any(part.adaptive for part in patch.compressors):  # such a count is a matter of rounding
         assert patch.trace.per_sample(patch.trace.n_kept_at(3)) == kept
-    assert patch.trace.kv_bytes()["dense"] * 2 == sum(
-        sum(sample) * 2 * 32 * 4 for sample in patch.trace.counts()["dense"]
-    )
+    if family in INSIDE:  # else some layers hold fewer columns, or none
+        assert patch.trace.kv_bytes()["dense"] * 2 == sum(
+            sum(sample) * 2 * 32 * 4 for sample in patch.trace.counts()["dense"]
+        )
     if method == "uniform":  # the content cannot change what is kept
         assert (logits - exact).norm() / exact.norm() < 1.5 * dense_error
 

@@ -94,6 +94,7 @@ def mark(adapter: Adapter, core: nn.Module, modality: str, output: Any, argument
 
     arguments: of the encoder method, by name, which made them."""
     layouts = tuple(adapter.layouts(core.config, modality, arguments))
+    adapter.by_view(core.config, output)
     setattr(output, MARK, Encoded(modality, layouts, previews=adapter.previews(arguments)))
 
 
