@@ -229,6 +229,8 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 def mark(processor, modality: str = "image") -> str:
     """What stands for a picture in a prompt string."""
     token = getattr(processor, f"{modality}_token")
+    if token == f"<|{modality}|>":  # GLM's
+        return f"<|begin_of_{modality}|>{token}<|end_of_{modality}|>"
     return f"<|vision_start|>{token}<|vision_end|>" if "pad" in token else token
 
 

@@ -137,6 +137,42 @@ def test_clips_of_glm(method):
     assert [(y.modality, [(p.rows, p.cols) for p in y.planes]) for y in trace.layouts] == [("video", [(2, 3)] * 3)]
 
 
+def test_what_is_read_of_glms_encoder():
+    """The last states make the model's own tokens; what a patch gets is what a softmax by hand says."""
+    model, processor = tiny("glm4v", "eager")
+    seen = []
+
+    class Spy(vtok.Uniform):
+        needs = frozenset({"encoder_states", "encoder_attention"})
+        encoder_layers = property(lambda self: {"encoder_states": (0, None), "encoder_attention": (0,)})
+
+        def select(self, tokens):
+            seen.append(tokens)
+            return super().select(tokens)
+
+    with vtok.patch(model, Spy(keep=0.5)):
+        run(model, batch(processor, ["# ?"], [picture(56, 84)]))
+    (tokens,), visual = seen, model.model.visual
+    states = tokens.read("encoder_states", None)[0, 0]  # [24, C], the four patches of a token together
+    with torch.no_grad():
+        squares = visual.post_layernorm(states).view(-1, 2, 2, states.shape[1]).permute(0, 3, 1, 2)
+        own = visual.merger(visual.downsample(squares).flatten(1))
+        torch.testing.assert_close(own, tokens.features[0], atol=1e-4, rtol=1e-4)
+        block = visual.blocks[0]
+        place = torch.tensor([(2 * (t // 3) + i // 2, 2 * (t % 3) + i % 2) for t in range(6) for i in range(4)])
+        tables = visual.rotary_pos_emb(states, place)
+        hidden = block.norm1(tokens.read("encoder_states", 0)[0, 0])
+        q, k, _ = block.attn.qkv(hidden).unflatten(-1, (3, 2, -1)).unbind(1)  # [24, heads, d]
+        turned = [x * tables[0][:, None] + half(x) * tables[1][:, None] for x in (q, k)]
+        maps = torch.einsum("qhd,khd->hqk", *turned).mul(q.shape[-1] ** -0.5).softmax(-1)
+    torch.testing.assert_close(tokens.read("encoder_attention", 0)[0, 0], maps.mean(0).sum(0), atol=1e-4, rtol=1e-4)
+
+
+def half(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
 def test_glm_shows_pictures_or_clips():
     """transformers counts all placeholders for both, and says so."""
     model, processor = tiny("glm4v")

@@ -11,15 +11,15 @@ from contract import ADAPTERS, FAMILIES, SIZES, batch, mark, mixed, picture, tin
 from test_undo import snapshot
 
 import vtok
-from vtok.adapters.qwen2_5_vl import QwenTower, window_order
+from vtok.adapters.qwen2_5_vl import Qwen25VLAdapter, QwenTower, window_order
 from vtok.engine.seams import Seam
 from vtok.errors import InvalidValue, Unsupported
 from vtok.tower import NEEDS, OF_CLS, OF_PATCHES, Tower, layer_index, received
 from vtok.types import Layout, Plane
 
 SEEING = [family for family in FAMILIES if ADAPTERS[family].provides >= OF_PATCHES]
-PACKED = [family for family in SEEING if family.startswith(("qwen", "glm"))]
-APART = [family for family in SEEING if family not in PACKED]
+APART = [family for family in SEEING if not isinstance(ADAPTERS[family], Qwen25VLAdapter)]
+PACKED = [family for family in SEEING if family.startswith("qwen")]
 
 
 def spy(layers, keep=0.5, grad=False):

@@ -347,8 +347,8 @@ def with_answer(inputs, answer):
     inputs = dict(inputs)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1)
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answer)], 1)
+    for name in {"mm_token_type_ids", "token_type_ids"} & inputs.keys():
+        inputs[name] = torch.cat([inputs[name], torch.zeros_like(answer)], 1)
     labels = inputs["input_ids"].clone()
     labels[:, : -answer.shape[1]] = -100
     return inputs, labels

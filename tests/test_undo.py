@@ -68,10 +68,10 @@ def test_remove_restores_everything(family, attention):
     assert after[0] == before[0]
     assert after[1:] == before[1:]
     assert torch.equal(logits(model, inputs), dense)
-    with vtok.patch(model, STACK()):
+    with vtok.patch(model, able(family, *STACK())):
         pass
     assert snapshot(model) == before
-    vtok.patch(model, STACK())
+    vtok.patch(model, able(family, *STACK()))
     vtok.unpatch(model)
     assert snapshot(model) == before
 
