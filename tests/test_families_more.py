@@ -184,6 +184,21 @@ def test_glm_shows_pictures_or_clips():
         run(model, {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")})
 
 
+def test_beams_of_glm():
+    """transformers' own rule for this family; one picture a prompt is right."""
+    model, processor = tiny("glm4v")
+    two = batch(processor, ["# and #"], [picture(56, 56), picture(56, 112)])
+    one = batch(processor, ["# a", "none", "and # b"], [picture(56, 56), picture(56, 112)])
+    kept = []
+    with vtok.patch(model, "uniform", keep=0.5) as patch:
+        with pytest.raises(Unsupported, match="beams would see other pictures"):
+            model.generate(**two, max_new_tokens=2, num_beams=2)
+        for beams in (1, 2):
+            model.generate(**one, max_new_tokens=2, do_sample=False, num_beams=beams)
+            kept.append([positions.tolist() for positions in patch.trace.positions])
+    assert kept[1] == [positions for positions in kept[0] for _ in range(2)]
+
+
 # ---- Qwen3.5 and Gemma 3 -----------------------------------------------------------------------------------------
 def test_qwen3_5_with_experts():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

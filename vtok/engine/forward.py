@@ -350,8 +350,8 @@ class Engine:
         cache, embeds = p.cache, kwargs["inputs_embeds"]
         p.embeds, p.positions = embeds, kwargs["position_ids"]
         rows = p.rows_at(0)
-        valid = rows.valid if cache is None else None
         if cache is None:  # without a mask and a cache, gaps in the positions would be read as packed sequences
+            valid = rows.valid
             kwargs["attention_mask"] = valid.long()
         else:
             new = rows.valid if rows is not None and rows.padded else None
