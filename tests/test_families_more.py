@@ -224,6 +224,17 @@ def test_methods_in_these_decoders_are_refused(family, method):
         vtok.patch(tiny(family)[0], method)
 
 
+def test_types_of_gemmas_prompt_alone():
+    """As transformers reads them: what stands behind belongs to no picture."""
+    model, processor = tiny("gemma3")
+    inputs = dict(batch(processor, ["# What?"], [picture(84, 84)]))
+    for name in ("input_ids", "attention_mask"):
+        inputs[name] = torch.cat([inputs[name], torch.ones_like(inputs[name][:, :3])], 1)
+    longer = torch.nn.functional.pad(inputs["token_type_ids"], (0, 3))
+    with vtok.patch(model, "uniform", keep=0.5):
+        assert torch.equal(run(model, inputs).logits, run(model, {**inputs, "token_type_ids": longer}).logits)
+
+
 def test_other_gemmas_are_refused():
     model, _ = tiny("gemma3")
     model.config.mm_tokens_per_image = 12

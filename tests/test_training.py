@@ -48,8 +48,8 @@ def with_completion(inputs, completion):
     inputs = dict(inputs)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], completion], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], 0 * ones], 1)
+    for name in {"mm_token_type_ids", "token_type_ids"} & inputs.keys():
+        inputs[name] = torch.cat([inputs[name], 0 * ones], 1)
     labels = inputs["input_ids"].clone()
     labels[:, : -completion.shape[1]] = -100
     return inputs, labels

@@ -180,7 +180,9 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
     )
     present[0] = Rows(index, there, min(lengths) < max(lengths), may_go)
     if call.blocks is not None:
-        p.blocks = call.blocks[:, -seen.length :].to(index.device).gather(1, index).masked_fill(~there, -1)
+        blocks = call.blocks[:, -seen.length :].to(index.device)
+        blocks = torch.nn.functional.pad(blocks, (0, seen.length - blocks.shape[1]), value=-1)  # of a prompt alone
+        p.blocks = blocks.gather(1, index).masked_fill(~there, -1)
     for stage in seen.stages:
         stage.begin(seen, p)
     if cache is not None:
