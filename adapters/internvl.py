@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vtok.adapter import Adapter, Encoded, projected, shrink, stretch
+from vtok.adapter import Adapter, Encoded, Placed, projected, shrink, stretch
 from vtok.engine.accounting import VisionShape
 from vtok.errors import Unsupported
 from vtok.tower import OF_CLS, OF_PATCHES, Tower
@@ -63,14 +63,19 @@ class InternVLAdapter(Adapter):
         pixels = arguments["pixel_values"].float()
         return tuple(torch.nn.functional.adaptive_avg_pool2d(pixels, PREVIEW))
 
-    def join(self, encoded: Encoded, pictures: Sequence[Sequence[int]]) -> Encoded:
-        layouts, small, sources, probed = [], [], [], []
+    def pictures(self, encoded: Encoded, placed: Placed) -> Iterator[tuple[list[int], tuple[int, int]]]:
+        """Of each picture its views and, where there are several, the (rows, cols) of all but the last."""
         tiles = torch.stack(encoded.previews).cpu()  # [V, 3, PREVIEW, PREVIEW]
-        for views in pictures:
+        for views in placed.unbroken():
+            *crops, thumbnail = tiles[views]
+            yield views, arrangement(torch.stack(crops), thumbnail) if crops else (1, 1)
+
+    def join(self, encoded: Encoded, placed: Placed) -> Encoded:
+        layouts, small, sources, probed = [], [], [], []
+        for views, grid in self.pictures(encoded, placed):
             layout = encoded.layouts[views[0]]
             if len(views) > 1:
-                *crops, thumbnail = tiles[list(views)]
-                layout = tiled(layout.planes[0].rows, arrangement(torch.stack(crops), thumbnail))
+                layout = tiled(layout.planes[0].rows, grid)
             layouts.append(layout)
             if encoded.small is not None:
                 less, source = shrink(layout, encoded.small[views[0]].planes[0].view_shape)

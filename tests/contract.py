@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import sys
 import zlib
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import nn
 import vtok
 from vtok import adapter as adapters
 from vtok import compressor as compressors
-from vtok.engine.cache import cache_in
+from vtok.engine.cache import NAME, cache_in, with_cache
 
 ADAPTERS = adapters.load_all()
 FAMILIES = list(ADAPTERS)
+INSIDE = [family for family in FAMILIES if "attention" in ADAPTERS[family].provides]  # methods act inside the decoder
 
 
 class Mould(pickle.Pickler):
@@ -152,7 +154,8 @@ def matrix() -> dict[tuple[str, str], tuple]:
 def seam(family: str) -> tuple:
     """What the engine does otherwise for this family: two of the same kind meet the same code of it."""
     adapter = ADAPTERS[family]
-    return adapter.late, type(adapter).previews is not adapters.Adapter.previews, adapter.projector
+    previews = type(adapter).previews is not adapters.Adapter.previews
+    return adapter.late, previews, adapter.projector.startswith(adapter.encoder), "attention" in adapter.provides
 
 
 def run(model: nn.Module, inputs, **extra):
@@ -187,9 +190,10 @@ def cells(scope: str = "all", only=lambda parts: True) -> list:
     fit = {cell: parts for cell, parts in matrix().items() if only(parts)}
     if scope != "all":
         first = {}
-        for family, label in fit:
+        plain = lambda cell: len(type(ADAPTERS[cell[0]]).__mro__)  # a family before those that are described by it
+        for family, label in sorted(fit, key=plain):
             first.setdefault((label, seam(family)), (family, label))
-        fit = {cell: fit[cell] for cell in first.values()}
+        fit = {cell: fit[cell] for cell in fit if cell in first.values()}
     if scope in ("each", "some"):
         of, leading = {}, {}
         for (family, label), parts in fit.items():
@@ -220,8 +224,11 @@ def placeholder_ids(model: nn.Module) -> list[int]:
 
 
 def encoder(model: nn.Module) -> nn.Module:
-    core = model.model
-    return core.visual if hasattr(core, "visual") else core.vision_tower
+    return model.model.get_submodule(adapters.of(model.config).encoder)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    return adapters.of(model.config).language_model(model.model)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -231,6 +238,8 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 def mark(processor, modality: str = "image") -> str:
     """What stands for a picture in a prompt string."""
     token = getattr(processor, f"{modality}_token")
+    if token == f"<|{modality}|>":  # GLM's
+        return f"<|begin_of_{modality}|>{token}<|end_of_{modality}|>"
     return f"<|vision_start|>{token}<|vision_end|>" if "pad" in token else token
 
 
@@ -264,14 +273,18 @@ def shown(label: str, height: int, width: int, seed: int = 0) -> Image.Image | n
 def batch(processor, prompts: list[str], pictures: list[Image.Image | np.ndarray], side: str = "left", **extra):
     """Model inputs for prompts in which "#" stands for the next picture, or the next clip."""
     processor.tokenizer.padding_side = side
-    given = {"images": pictures or None}
-    modality = "image"
+    texts = lambda modality: [prompt.replace("#", mark(processor, modality)) for prompt in prompts]
     if pictures and isinstance(pictures[0], np.ndarray):
         facts = [{"fps": 2.0, "total_num_frames": len(x), "frames_indices": list(range(len(x)))} for x in pictures]
         given = {"videos": pictures, "video_metadata": facts, "do_sample_frames": False}
-        modality = "video"
-    texts = [prompt.replace("#", mark(processor, modality)) for prompt in prompts]
-    return processor(text=texts, **given, return_tensors="pt", padding=True, **extra)
+        return processor(text=texts("video"), **given, return_tensors="pt", padding=True, **extra)
+    images: list = pictures
+    if hasattr(processor, "boi_token"):  # Gemma's wants to know whose a picture is
+        rest = iter(pictures)
+        images = [[next(rest) for _ in range(prompt.count("#"))] for prompt in prompts]
+    return processor(
+        text=texts("image"), images=images if pictures else None, return_tensors="pt", padding=True, **extra
+    )
 
 
 PROMPTS = ["a # What colour is it?", "two # and # yes", "no picture at all", "# first", "last 0 1 2 #"]
@@ -316,7 +329,7 @@ class Masked:
         self.present = [trace.present_at(i) for i in range(trace.shapes.layers)]
 
     def __enter__(self) -> None:
-        lm = self.model.model.language_model
+        lm = decoder(self.model)
         self.hooks = [
             layer.register_forward_pre_hook(functools.partial(self._mask, i), with_kwargs=True)
             for i, layer in enumerate(lm.layers)
@@ -361,13 +374,100 @@ class Masked:
         return levels
 
 
+class Apart(transformers.DynamicCache):
+    """The cache that a caller sees of samples that each have their own, `samples`."""
+
+    def get_seq_length(self, layer_idx=0):
+        return self.seen
+
+    def reorder_cache(self, beam_idx):
+        self.samples = [copy.deepcopy(self.samples[i]) for i in beam_idx.tolist()]
+
+
+class Shortened:
+    """The unpatched model on each sample alone, on the tokens that `trace` says are there and no others, at their own
+    positions. The oracle for decoders in which a masked token is not an absent one: linear attention goes a step on,
+    and a window counts it."""
+
+    def __init__(self, model: nn.Module, trace, embeds: torch.Tensor | None = None) -> None:
+        self.lm, self.embeds, self.core = decoder(model), embeds, model.model
+        self.present = [trace.present_at(0)]
+        self.kinds = None  # [B, S], 1 for tokens of pictures that see each other
+
+    def __enter__(self) -> None:
+        self.forward, self.lm.forward = self.lm.forward, self._forward
+        self.hook = self.core.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def __exit__(self, *exc) -> None:
+        del self.lm.forward
+        self.hook.remove()
+
+    def _note(self, module, args, kwargs):
+        self.kinds = kwargs.get("token_type_ids")
+
+    def _mask(self, i, places, embeds, cache):
+        """What the core model would make of a sample that has these tokens alone."""
+        if self.kinds is None:
+            return None
+        own = sys.modules[type(self.core).__module__]
+        past = 0 if cache is None else cache.get_seq_length()
+        kinds = torch.cat([torch.zeros(1, past, dtype=torch.long), self.kinds[i : i + 1, -self.length :][:, places]], 1)
+        blocks, rest = own.get_block_sequence_ids_for_mask(kinds), {"attention_mask": None, "position_ids": None}
+        return own.create_masks_for_vision_model(
+            self.lm.config, inputs_embeds=embeds, block_sequence_ids=blocks, **rest, **{NAME: cache}
+        )
+
+    def _forward(self, inputs_embeds, position_ids, attention_mask=None, input_ids=None, **kwargs):
+        cache, (batch, length, _) = cache_in(kwargs), inputs_embeds.shape
+        self.length = length
+        if self.embeds is not None and length == self.embeds.shape[1]:
+            inputs_embeds = self.embeds
+        if cache is None and kwargs.get("use_cache"):
+            cache = transformers.DynamicCache(config=self.lm.config)
+        if cache is not None and not isinstance(cache, Apart):
+            cache.__class__, cache.seen = Apart, 0
+            cache.samples = [transformers.DynamicCache(config=self.lm.config) for _ in range(batch)]
+        past = 0 if cache is None else cache.seen
+        here = torch.ones(batch, past + length, dtype=torch.bool)
+        here[:, : self.present[0].shape[1]] = self.present[0][:, : past + length]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length)[None]
+        positions = position_ids[-3:] if position_ids.ndim == 3 else position_ids  # the first of four is for packing
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
+        outs = []
+        for i, places in enumerate(row.nonzero().flatten() for row in here[:, past:]):
+            embeds, own = inputs_embeds[i : i + 1, places], None if cache is None else cache.samples[i]
+            given = {"inputs_embeds": embeds, "position_ids": positions[..., i : i + 1, places]}
+            mask = self._mask(i, places, embeds, own)
+            out = self.forward(**given, attention_mask=mask, **with_cache(kwargs, own))
+            spread = lambda x, places=places: x.new_zeros(1, length, x.shape[2]).index_copy(1, places, x)
+            outs.append([spread(x) for x in (out.last_hidden_state, *(out.hidden_states or ()))])
+        if cache is not None:
+            cache.seen += length
+        out.last_hidden_state, *states = (torch.cat(rows) for rows in zip(*outs))
+        out.hidden_states = tuple(states) if out.hidden_states is not None else None
+        out[NAME] = cache
+        return out
+
+
+def oracle(model: nn.Module, trace, embeds: torch.Tensor | None = None) -> Masked | Shortened:
+    """What a patched model is to agree with: masking, where that is the same as leaving out."""
+    kinds = getattr(decoder(model).config, "layer_types", None) or ()
+    return (Masked if set(kinds) <= {"full_attention"} else Shortened)(model, trace, embeds)
+
+
+def able(family: str, *parts) -> list:
+    """Those of the compressors whose needs the family meets."""
+    return [part for part in parts if part.needs_now <= ADAPTERS[family].provides]
+
+
 class Entered:
     """Notes what a patched language model gets, put back at its places; and as `embeds.levels` the DeepStack features,
     as they come from the encoder."""
 
     def __init__(self, model: nn.Module, patch) -> None:
         self.patch = patch
-        self.lm = model.model.language_model
+        self.lm = decoder(model)
 
     def __enter__(self):
         self.handles = [

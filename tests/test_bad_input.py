@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from contract import FAMILIES, batch, mixed, picture, placeholder_ids, tiny
+from contract import FAMILIES, able, batch, mixed, picture, placeholder_ids, tiny
 from PIL import Image
 from transformers import DynamicCache, StaticCache
 
@@ -141,7 +141,7 @@ def test_no_picture_in_the_batch(family):
     model, processor = tiny(family)
     inputs = processor.tokenizer(["no picture", "none here either"], return_tensors="pt", padding=True)
     dense, tokens = logits(model, inputs), model.generate(**inputs, max_new_tokens=3)
-    with vtok.patch(model, [vtok.Downsample(), vtok.Uniform(), vtok.FastV()]):
+    with vtok.patch(model, able(family, vtok.Downsample(), vtok.Uniform(), vtok.FastV())):
         assert torch.equal(logits(model, inputs), dense)
         assert torch.equal(model.generate(**inputs, max_new_tokens=3), tokens)
 
@@ -188,7 +188,7 @@ def test_what_would_be_silently_wrong_is_refused(family):
     model, processor = tiny(family)
     inputs = mixed(processor)
     b, s = inputs["input_ids"].shape
-    with vtok.patch(model, [vtok.Uniform(), vtok.FastV()]):
+    with vtok.patch(model, able(family, vtok.Uniform(), vtok.FastV())):
         good = logits(model, inputs)
         with pytest.raises(Unsupported, match="prepared attention mask"):
             logits(model, {**inputs, "attention_mask": torch.zeros(b, 1, s, s)})

@@ -3,6 +3,7 @@ those of the processors and of real runs on the same grids."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import shlex
@@ -19,7 +20,6 @@ from typer.main import get_command
 import vtok
 from vtok import compressor as compressors
 from vtok import zoo
-from vtok.adapters._tiny import INTERNVL_TOKENS, LLAVA_TOKENS, QWEN_TOKENS, tokenizer
 from vtok.cli import app
 from vtok.eval.pages import checkpoint_pages as pages
 from vtok.eval.pages import checkpoints
@@ -165,6 +165,9 @@ def test_tasks_exist_in_lmms_eval():
         "Qwen2.5-VL-7B-Instruct": 8.29,
         "Qwen3-VL-8B-Instruct": 8.77,
         "Qwen3-VL-30B-A3B-Instruct": 31.07,
+        "gemma-3-4b-it": 4.30,
+        "GLM-4.1V-9B-Thinking": 10.29,
+        "SmolVLM2-2.2B-Instruct": 2.25,
     }.items(),
 )
 def test_sizes_add_up_to_the_parameters_that_the_hub_lists(name, billions):
@@ -236,38 +239,46 @@ def qwen3_vl_processor(c, tok):
     return T.Qwen3VLProcessor(pictures, tok, T.Qwen3VLVideoProcessor(size=limits(c.video_limits)))
 
 
-qwen3_vl_moe_processor = qwen3_vl_processor
+qwen3_vl_moe_processor = qwen3_5_processor = qwen3_vl_processor
+
+
+def glm4v_processor(c, tok):
+    pictures, clips = T.Glm4vImageProcessor(size=limits(c.limits)), T.Glm4vVideoProcessor(size=limits(c.video_limits))
+    return T.Glm4vProcessor(pictures, tok, clips)
+
+
+def gemma3_processor(c, tok):
+    side = c.config["vision_config"]["image_size"]
+    pictures = T.Gemma3ImageProcessor(size={"height": side, "width": side})
+    return T.Gemma3Processor(pictures, tok, image_seq_length=c.config["mm_tokens_per_image"])
+
+
+def smolvlm_processor(c, tok):
+    """Idefics3's, which writes the same prompt: SmolVLM's needs another package."""
+    side = c.config["vision_config"]["image_size"]
+    size = {"size": {"longest_edge": c.tiles * side}, "max_image_size": {"longest_edge": side}}
+    return T.Idefics3Processor(T.SmolVLMImageProcessor(**size), tok, image_seq_len=81)
 
 
 def processor(c):
     """The family's processor with the checkpoint's numbers, and a tokenizer of a few words."""
-    if c.family == "internvl":
-        tok = tokenizer(
-            INTERNVL_TOKENS,
-            image="<IMG_CONTEXT>",
-            start_image_token="<img>",
-            end_image_token="</img>",
-            context_image_token="<IMG_CONTEXT>",
-            video_token="<video>",
-        )
-    else:
-        tok = tokenizer(QWEN_TOKENS if c.family.startswith("qwen") else LLAVA_TOKENS, image="")
+    tok = copy.copy(contract.tiny(c.family)[1].tokenizer)
     return globals()[f"{c.family}_processor"](c, tok)
 
 
 def prepared(c, shown):
     """The processor's inputs for one picture or clip, and the id of its placeholders."""
-    made = processor(c)
+    made, adapter, config = processor(c), contract.ADAPTERS[c.family], contract.tiny(c.family)[0].config
     seen = np.random.default_rng(0).integers(0, 255, (shown.height, shown.width, 3)).astype("uint8")
-    if shown.frames and "video" in contract.ADAPTERS[c.family].encoders:
+    if shown.frames and "video" in adapter.encoders:
         frames = [seen] * shown.frames
         facts = {"fps": 2.0, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
         text = contract.mark(made, "video") + "yes"
         inputs = made(text=[text], videos=[frames], video_metadata=[facts], do_sample_frames=False, return_tensors="pt")
-        return inputs, made.tokenizer.convert_tokens_to_ids(made.video_token)
+        return inputs, adapter.token_id(config, "video")
     count = c.max_frames if shown.frames else 1
     inputs = made(text=[contract.mark(made) * count + "yes"], images=[[seen] * count], return_tensors="pt")
-    return inputs, made.tokenizer.convert_tokens_to_ids(made.image_token)
+    return inputs, adapter.token_id(config, "image")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +297,7 @@ def same_grid(c):
     for key in ("image_size", "patch_size"):
         if key in numbers:
             setattr(config.vision_config, key, numbers[key])
-    for key in ("image_grid_pinpoints", "vision_aspect_ratio"):
+    for key in ("image_grid_pinpoints", "vision_aspect_ratio", "scale_factor", "mm_tokens_per_image"):
         if key in c.config:
             setattr(config, key, c.config[key])
     if config.model_type == "internvl":

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from contract import ADAPTERS, Entered, Masked, batch, mixed, noise, picture, placeholder_ids, tiny
+from contract import ADAPTERS, Entered, Masked, batch, decoder, mixed, noise, picture, placeholder_ids, tiny
 from torch import nn
 
 import vtok
@@ -361,9 +361,10 @@ class Silenced(Masked):
 
     def __enter__(self):
         super().__enter__()
-        layers = self.model.model.language_model.layers
+        lm = decoder(self.model)
+        layers = lm.layers
         self.behind = None
-        self.hooks.append(self.model.model.language_model.register_forward_pre_hook(self._where, with_kwargs=True))
+        self.hooks.append(lm.register_forward_pre_hook(self._where, with_kwargs=True))
         for layer, index in self.trace.parts["decode"].core.index.items():
             hook = functools.partial(self._silence, index)
             self.hooks.append(layers[layer].mlp.down_proj.register_forward_pre_hook(hook))

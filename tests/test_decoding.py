@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contract import FAMILIES, batch, encoder, example, picture, tiny
+from contract import INSIDE, batch, encoder, example, picture, tiny
 from test_stages import last  # noqa: F401 - a fixture
 from torch import nn
 from transformers import (
@@ -158,7 +158,7 @@ def test_an_attention_of_their_own(implementation, folded):
     assert len(folded) == 4 * (hot.stats.steps - 1 - hot.stats.plain) > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSIDE)
 def test_families(family):
     """M-RoPE, DeepStack, several pictures; not patched, and patched at each kind of stage."""
     model, processor = tiny(family)
@@ -606,7 +606,7 @@ def view(draft, **options):
     return vtok.SelfSpeculation(**{"draft": draft, "adapt": False, "ngram": False, **options})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSIDE)
 def test_self_speculation(family, monkeypatch):
     """The dense model's text, and nothing stays on the model."""
     model, processor = tiny(family)

@@ -14,14 +14,13 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 import vtok
 from vtok import adapter as adapters
-from vtok.adapter import shrink
+from vtok.adapter import Placed, shrink
 from vtok.adapters.internvl import arrangement, tiled
 from vtok.adapters.llava_next import anyres_layout
 from vtok.adapters.llava_onevision import limited
 from vtok.compressors.globalcom2 import crop_index, crop_sizes, mosaic_index
 from vtok.engine import accounting
 from vtok.engine.accounting import encoder_flops
-from vtok.engine.prefill import unbroken
 from vtok.errors import Unsupported
 from vtok.types import Layout, VisualTokens
 
@@ -215,9 +214,10 @@ def test_arrangement_of_tiles():
 def test_views_of_one_picture():
     """Those whose placeholders follow each other, but not from the end of a row to the start of the next."""
     where = torch.tensor([2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 16, 17])  # rows of 10: 9 ends the first, 10 starts the next
-    assert unbroken(where, [2] * 6, 10) == [[0, 1], [2], [3, 4], [5]]
-    assert unbroken(where, [4, 2, 4, 2], 10) == [[0], [1], [2], [3]]
-    assert unbroken(torch.tensor([4, 5]), [2], 10) == [[0]]
+    unbroken = lambda where, sizes: Placed(where, sizes, 10, lambda places: places).unbroken()
+    assert unbroken(where, [2] * 6) == [[0, 1], [2], [3, 4], [5]]
+    assert unbroken(where, [4, 2, 4, 2]) == [[0], [1], [2], [3]]
+    assert unbroken(torch.tensor([4, 5]), [2]) == [[0]]
 
 
 def test_globalcom2_does_not_care_where_the_thumbnail_is():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import FAMILIES, Entered, Masked, mixed, tiny
+from contract import INSIDE, Entered, Masked, mixed, tiny
 
 import vtok
 from vtok.errors import InvalidValue
@@ -65,7 +65,7 @@ def test_the_score_is_the_anchors_attention():
         torch.testing.assert_close(score[b], mean)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSIDE)
 def test_pruning_is_masking_and_picks_are_the_models(family):
     model, processor = tiny(family, "eager")
     inputs = mixed(processor)

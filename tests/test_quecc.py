@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from contract import ADAPTERS, FAMILIES, Entered, Masked, batch, double, mixed, picture, placeholder_ids, tiny
+from contract import ADAPTERS, FAMILIES, Entered, batch, double, mixed, oracle, picture, placeholder_ids, tiny
 from torch import nn
 
 import vtok
@@ -323,7 +323,7 @@ def test_pruning_is_masking(family, side):
     ):
         pruned = model(**inputs, use_cache=True).logits
     assert sum(patch.trace.n_kept) < sum(patch.trace.n_visual)
-    with torch.no_grad(), Masked(model, patch.trace, entered.embeds):
+    with torch.no_grad(), oracle(model, patch.trace, entered.embeds):
         masked = model(**inputs, use_cache=True).logits
     here = patch.trace.present_at(0)
     torch.testing.assert_close(pruned[here], masked[here], atol=1e-5, rtol=1e-5)
@@ -347,8 +347,8 @@ def with_answer(inputs, answer):
     inputs = dict(inputs)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], 1)
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answer)], 1)
+    for name in {"mm_token_type_ids", "token_type_ids"} & inputs.keys():
+        inputs[name] = torch.cat([inputs[name], torch.zeros_like(answer)], 1)
     labels = inputs["input_ids"].clone()
     labels[:, : -answer.shape[1]] = -100
     return inputs, labels
@@ -373,7 +373,7 @@ def test_the_answer_is_no_part_of_the_question(family):
         answer = rollout.sequences[:, inputs["input_ids"].shape[1] :]
         full, labels = with_answer(inputs, answer)
         position_ids = {}
-        if not family.startswith("qwen"):  # as `generate` counts; a bare forward would count the padding
+        if not hasattr(model.model, "rope_deltas"):  # as `generate` counts; a bare forward would count the padding
             position_ids["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)
         logits = model(**full, **position_ids, labels=labels).logits[:, -6:-1]
     gather = lambda x: x.float().log_softmax(-1).gather(-1, answer[..., None])

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from contract import FAMILIES, Masked, batch, mixed, picture, tiny
+from contract import INSIDE, Masked, batch, mixed, picture, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok
@@ -230,7 +230,7 @@ def visual(model, inputs):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSIDE)
 def test_the_instruction(family, side):
     """The prompt's text behind its first visual token up to the anchor; the anchor alone where there is none."""
     model, processor = tiny(family)
@@ -251,7 +251,7 @@ def test_the_instruction(family, side):
             assert all(attention.valid[b, c] for c in places if c >= 0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSIDE)
 def test_a_completion_has_no_say(family):
     """Contract 11: the same instruction and the same picks with the answer behind the prompt as without it."""
     model, processor = tiny(family)
@@ -291,7 +291,7 @@ def test_a_second_turn_has_an_instruction_of_its_own():
 
 
 @pytest.mark.parametrize("queries", ["instruction", "last"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSIDE)
 def test_picks_by_the_models_own_attention(family, queries):
     """Each layer keeps the tokens to which the unpatched model, with what is gone masked, attends most in the layer
     before, by its own probabilities; counts are ceil(rate * N)."""
@@ -344,7 +344,7 @@ def test_layers_after_which_nothing_goes_are_left_alone():
 
 
 @pytest.mark.parametrize("rates", [(1.0, 1.0, 1.0, 1.0), None])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INSIDE)
 def test_a_schedule_of_ones_is_the_identity(family, rates):
     model, processor = tiny(family)
     inputs = mixed(processor)

@@ -3,15 +3,18 @@
 import pytest
 import torch
 from contract import (
+    ADAPTERS,
+    INSIDE,
     Entered,
-    Masked,
     cells,
+    decoder,
     drops,
     example,
     masks,
     matrix,
     mixed,
     noise,
+    oracle,
     placeholder_ids,
     run,
     tiny,
@@ -45,8 +48,8 @@ def with_completion(inputs, completion):
     inputs = dict(inputs)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], completion], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], 0 * ones], 1)
+    for name in {"mm_token_type_ids", "token_type_ids"} & inputs.keys():
+        inputs[name] = torch.cat([inputs[name], 0 * ones], 1)
     labels = inputs["input_ids"].clone()
     labels[:, : -completion.shape[1]] = -100
     return inputs, labels
@@ -58,12 +61,12 @@ def test_loss_and_gradients(family, method):
     model, processor = tiny(family)
     inputs, labels = with_completion(prompts(processor, method), torch.tensor([[40, 50, 60]]).repeat(4, 1))
     parts = example(model, method)
-    own = model.model.visual.merger if family.startswith("qwen") else model.model.multi_modal_projector
+    own = model.model.get_submodule(ADAPTERS[family].projector)
     projector = parts[0].weights if parts[0].trained else own
     watched = {
         "embeddings": model.get_input_embeddings().weight,
         "projector": list(projector.parameters())[-1],
-        "layer 3": model.model.language_model.layers[3].mlp.down_proj.weight,
+        "layer 3": decoder(model).layers[3].mlp.down_proj.weight,
         "head": model.lm_head.weight,
     }
 
@@ -80,7 +83,7 @@ def test_loss_and_gradients(family, method):
     assert pruned.keys() == watched.keys()
     assert all(grad.abs().sum() > 0 for grad in pruned.values())
     fixed = constant(parts)
-    with Masked(model, patch.trace, entered.embeds if fixed else None):
+    with oracle(model, patch.trace, entered.embeds if fixed else None):
         masked_output = model(**inputs, labels=labels)
         masked = grads(masked_output.loss)
     torch.testing.assert_close(output.loss, masked_output.loss, atol=1e-5, rtol=1e-5)
@@ -93,7 +96,7 @@ def test_loss_and_gradients(family, method):
 def test_gradient_checkpointing(family, method):
     model, processor = tiny(family)
     inputs, labels = with_completion(prompts(processor, method), torch.tensor([[40, 50, 60]]).repeat(4, 1))
-    weight = model.model.language_model.layers[0].mlp.down_proj.weight
+    weight = decoder(model).layers[0].mlp.down_proj.weight
     model.train()
     grads = []
     with vtok.patch(model, example(model, method)):
@@ -155,9 +158,10 @@ def test_bfloat16(family, method):
     assert logits.isfinite().all()
     if not any(part.adaptive for part in patch.compressors):  # such a count is a matter of rounding
         assert patch.trace.per_sample(patch.trace.n_kept_at(3)) == kept
-    assert patch.trace.kv_bytes()["dense"] * 2 == sum(
-        sum(sample) * 2 * 32 * 4 for sample in patch.trace.counts()["dense"]
-    )
+    if family in INSIDE:  # else some layers hold fewer columns, or none
+        assert patch.trace.kv_bytes()["dense"] * 2 == sum(
+            sum(sample) * 2 * 32 * 4 for sample in patch.trace.counts()["dense"]
+        )
     if method == "uniform":  # the content cannot change what is kept
         assert (logits - exact).norm() / exact.norm() < 1.5 * dense_error
 

@@ -48,6 +48,45 @@ class Encoded:
         return Encoded(self.modality, *map(take, each))
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where the views of a call stand in the prompts, in order. `Adapter.join` reads from it which are one picture.
+
+    where: [sum(sizes)] their placeholders, in the batch flattened from rows of `length`. sizes: placeholders of each.
+    tokens: for places [K] of the flattened batch a number each, the same where the same token stands.
+    """
+
+    where: Tensor
+    sizes: Sequence[int]
+    length: int
+    tokens: Callable[[Tensor], Tensor]
+
+    def unbroken(self) -> list[list[int]]:
+        """Views grouped: those whose placeholders follow each other in one row of the batch. Waits for the device."""
+        starts = self._ends[:-1]  # of the second view on
+        follows = (self.where[starts] == self.where[starts - 1] + 1) & (self.where[starts] % self.length != 0)
+        groups = [[0]]
+        for view, joined in enumerate(follows.tolist(), start=1):
+            if joined:
+                groups[-1].append(view)
+            else:
+                groups.append([view])
+        return groups
+
+    def before(self) -> Tensor:
+        """[V] the token in front of each view."""
+        first = torch.cat([self._ends.new_zeros(1), self._ends[:-1]])
+        return self.tokens(self.where[first] - 1)
+
+    def behind(self) -> Tensor:
+        """[V] the token behind each view."""
+        return self.tokens(self.where[self._ends - 1] + 1)
+
+    @property
+    def _ends(self) -> Tensor:
+        return torch.tensor(self.sizes, device=self.where.device).cumsum(0)
+
+
 class Adapter(ABC):
     """Tells the engine where things are in one model family. Names no compressor except as the measured default."""
 
@@ -61,6 +100,7 @@ class Adapter(ABC):
     encoder: ClassVar[str] = "vision_tower"  # path in the core model of the vision encoder
     projector: ClassVar[str] = "multi_modal_projector"  # path in the core model of what maps features to embeddings
     late: ClassVar[bool] = False  # whether visual features also enter behind decoder layers, see `late_features`
+    windows: ClassVar[bool] = False  # whether decoder layers may see a window, which then counts the tokens kept
     # What `patch` takes where no method is named: the best at a quarter of the tokens in the one table that there is
     # (model_cards/vtok-tiny-llava-next). A family that has been measured itself overrides it.
     default: ClassVar[dict[str, Any]] = {"method": "divprune", "keep": 0.25}
@@ -116,14 +156,29 @@ class Adapter(ABC):
         and never behind the last layer."""
         return {}
 
+    def blocks(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """For families whose pictures' tokens see each other, later ones too: [B, S] which block of such tokens each
+        belongs to, -1 for none, from the keywords of the core model. None for all others."""
+        return None
+
+    def masks(self, config: Any, embeds: Tensor, valid: Tensor | None, cache: Any, blocks: Tensor) -> Any:
+        """What the language model takes as `attention_mask` where there are `blocks` [B, L].
+
+        config: of the decoder. embeds: [B, L, D]. valid: [B, columns + L] bool, or None where nothing is padding.
+        cache: holds `columns` columns; or None."""
+        raise Unsupported(f"How {self.family} masks blocks is not known.")
+
     def previews(self, arguments: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """For families whose encoder method is given views and not told which of them are a picture: what `join` wants
         to see of each. None for all others."""
         return None
 
-    def join(self, encoded: Encoded, pictures: Sequence[Sequence[int]]) -> Encoded:
-        """Make pictures of views, given for each picture its views, in order: those whose placeholders follow each
-        other without a gap in the prompt. Called where `previews` gave something; the result has no previews."""
+    def by_view(self, config: Any, output: Any) -> None:
+        """Let `output.pooler_output` of the encoder method have an entry [n_rows, D] for each layout, where the family
+        gives it otherwise. Done twice it is harmless."""
+
+    def join(self, encoded: Encoded, placed: Placed) -> Encoded:
+        """Make pictures of views. Called where `previews` gave something; the result has no previews."""
         raise Unsupported(f"Which views of {self.family} are one picture is not known.")
 
     def pixels(self, modality: str, arguments: dict[str, Any]) -> Tensor:

@@ -452,7 +452,7 @@ def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
             raise Unsupported(
                 f"{part.name} needs {', '.join(missing)}, which this {site.adapter.family} model does not have.{hints}"
             )
-    if site.parts:
+    if site.parts and not site.adapter.windows:
         refuse_windows(site.config)
     for part in site.parts:
         if part.needs_now & {"attention", "ffn"}:

@@ -34,7 +34,8 @@ def media(asked: Sequence[Conversation]) -> dict[str, Any]:
     """What a processor is given beside the text: all pictures and clips of these conversations, a row each. The frames
     of a clip are chosen already."""
     given: dict[str, Any] = {}
-    if pictures := [list(conversation.pictures) for conversation in asked if conversation.pictures]:
+    pictures = [list(conversation.pictures) for conversation in asked]
+    if any(pictures):
         given["images"] = pictures
     if clips := [clip for conversation in asked for clip in conversation.clips]:
         given["videos"] = [list(clip.frames) for clip in clips]

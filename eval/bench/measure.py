@@ -82,7 +82,8 @@ def run_once(
     the cache. read: the clock."""
     vlm, adapter = find(model)
     core = adapter.core(vlm)
-    watched = {"vlm": vlm, "core": core, "llm": core.language_model, "projector": core.get_submodule(adapter.projector)}
+    decoder, projector = adapter.language_model(core), core.get_submodule(adapter.projector)
+    watched = {"vlm": vlm, "core": core, "llm": decoder, "projector": projector}
     placeholders = [adapter.token_id(core.config, modality) for modality in adapter.encoders]  # random models say them
     settings = {"do_sample": False, "suppress_tokens": placeholders, "return_dict_in_generate": True}
     now = clock(vlm.device, read)
@@ -139,14 +140,14 @@ def measure(
     run_once(model, inputs, *variants[DENSE], steps=min(how.tokens, 1))
     traces, memory = _memory(model, inputs, variants, how.device, progress)
     samples = _rounds(model, inputs, variants, how, progress)
-    trace = traces[IDENTITY]
+    trace, (vlm, adapter) = traces[IDENTITY], find(model)
     rows = _rows(variants, traces, samples, memory, how.tokens)
     visual = sum(trace.n_visual) // how.batch
     text, shape = inputs["input_ids"].shape[1] - visual, trace.shapes.text
     at = lambda kept: how.batch * prefill_flops(shape, [kept + text] * shape.layers, causal=True)
     return {
         "family": family,
-        "parameters": sum(p.numel() for p in find(model)[1].core(model).language_model.parameters()),
+        "parameters": sum(p.numel() for p in adapter.language_model(adapter.core(vlm)).parameters()),
         "batch": how.batch,
         "visual_tokens": visual,
         "text_tokens": text,

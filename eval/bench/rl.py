@@ -127,7 +127,8 @@ def _measured(n: int, variants: dict[str, tuple[str | None, float]], step: Step)
             "ideal_share": flops[name] / flops[DENSE],
             "peak_bytes": peaks[name],
         }
-    parameters = sum(p.numel() for p in find(model)[1].core(model).language_model.parameters())
+    vlm, adapter = find(model)
+    parameters = sum(p.numel() for p in adapter.language_model(adapter.core(vlm)).parameters())
     return {"visual_tokens": n, "parameters": parameters, "variants": rows}
 
 

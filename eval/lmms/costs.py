@@ -24,7 +24,7 @@ class Costs:
     def __init__(self, core: torch.nn.Module, adapter: Adapter, device: torch.device) -> None:
         self.device = device
         self._now = clock(device)
-        self._marks = Marks(core.language_model, self._now, first=True)
+        self._marks = Marks(adapter.language_model(core), self._now, first=True)
         self._kinds = [adapter.token_id(core.config, modality) for modality in adapter.encoders]
         self.reset()
 

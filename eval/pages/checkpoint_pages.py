@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vtok import adapter as adapters
 from vtok import zoo
-from vtok.engine.accounting import TextShape
+from vtok.engine.accounting import TextShape, kv_bytes
 from vtok.eval.pages.checkpoints import (
     CHECKPOINTS,
     REMARKS,
@@ -150,7 +150,7 @@ def _sizes(c: Checkpoint) -> str:
     if experts is not None:
         mlp = f"{experts.router} experts in {len(experts.layers)} layers, of whose neurons a token uses {experts.width}"
     size = sum(parameter.numel() for parameter in c.hollow().parameters())
-    cache = 2 * text.kv_width * text.layers * 2 / 1e3
+    cache = kv_bytes(text, [1] * text.layers, 2) / 1e3
     return "\n".join(
         (
             f"- {size / 1e9:.2f} billion parameters, {2 * size / 1e9:.1f} GB in half precision",

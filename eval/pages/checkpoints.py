@@ -4,6 +4,7 @@ Their sizes, tasks and published numbers are in checkpoints.toml. `vtok zoo page
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,9 +60,10 @@ class Table:
 class Checkpoint:
     """hub: repository that transformers loads. family: adapter. config: sizes, as in config.json. limits: pixels of a
     picture, least and most, where the processor has such limits; video_limits: the same for a clip, of a frame or, in
-    Qwen3-VL, of all its frames. tiles: most tiles of a picture (InternVL). benchmarks: keys of `TASKS`. max_frames: of
-    clips. methods: run at 25 % beside the family's default. repeats: row of a published table -> arguments of vtok's
-    model that repeat it. workload: name of `vtok bench` with this decoder's proportions. notes: what to know.
+    Qwen3-VL and GLM, of all its frames. tiles: most tiles of a picture (InternVL), or of its longer side (SmolVLM).
+    benchmarks: keys of `TASKS`. max_frames: of clips. methods: run at 25 % beside the family's default. repeats: row of
+    a published table -> arguments of vtok's model that repeat it. workload: name of `vtok bench` with this decoder's
+    proportions. notes: what to know.
     """
 
     hub: str
@@ -148,6 +150,17 @@ def _tiles(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> L
     return tiled(side, (rows, cols)) if rows * cols > 1 else Layout((Plane(side, side),))
 
 
+def _spread(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> Layout:
+    import torch
+
+    from vtok.adapters.internvl import tiled
+
+    size, longer = config.vision_config.image_size, max(shown.width, shown.height)
+    tiles = [math.ceil(checkpoint.tiles * side / longer) for side in (shown.height, shown.width)]
+    tile = adapter.layouts(config, "image", {"pixel_values": torch.ones(1, 1, 3, size, size)})[0]
+    return tiled(tile.planes[0].rows, tuple(tiles))
+
+
 def _native(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> Layout:
     import torch
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -156,7 +169,7 @@ def _native(checkpoint: Checkpoint, adapter: Any, config: Any, shown: Media) -> 
     vision, size = config.vision_config, (shown.height, shown.width)
     factor, step = vision.patch_size * vision.spatial_merge_size, vision.temporal_patch_size
     least, most = checkpoint.video_limits if shown.frames else checkpoint.limits
-    if shown.frames and checkpoint.family.startswith("qwen3"):
+    if shown.frames and checkpoint.family.startswith(("qwen3", "glm")):
         height, width = resize_clip(shown.frames, *size, step, factor, least, most)
     else:
         height, width = smart_resize(*size, factor, least, most)
@@ -170,6 +183,10 @@ _GRIDS = {
     "llava_next": _anyres,
     "llava_onevision": _anyres,
     "internvl": _tiles,
+    "smolvlm": _spread,
+    "glm4v": _native,
+    "gemma3": _one_view,
+    "qwen3_5": _native,
     "qwen2_vl": _native,
     "qwen2_5_vl": _native,
     "qwen3_vl": _native,

@@ -17,7 +17,10 @@ from vtok.errors import InvalidValue, Unsupported
 
 SOFTMAX = 5  # operations an attention score
 SMALL = 17  # operations a token and channel in a layer: norms, residuals, rotation, activation, gate
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")  # whose experts `Experts.of` counts
+# whose experts `Experts.of` counts
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_5_moe_text", "glm4v_moe_text")
+DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")  # whose linear layers are gated delta nets
+STEP = 7  # operations a number of a delta net's state and token: decay, two readings, the difference written
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configs call how many there are
 
 
@@ -39,11 +42,50 @@ class Experts:
         if text.model_type not in MIXTURES:
             return None
         total = next(n for name in EXPERTS if (n := getattr(text, name, None)))
-        shared = getattr(text, "shared_expert_intermediate_size", None) or 0  # beside them, behind a gate of its own
+        gated = getattr(text, "shared_expert_intermediate_size", None) or 0  # beside them, behind a gate of its own
         each = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        used = text.num_experts_per_tok + (getattr(text, "n_shared_experts", None) or 0)  # GLM's shared ones have none
         dense, step = getattr(text, "mlp_only_layers", None) or (), getattr(text, "decoder_sparse_step", 1)
-        layers = frozenset(i for i in range(text.num_hidden_layers) if i not in dense and (i + 1) % step == 0)
-        return Experts(text.num_experts_per_tok * each + shared, total + bool(shared), layers)
+        first = getattr(text, "first_k_dense_replace", None) or 0
+        layers = frozenset(i for i in range(first, text.num_hidden_layers) if i not in dense and (i + 1) % step == 0)
+        return Experts(used * each + gated, total + bool(gated), layers)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The layers of a decoder that hold a state of fixed size in place of a cache: gated delta nets (arXiv 2412.06464)
+    behind a short convolution.
+
+    key_width, value_width: heads * width of a head. heads: of the values. key: width of one key. kernel: of the
+    convolution. layers: the layers that are so.
+    """
+
+    key_width: int
+    value_width: int
+    heads: int
+    key: int
+    kernel: int
+    layers: frozenset[int]
+
+    @staticmethod
+    def of(text: Any) -> Linear | None:
+        """From a decoder's config; None where all layers hold a cache. Raises `Unsupported` for other kinds."""
+        layers = _of_kind(text, "linear_attention")
+        if not layers:
+            return None
+        if text.model_type not in DELTA:
+            raise Unsupported(
+                f"FLOPs and cache of {text.model_type!r} cannot be counted: its linear layers are unknown."
+            )
+        heads, key = text.linear_num_value_heads, text.linear_key_head_dim
+        keys, values = text.linear_num_key_heads * key, heads * text.linear_value_head_dim
+        return Linear(keys, values, heads, key, text.linear_conv_kernel_dim, layers)
+
+    def flops(self, n: int, hidden: int) -> int:
+        """Of the mixing of `n` tokens in one layer, without its MLP."""
+        mixed = 2 * self.key_width + self.value_width
+        matrices = 2 * n * hidden * (mixed + 2 * self.value_width + 2 * self.heads)
+        return matrices + 2 * n * self.kernel * mixed + STEP * n * self.value_width * self.key
 
 
 @dataclass(frozen=True)
@@ -54,6 +96,8 @@ class TextShape:
     ffn: f, width of the gated MLP; None where it is of an unknown kind, so that only the cache can be counted.
     query_width: heads * head_dim (d, in most families). kv_width: g, key-value heads * head_dim.
     heads: query heads. vocab: V, rows of the output head. experts: of a mixture, in whose other layers f holds.
+    linear: layers without a cache. window: columns that a token sees in the layers `sliding`, its own among them.
+    gated: whether attention's output is multiplied by a gate as wide as the query.
     """
 
     layers: int
@@ -64,6 +108,10 @@ class TextShape:
     heads: int
     vocab: int
     experts: Experts | None = None
+    linear: Linear | None = None
+    window: int = 0
+    sliding: frozenset[int] = frozenset()
+    gated: bool = False
 
     @staticmethod
     def of(config: Any) -> TextShape:
@@ -90,6 +138,10 @@ class TextShape:
                 heads=heads,
                 vocab=text.vocab_size,
                 experts=experts,
+                linear=Linear.of(text),
+                window=getattr(text, "sliding_window", None) or 0,
+                sliding=_of_kind(text, "sliding_attention"),
+                gated=text.model_type in DELTA,
             )
         except AttributeError as error:
             raise Unsupported(f"FLOPs of {text.model_type!r} cannot be counted: {error}.") from error
@@ -145,9 +197,10 @@ class VisionShape:
 
 def layer_flops(shape: TextShape, n: int, causal: bool = False, layer: int = 0) -> int:
     """Operations of a decoder layer in a prefill of `n` tokens: all n^2 scores counted, as published tables do, or
-    where `causal` those alone that a token sees, which is what causal kernels compute. `layer` tells mixtures of
-    experts from others. Raises `Unsupported`, as all that count FLOPs, where the FFN's kind is not known."""
-    return _layer(shape, n, n * (n + 1) // 2 if causal else n * n, layer)
+    where `causal` those alone that a token sees, which is what causal kernels compute. `layer` tells layers of one kind
+    from those of another. Raises `Unsupported`, as all that count FLOPs, where the FFN's kind is not known."""
+    near = min(n, shape.window) if layer in shape.sliding else n  # columns that the last token sees
+    return _layer(shape, n, near * (near + 1) // 2 + (n - near) * near if causal else n * near, layer)
 
 
 def prefill_flops(shape: TextShape, counts: Sequence[int], causal: bool = False) -> int:
@@ -161,13 +214,17 @@ def decode_flops(shape: TextShape, cached_counts: Sequence[float], neurons: Mapp
     """Operations of one decoding step. `cached_counts`: tokens in each layer's cache before the step. `neurons`: layer
     -> how many neurons of the MLP are computed, all where it does not say."""
     layers, computed = enumerate(_checked(shape, cached_counts)), neurons or {}
-    return sum(_layer(shape, 1, n + 1, i, computed.get(i)) for i, n in layers) + shape.hidden * shape.vocab
+    near = lambda i, n: min(n, shape.window) if i in shape.sliding else n
+    return sum(_layer(shape, 1, near(i, n + 1), i, computed.get(i)) for i, n in layers) + shape.hidden * shape.vocab
 
 
 def kv_bytes(shape: TextShape, counts: Sequence[float], bytes_per_value: int) -> int:
     """Bytes of one sample's key-value cache. `counts`: tokens in each layer's cache; `bytes_per_value`: 2 in
-    half precision. A sliding-window cache that drops tokens holds less."""
-    return round(sum(2 * shape.kv_width * n * bytes_per_value for n in _checked(shape, counts)))
+    half precision. The state of linear layers, whose size does not depend on the tokens, is not counted."""
+    without = shape.linear.layers if shape.linear is not None else ()
+    kept = lambda i, n: min(n, shape.window - 1) if i in shape.sliding else n
+    held = sum(kept(i, n) for i, n in enumerate(_checked(shape, counts)) if i not in without)
+    return round(2 * shape.kv_width * held * bytes_per_value)
 
 
 def encoder_flops(
@@ -197,8 +254,10 @@ def _layer(shape: TextShape, n: int, pairs: int, layer: int, neurons: int | None
     d, q, g, f, router = shape.hidden, shape.query_width, shape.kv_width, shape.ffn, 0
     if shape.experts is not None and layer in shape.experts.layers:
         f, router = shape.experts.width, shape.experts.router
-    matrices = 2 * n * (2 * d * q + 2 * d * g + 3 * d * (f if neurons is None else neurons) + d * router)
-    return matrices + 4 * pairs * q + SOFTMAX * shape.heads * pairs + SMALL * n * d
+    mlp = 2 * n * (3 * d * (f if neurons is None else neurons) + d * router) + SMALL * n * d
+    if shape.linear is not None and layer in shape.linear.layers:
+        return mlp + shape.linear.flops(n, d)
+    return mlp + 2 * n * ((2 + shape.gated) * d * q + 2 * d * g) + 4 * pairs * q + SOFTMAX * shape.heads * pairs
 
 
 def _view(shape: VisionShape, rows: int, cols: int, merged: Sequence[int] = ()) -> int:
@@ -223,6 +282,11 @@ def _squares(length: int, window: int) -> int:
     """Sum of the squared lengths of the pieces into which windows cut `length`."""
     whole, rest = divmod(length, window)
     return whole * window**2 + rest**2
+
+
+def _of_kind(text: Any, kind: str) -> frozenset[int]:
+    """The layers of a decoder whose type that is."""
+    return frozenset(i for i, own in enumerate(getattr(text, "layer_types", None) or ()) if own == kind)
 
 
 def _checked(shape: TextShape, counts: Sequence[int]) -> Sequence[int]:

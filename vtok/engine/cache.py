@@ -128,10 +128,10 @@ class CompressedCache(DynamicCache):
         """Turn a plain cache into a compressed one, in place, since the caller goes on using the object it passed."""
         if isinstance(cache, cls):
             return cache
-        if type(cache) is not DynamicCache or any(cache.is_sliding):
+        if type(cache) is not DynamicCache:
             raise Unsupported(
-                f"Columns can be dropped from a DynamicCache without sliding windows, not from a "
-                f"{type(cache).__name__}. Leave `past_key_values` and `cache_implementation` unset."
+                f"Columns can be dropped from a DynamicCache, not from a {type(cache).__name__}. Leave "
+                f"`past_key_values` and `cache_implementation` unset."
             )
         cache.__class__ = cls
         cache.seen = DynamicCache.get_seq_length(cache)
@@ -154,7 +154,7 @@ class CompressedCache(DynamicCache):
         return self.columns(layer_idx)
 
     def columns(self, layer_idx: int) -> int:
-        """How many columns a layer holds."""
+        """How many columns a layer holds, or was given, where it holds a window of them."""
         return DynamicCache.get_seq_length(self, layer_idx)
 
     def valid_at(self, layer_idx: int) -> Tensor | None:

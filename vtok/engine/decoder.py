@@ -66,6 +66,7 @@ class Pass:
     positions: Tensor | None = None
     late: dict[int, Tensor] = field(default_factory=dict)  # see `Adapter.late_features`
     late_row: Tensor | None = None  # [B, S] each position's row of them, -1 for text
+    blocks: Tensor | None = None  # [B, L], of what enters the first layer, see `Adapter.blocks`
     tree: Tensor | None = None  # [S, S] bool, which of its tokens see which, where they are drafts in a tree
 
     def timing(self) -> AbstractContextManager:

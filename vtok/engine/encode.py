@@ -67,6 +67,7 @@ def run(
     probed = encoding.probed(call)
     if not hasattr(output, "pooler_output"):
         return output, None
+    call.adapter.by_view(call.core.config, output)
     for rows, layout in zip(output.pooler_output, call.layouts):
         if len(rows) != layout.n_rows:
             raise Unsupported(
@@ -93,6 +94,7 @@ def mark(adapter: Adapter, core: nn.Module, modality: str, output: Any, argument
 
     arguments: of the encoder method, by name, which made them."""
     layouts = tuple(adapter.layouts(core.config, modality, arguments))
+    adapter.by_view(core.config, output)
     setattr(output, MARK, Encoded(modality, layouts, previews=adapter.previews(arguments)))
 
 
@@ -114,7 +116,13 @@ def passed_on(modality: str, output: Any, noted: Encoded | None, places: Callabl
             while total > 0 and end < len(sizes):
                 total, end = total - sizes[end], end + 1
             order += list(range(first, end)) * copies
-    if encoded is None or [len(rows) for rows in features] != [sizes[i] for i in order]:
+    given = [len(rows) for rows in features]
+    if encoded is None or given != [sizes[i] for i in order]:
+        if copies > 1 and given == [n for n in sizes for _ in range(copies)]:
+            raise Unsupported(
+                "For its beams transformers repeats each picture of this model, not each prompt's pictures in turn, so "
+                "that beams would see other pictures. Give a prompt one picture, or leave num_beams unset."
+            )
         raise Unsupported(
             f"The {modality} features in mm_encoder_outputs were not made by this patched model, or were cut "
             f"into chunks. Encode after patching, and leave generation_config.prefill_chunk_size unset."

@@ -60,12 +60,19 @@ class Call:
     told: Told
     placeholders: dict[str, Tensor] = field(default_factory=dict)  # modality -> [B, S] bool, where there are no ids
     encoded: dict[str, Encoded] = field(default_factory=dict)
+    mask: Any = None  # as the core model is given it
+    blocks: Tensor | None = None  # see `Adapter.blocks`
     passing: Pass | None = None  # of a forward that brings a prompt
     running: Pass | None = None  # of any, while the language model runs
 
     def places(self, modality: str) -> Tensor:
         """[B, S] bool: the placeholders of a modality."""
         return self.placeholders[modality] if self.input_ids is None else self.input_ids == self.token_ids[modality]
+
+    def mask_in(self, kwargs: dict[str, Any]) -> Any:
+        """The mask in the language model's keywords; where the core model made a dict, what it made that of."""
+        mask = kwargs.get("attention_mask")
+        return self.mask if isinstance(mask, dict) else mask
 
 
 @dataclass
@@ -182,6 +189,7 @@ class Engine:
     def before_core(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         call = self.local.call = Call(self.token_ids, ids, self._told(kwargs, embeds if ids is None else ids))
+        call.mask, call.blocks = kwargs.get("attention_mask"), self.adapter.blocks(kwargs)
         if ids is None and embeds is not None:
             for modality, token in self.token_ids.items():
                 row = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
@@ -253,7 +261,7 @@ class Engine:
             begins = cache is None or (type(cache) is DynamicCache and not cache.get_seq_length())
             if not any(stage.on_text for stage in self.stages):
                 if begins:
-                    self._note_text(kwargs)
+                    self._note_text({**kwargs, "attention_mask": call.mask_in(kwargs)})
                 return None
             brings = begins
         kwargs = embedded(module, args, kwargs)
@@ -317,7 +325,8 @@ class Engine:
     def _continue(self, module: nn.Module, kwargs: dict[str, Any], cache: CompressedCache) -> dict[str, Any]:
         """Text on a cache that holds a prompt: decoding, or another turn. Drafts in a tree bring a mask of themselves
         alone, [1, 1, Q, Q]: what they see of the cache, the cache knows."""
-        hidden, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        hidden, call = kwargs["inputs_embeds"], self.local.call
+        mask = kwargs.get("attention_mask") if call is None else call.mask_in(kwargs)
         batch, length, _ = hidden.shape
         tree = None
         if isinstance(mask, Tensor) and mask.shape == (1, 1, length, length):
@@ -327,7 +336,7 @@ class Engine:
         if length > 1 and mask is not None and not bool(mask[:, -length:].all()):
             new = mask[:, -length:].bool()
         p = Pass(module.config, self.stages or self.installed, cache, batch, length, tree=tree)
-        p.told = self.local.call.told if self.local.call is not None else Told()
+        p.told = call.told if call is not None else Told()
         if new is not None:
             p.rows[0] = Rows(torch.arange(length, device=hidden.device).expand(batch, -1), new, padded=True)
         positions = self.positions(kwargs.get("position_ids"), cache, length, hidden.device)
@@ -342,7 +351,8 @@ class Engine:
         p.embeds, p.positions = embeds, kwargs["position_ids"]
         rows = p.rows_at(0)
         if cache is None:  # without a mask and a cache, gaps in the positions would be read as packed sequences
-            kwargs["attention_mask"] = rows.valid.long()
+            valid = rows.valid
+            kwargs["attention_mask"] = valid.long()
         else:
             new = rows.valid if rows is not None and rows.padded else None
             valid = cache.extend(0, new, p.batch, embeds.shape[1], embeds.device)
@@ -352,6 +362,8 @@ class Engine:
                 kwargs["attention_mask"] = None if valid is None else valid.long()
             cache.seen += p.length
             kwargs = with_cache(kwargs, cache)
+        if p.blocks is not None:
+            kwargs["attention_mask"] = self.adapter.masks(p.config, embeds, valid, cache, p.blocks)
         if self.local.call is not None:
             self.local.call.running = p
         if self.watches_layers:  # leave the pass in the keywords only where layer hooks will take it out again
@@ -372,7 +384,8 @@ class Engine:
 
     def _cache(self, module: nn.Module, kwargs: dict[str, Any]) -> CompressedCache | None:
         """The cache in which a prefill leaves less than it was given, or None where it leaves nothing."""
-        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+        cache, call = cache_in(kwargs), self.local.call
+        mask = kwargs.get("attention_mask") if call is None else call.mask_in(kwargs)
         if not self.active and not isinstance(cache, CompressedCache):
             return None
         if cache is None:

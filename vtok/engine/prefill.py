@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import find_packed_sequence_indices
 
-from vtok.adapter import Encoded
+from vtok.adapter import Encoded, Placed
 from vtok.engine import prompt
 from vtok.engine.cache import Rows, cache_in, gather
 from vtok.engine.decoder import Pass
@@ -43,7 +43,7 @@ class Prefill:
         self.batch, self.length, width = self.embeds.shape
         self.device, self.cache = self.embeds.device, cache
         self.stopwatch = Stopwatch(self.device)
-        mask = kwargs.get("attention_mask")
+        mask = call.mask_in(kwargs)
         refuse_packed(kwargs, mask, cache)
         self.valid = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
         if mask is not None:
@@ -102,7 +102,9 @@ class Prefill:
         self.ask("owners", torch.stack(first) // self.length if first else self.prompts.turns.new_empty(0))
         self.ask("unclear", self.prompts.unclear)
         self.ask("turns", self.prompts.turns)
-        call, absent = self.call, self.engine.token_ids.keys() - self.call.encoded.keys()
+        call, ids = self.call, self.engine.token_ids
+        filled = {ids[modality] for modality in call.encoded}  # families may have one placeholder for all
+        absent = [modality for modality, token in ids.items() if token not in filled]
         self.ask("unfilled", torch.stack([torch.zeros_like(keep).any(), *(call.places(m).any() for m in absent)]))
         for stage in self.stages:
             stage.count(self, keep, droppable)
@@ -183,6 +185,10 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
         keep, max(lengths), seen.flat.view_as(seen.embeds), seen.positions, droppable
     )
     present[0] = Rows(index, there, min(lengths) < max(lengths), may_go)
+    if call.blocks is not None:
+        blocks = call.blocks[:, -seen.length :].to(index.device)
+        blocks = torch.nn.functional.pad(blocks, (0, seen.length - blocks.shape[1]), value=-1)  # of a prompt alone
+        p.blocks = blocks.gather(1, index).masked_fill(~there, -1)
     for stage in seen.stages:
         stage.begin(seen, p)
     if cache is not None:
@@ -212,10 +218,19 @@ def locate(engine: Engine, call: Call, embeds: Tensor) -> tuple[Tensor, list[Pic
         sizes = [layout.n_rows for layout in encoded.layouts]
         where = torch.nonzero_static(here.view(-1), size=sum(sizes)).squeeze(1)
         if encoded.previews is not None:  # a wait for the device: only the prompt knows which views are a picture
-            encoded = call.encoded[modality] = engine.adapter.join(encoded, unbroken(where, sizes, length))
+            tokens = partial(_tokens, call.input_ids, embeds)
+            encoded = call.encoded[modality] = engine.adapter.join(encoded, Placed(where, sizes, length, tokens))
             sizes = [layout.n_rows for layout in encoded.layouts]
         pictures += [_picture(modality, encoded, i, rows) for i, rows in enumerate(where.split(sizes))]
     return visual, pictures
+
+
+def _tokens(ids: Tensor | None, embeds: Tensor, places: Tensor) -> Tensor:
+    """[K] a number for the token at each of places [K] of the flattened batch, that of a neighbour beyond its ends."""
+    places = places.clamp(0, embeds.shape[0] * embeds.shape[1] - 1)
+    if ids is not None:
+        return ids.view(-1)[places]
+    return torch.unique(embeds.flatten(0, 1)[places], dim=0, return_inverse=True)[1]
 
 
 def _picture(modality: str, encoded: Encoded, i: int, rows: Tensor) -> Picture:
@@ -232,18 +247,3 @@ def _picture(modality: str, encoded: Encoded, i: int, rows: Tensor) -> Picture:
         place = place[source]
     into = encoded.merged_into[i] if encoded.merged_into is not None else None
     return Picture(modality, dense, layout, rows, rows[place], rows[separators.to(rows.device)], source, into)
-
-
-def unbroken(where: Tensor, sizes: list[int], length: int) -> list[list[int]]:
-    """Views grouped into pictures: those whose placeholders follow each other in one row of the batch.
-
-    where: [sum(sizes)] the placeholders of all views, in the batch flattened from rows of `length`."""
-    starts = torch.tensor(sizes).cumsum(0)[:-1].to(where.device)  # of the second view on
-    follows = (where[starts] == where[starts - 1] + 1) & (where[starts] % length != 0)
-    groups = [[0]]
-    for view, joined in enumerate(follows.tolist(), start=1):
-        if joined:
-            groups[-1].append(view)
-        else:
-            groups.append([view])
-    return groups
