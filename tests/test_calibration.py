@@ -119,15 +119,14 @@ def test_what_cannot_be_is_said(llava, tmp_path):
 # ---- calibrating -----------------------------------------------------------------------------------------------------
 def made(components, lost_below, questions=2):
     """An item of one picture that needs so many of 20 components at any variance, and loses all below a keep."""
-    spectrum = torch.tensor([[0.0] * (components - 1) + [1.0] * (21 - components)])
-    lost = np.array([[int(keep < lost_below)] * questions for keep in KEEPS])
-    return Seen((spectrum,), lost)
+    needs = [[components / 20 if variance < 1 else 1.0 for variance in calibrate.VARIANCES]]
+    return Seen(np.array(needs), np.array([[int(keep < lost_below)] * questions for keep in KEEPS]))
 
 
 def test_settings_by_hand():
     """Simple pictures need 2 of 20 components and lose below a tenth; rich ones need 8 and lose below .4."""
     seen = [made(2, 0.1)] * 150 + [made(8, 0.4)] * 50
-    by_variance, by_keep = calibrate.settings(seen, 0.95)
+    by_variance, by_keep = calibrate.settings(seen)
     auto, fixed = calibrate.last_within(by_variance, 0.02), calibrate.last_within(by_keep, 0.02)
     assert (auto.kept, auto.lost) == (pytest.approx((150 * 0.1 + 50 * 0.4) / 200), 0.0)
     assert (fixed.keep, fixed.lost) == (0.4, 0.0)
@@ -143,14 +142,13 @@ def test_the_walk_stops_at_the_first_that_loses_too_much():
 
 def test_a_bound_knows_what_so_few_items_cannot_show():
     nothing = [np.zeros(3)] * 59
-    assert calibrate.bound(nothing, 0.95) == pytest.approx(0.05, abs=0.001)  # .95 ** 59 = .0485
+    assert calibrate.bound(nothing) == pytest.approx(0.05, abs=0.001)  # .95 ** 59 = .0485
     some = [np.array([1.0])] * 5 + [np.array([0.0])] * 95
-    assert 0.08 < calibrate.bound(some, 0.95) < 0.1  # .05 and 1.64 standard errors of .0218
+    assert 0.08 < calibrate.bound(some) < 0.1  # .05 and 1.64 standard errors of .0218
 
 
 def test_an_item_of_several_pictures_is_judged_on_the_careful_side():
-    few, many = made(2, 0.1).spectra[0], made(8, 0.1).spectra[0]
-    item = Seen((few, many), np.zeros((len(KEEPS), 1)))
+    item = Seen(np.concatenate([made(2, 0.1).needs, made(8, 0.1).needs]), np.zeros((len(KEEPS), 1)))
     assert item.keeps(0.9) == [0.1, 0.4] and KEEPS[item.at(0.9)] == 0.1
 
 
@@ -181,7 +179,13 @@ def test_the_command_on_ones_own_pictures(llava, tmp_path):
     code, output = run("--loss", "0.9", "--method", "uniform")
     assert code == 0, output
     found = json.loads((tmp_path / "c.json").read_text())
-    assert (found["method"], found["items"], found["questions"]) == ("uniform", 2, 4)
+    assert (found["method"], found["asked"]["items"], found["questions"]) == ("uniform", 2, 4)
+    tried = found["tried"]
+    del found["rounds"]["1"]  # killed before the second
+    (tmp_path / "c.json").write_text(json.dumps(found))
+    assert run("--loss", "0.95", "--method", "uniform")[0] == 0
+    assert json.loads((tmp_path / "c.json").read_text())["tried"] == tried
+    one_line_error(*run("--loss", "0.9"), "of a run that was asked for")
     with vtok.patch(model, "uniform", keep="auto", calibration=tmp_path / "c.json"):
         model(**encode(processor, [ask("Why?", picture(96, 128))]), use_cache=True)
     one_line_error(*run("--method", "fastv", "--loss", "0.9"), "before the language model, and fastv")

@@ -21,10 +21,12 @@ import vtok
 from vtok.calibration import Calibration, needed, rounded_up, spectrum
 from vtok.compressor import find
 from vtok.errors import InvalidValue, Unsupported
+from vtok.eval.bench import machine
+from vtok.eval.bench.resume import begun
 from vtok.eval.results import statistics
 from vtok.eval.tasks.answers import answer, media
 from vtok.eval.tasks.task import Item, Question, Task, normal
-from vtok.files import read_lines
+from vtok.files import read_lines, write_json
 from vtok.media import open_clip, open_picture
 from vtok.stages.pre_llm import PreLLM
 from vtok.types import Selection, VisualTokens
@@ -55,19 +57,31 @@ Watcher.name = "watcher"  # behind the class, so that it is no method that users
 
 @dataclass(frozen=True)
 class Seen:
-    """One item. spectra: of its pictures, [1, m] each. lost: [KEEPS, questions] right answers of the dense model less
-    those at each keep; without a right answer, whether it answers otherwise."""
+    """One item. needs: [pictures, VARIANCES] fractions of the tokens. lost: [KEEPS, questions] right answers of the
+    dense model less those at each keep; without a right answer, whether it answers otherwise."""
 
-    spectra: tuple[torch.Tensor, ...]
+    needs: np.ndarray
     lost: np.ndarray
 
     def keeps(self, variance: float) -> list[float]:
         """Of each picture."""
-        return rounded_up([float(needed(x, variance)) for x in self.spectra], KEEPS)
+        return rounded_up(self.needs[:, VARIANCES.index(variance)].tolist(), KEEPS)
 
     def at(self, variance: float) -> int:
         """Which of `KEEPS` the item is judged at: the smallest of its pictures, on the careful side."""
         return KEEPS.index(min(self.keeps(variance)))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was measured; what may be lost is decided behind it."""
+
+    model: str
+    weights: str
+    method: str
+    options: dict[str, Any]
+    data: str
+    items: int
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -102,26 +116,21 @@ def of_file(file: Path) -> list[Item]:
 
 
 # ---- what is answered ------------------------------------------------------------------------------------------------
-def look(
-    model: Any, processor: Any, method: str, options: dict[str, Any], items: Iterable[Item], step: Callable[[], None]
-) -> tuple[list[Seen], int]:
-    """Every item at every keep, and the width of the tokens. Raises `Unsupported` where the model takes no such item,
-    or the method cannot have a keep for each picture."""
-    watcher, found = Watcher(), []
-    for item in items:
-        if item.media not in media(processor):
-            raise Unsupported(f"The model takes {', '.join(media(processor))}, and item {item.index} is {item.media}.")
-        watcher.seen.clear()
-        with vtok.patch(model, watcher):
-            dense = answer(model, processor, item)
-        lost = np.zeros((len(KEEPS), len(item.questions)))
-        with vtok.patch(model, method, keep=KEEPS[0], **options) as patch:
-            for k, keep in enumerate(KEEPS[:-1]):
-                with patch.using(keep=keep):
-                    lost[k] = losses(item, dense, answer(model, processor, item))
-        found.append(Seen(tuple(watcher.seen), lost))
-        step()
-    return found, max(watcher.widths)
+def look(model: Any, processor: Any, method: str, options: dict[str, Any], item: Item) -> dict[str, Any]:
+    """One item at every keep: `Seen`'s fields, and the width of the tokens. Raises `Unsupported` where the model takes
+    no such item."""
+    if item.media not in media(processor):
+        raise Unsupported(f"The model takes {', '.join(media(processor))}, and item {item.index} is {item.media}.")
+    watcher = Watcher()
+    with vtok.patch(model, watcher):
+        dense = answer(model, processor, item)
+    lost = []
+    with vtok.patch(model, method, keep=KEEPS[0], **options) as patch:
+        for keep in KEEPS[:-1]:
+            with patch.using(keep=keep):
+                lost.append(losses(item, dense, answer(model, processor, item)))
+    needs = [[needed(spectrum, variance).item() for variance in VARIANCES] for spectrum in watcher.seen]
+    return {"needs": needs, "lost": [*lost, [0] * len(item.questions)], "width": watcher.widths.pop()}
 
 
 def losses(item: Item, dense: Sequence[str], said: Sequence[str]) -> list[int]:
@@ -146,35 +155,35 @@ class Setting:
     keep: float | None = None
 
 
-def bound(lost: Sequence[np.ndarray], confidence: float) -> float:
+def bound(lost: Sequence[np.ndarray]) -> float:
     """On the mean loss of a question, items redrawn; never below what so many items can miss (1 in 20 for 59 of them,
     at 95 %)."""
     sums, counts = np.array([x.sum() for x in lost]), np.array([len(x) for x in lost])
-    drawn = np.nanpercentile(statistics.redrawn(sums[None], counts[None])[0], 100 * confidence)
-    return max(float(drawn), unseen(len(lost), confidence))
+    drawn = np.nanpercentile(statistics.redrawn(sums[None], counts[None])[0], 100 * CONFIDENCE)
+    return max(float(drawn), unseen(len(lost)))
 
 
-def unseen(items: int, confidence: float) -> float:
+def unseen(items: int) -> float:
     """How often something may happen that none of so many items shows."""
-    return 1 - (1 - confidence) ** (1 / items)
+    return 1 - (1 - CONFIDENCE) ** (1 / items)
 
 
-def settings(seen: Sequence[Seen], confidence: float) -> tuple[list[Setting], list[Setting]]:
+def settings(seen: Sequence[Seen]) -> tuple[list[Setting], list[Setting]]:
     """Of each variance and of each fixed keep, from the most careful one down."""
     by_variance, by_keep = [], []
     for variance in sorted(VARIANCES, reverse=True):
         lost = [item.lost[item.at(variance)] for item in seen]
         kept = float(np.mean([np.mean(item.keeps(variance)) for item in seen]))
-        by_variance.append(Setting(kept, float(np.concatenate(lost).mean()), _bound(lost, kept, confidence), variance))
+        by_variance.append(Setting(kept, float(np.concatenate(lost).mean()), _bound(lost, kept), variance))
     for k in reversed(range(len(KEEPS))):
         lost = [item.lost[k] for item in seen]
-        at = _bound(lost, KEEPS[k], confidence)
+        at = _bound(lost, KEEPS[k])
         by_keep.append(Setting(KEEPS[k], float(np.concatenate(lost).mean()), at, keep=KEEPS[k]))
     return by_variance, by_keep
 
 
-def _bound(lost: Sequence[np.ndarray], kept: float, confidence: float) -> float:
-    return 0.0 if kept == 1 else bound(lost, confidence)  # of all tokens nothing is lost
+def _bound(lost: Sequence[np.ndarray], kept: float) -> float:
+    return 0.0 if kept == 1 else bound(lost)  # of all tokens nothing is lost
 
 
 def last_within(found: Sequence[Setting], loss: float) -> Setting:
@@ -190,35 +199,38 @@ def last_within(found: Sequence[Setting], loss: float) -> Setting:
 def run(
     model: Any,
     processor: Any,
-    method: str,
-    options: dict[str, Any],
+    asked: Asked,
     items: Sequence[Item],
     loss: float,
+    out: Path,
     step: Callable[[], None],
-    confidence: float = CONFIDENCE,
 ) -> dict[str, Any]:
-    """What the file of a calibration holds, but for the model's name: `Calibration`'s fields, and what was measured.
-    Raises `InvalidValue` where so few items cannot show a loss so small."""
-    if find(method).stage != "pre_llm":
-        raise InvalidValue(f"keep='auto' is for methods before the language model, and {method} is none.")
-    if unseen(len(items), confidence) > loss:
-        least = math.ceil(math.log(1 - confidence) / math.log(1 - loss))
+    """What the file of a calibration holds, written to `out`, after each item what there is: a run that was killed goes
+    on, and one with another loss asks nothing anew. Raises `InvalidValue` where so few items cannot show so small a
+    loss."""
+    if find(asked.method).stage != "pre_llm":
+        raise InvalidValue(f"keep='auto' is for methods before the language model, and {asked.method} is none.")
+    if unseen(len(items)) > loss:
+        least = math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - loss))
         raise InvalidValue(
             f"{len(items)} items cannot show that at most {loss:.1%} is lost: it takes {least} at a confidence of "
-            f"{confidence:.0%}. Give more, or allow more."
+            f"{CONFIDENCE:.0%}. Give more, or allow more."
         )
-    seen, width = look(model, processor, method, options, items, step)
-    by_variance, by_keep = settings(seen, confidence)
+    found = begun(out, asked, machine.describe(model.device.type, str(model.dtype).removeprefix("torch.")))
+    rounds = found["rounds"]
+    for i, item in enumerate(items):
+        if str(i) not in rounds:
+            rounds[str(i)] = look(model, processor, asked.method, asked.options, item)
+            write_json(out, found)
+        step()
+    seen = [Seen(np.array(x["needs"]), np.array(x["lost"])) for x in rounds.values()]
+    by_variance, by_keep = settings(seen)
     auto, fixed = last_within(by_variance, loss), last_within(by_keep, loss)
-    return Calibration(method, auto.variance, KEEPS, width, loss).to_dict() | {
-        "options": options,
-        "confidence": confidence,
-        "items": len(items),
-        "questions": sum(item.lost.shape[1] for item in seen),
-        "auto": vars(auto),
-        "fixed": vars(fixed),
-        "tried": [vars(x) for x in by_variance + by_keep],
-    }
+    found |= Calibration(asked.method, auto.variance, KEEPS, rounds["0"]["width"], loss).to_dict()
+    found |= {"auto": vars(auto), "fixed": vars(fixed), "tried": [vars(x) for x in by_variance + by_keep]}
+    found |= {"confidence": CONFIDENCE, "questions": sum(x.lost.shape[1] for x in seen)}
+    write_json(out, found)
+    return found
 
 
 def held_out(
@@ -227,7 +239,7 @@ def held_out(
     """What both settings of `run` lose on items that they were not found on, and how much they keep. file: of it."""
     both = {"auto": {"keep": "auto", "calibration": file}, "fixed": {"keep": found["fixed"]["keep"]}}
     return {
-        kind: _check(model, processor, found["method"], found["options"] | given, items, step)
+        kind: _check(model, processor, found["method"], found["asked"]["options"] | given, items, step)
         for kind, given in both.items()
     }
 

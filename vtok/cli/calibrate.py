@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from vtok.cli import options
+from vtok.cli.group import resumable
 from vtok.cli.options import say
 from vtok.errors import InvalidValue
 
 
 def calibrate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A bundled name, a local folder or a repository of the hub.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write.")],
     loss: Annotated[
@@ -45,16 +47,15 @@ def calibrate(
     """
     if not 0 < loss < 1:
         raise InvalidValue(f"--loss is a share above 0 and below 1, not {loss}.")
-    if (tasks is None) == (data is None):
-        raise InvalidValue("Give --data, your own pictures and questions, or --tasks.")
-    if held_out and data is not None:
-        raise InvalidValue("--held-out goes with --tasks.")
+    if (tasks is None) == (data is None) or (held_out and data):
+        raise InvalidValue("Give --data, your own pictures and questions, or --tasks, which --held-out goes with.")
     from vtok.eval.tasks import task
     from vtok.files import write_json
     from vtok.methods import read
 
     name, how = read(method)
     named = [task.get(each) for each in options.names(tasks)] if tasks else []
+    resumable(ctx)
     with options.loaded(model, device, dtype, threads) as (network, processor, status):
         from vtok.eval.results import calibrate as work
         from vtok.eval.results.sweep import fingerprint
@@ -63,9 +64,8 @@ def calibrate(
         total = len(asked) + 2 * held_out * len(named)
         done = iter(range(1, total + 1))
         step = lambda: status(f"{next(done)} of {total} items")
-        found = {"model": Path(model).name, "weights": fingerprint(network), "data": data.name if data else tasks}
-        found |= work.run(network, processor, name, how, asked, loss, step)
-        write_json(out, found)
+        about = (Path(model).name, fingerprint(network), name, how, data.name if data else str(tasks), len(asked))
+        found = work.run(network, processor, work.Asked(*about), asked, loss, out, step)
         if held_out:
             tests = list(work.of_tasks(named, "test", held_out))
             found |= {"held_out": work.held_out(network, processor, found, out, tests, step)}
@@ -76,7 +76,7 @@ def calibrate(
 
 def _tell(found: dict[str, Any]) -> None:
     said = f"{found['loss']:.1%} may be lost, at {found['confidence']:.0%}"
-    say(f"{found['items']} items, {found['questions']} questions; at most {said}")
+    say(f"{found['asked']['items']} items, {found['questions']} questions; at most {said}")
     for kind, label in (("auto", "by the picture"), ("fixed", "one keep for all")):
         one = found[kind]
         say(f"{label:16} keeps {one['kept']:.1%}, loses {one['lost']:.1%} (at most {one['bound']:.1%})")
