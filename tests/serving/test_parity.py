@@ -19,8 +19,15 @@ ANY = [
     {"compressor": "pool", "keep": 0.3},
     {"compressor": "aim_merge", "keep": 0.3},
     {"compressor": "divprune", "keep": 5},
+    {"compressor": "dpp", "keep": 0.3},
+]
+OF_FRAMES = [
+    {"compressor": "vidcom2", "keep": 0.4},
+    {"compressor": "evs", "keep": 0.4},
+    {"compressor": "frames", "keep": 0.5},
 ]
 OF_TOWER = [
+    {"compressor": "scope", "keep": 0.3},
     {"compressor": "visionzip", "keep": 0.4},
     {"compressor": "visionzip", "keep": 0.4, "importance": "received"},
 ]
@@ -28,8 +35,8 @@ OF_CROPS = [{"compressor": "globalcom2", "keep": 0.3}, {"compressor": "globalcom
 METHODS = {
     "llava": OF_TOWER + ANY,
     "llava_next": OF_CROPS + OF_TOWER + ANY,
-    "qwen2_vl": ANY,
-    "qwen2_5_vl": ANY,
+    "qwen2_vl": ANY + OF_FRAMES,
+    "qwen2_5_vl": ANY + OF_FRAMES,
 }
 
 
