@@ -71,6 +71,7 @@ def test_without_a_word_it_is_the_volume_alone():
 def test_padding_of_the_question_does_not_count():
     padded = torch.cat([WORDS, torch.full((2, 8), 3.0)])
     there = torch.tensor([[True, True, True, False, False]])
+    torch.testing.assert_close(mean_cosine(unit(X)[None], unit(padded)[None], there), RELEVANCE)
     assert kept(vtok.CDPruner(keep=6), shown(words=padded, valid=there)) == kept(vtok.CDPruner(keep=6), shown())
 
 
