@@ -191,6 +191,12 @@ def test_what_it_goes_with():
     with vtok.patch(model, [PixelPrune(), vtok.DivPrune(keep=0.5), vtok.FastV(keep=0.5)]) as patch:
         run(model, inputs)
         assert patch.trace.n_kept_at(0) == [cells // 2]
+        with patch.using("divprune", keep=2):
+            run(model, inputs)
+            assert patch.trace.n_kept_at(0) == [2]
+            assert patch.trace.pictures[0].layout.n == cells  # pixelprune acts as before
+        with pytest.raises(Unsupported, match="swap"), patch.using("pixelprune", tau=0.5):
+            pass
     for other, words in (
         (vtok.VisionZip(importance="received"), "of whole views"),
         (vtok.EVS(), "frames of whole views"),
