@@ -15,7 +15,7 @@ from vtok.density import clusters
 from vtok.errors import Unsupported
 from vtok.types import Layout, Plane, VisualTokens
 
-NAMES = [name for name, cls in compressors.load_all().items() if "frames" in cls.needs]
+NAMES = [name for name, cls in compressors.load_all().items() if "frames" in cls.needs and cls.stage == "pre_llm"]
 
 
 def frames_of(t, rows=4, cols=4):

@@ -142,6 +142,25 @@ def test_the_encoder_runs_on_what_is_kept(family, made):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_sampled_frames(family):
+    """What is encoded is what the encoder makes of a clip of these frames alone."""
+    model, processor = tiny(family)
+    inputs = batch(processor, ["# ?"], [clip(112, 168, 3, frames=8)])
+    pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    encode = lambda *given: torch.cat(list(model.model.get_video_features(*given).pooler_output))
+    with torch.no_grad():
+        alone = encode(
+            pixels.unflatten(0, (4, -1))[[1, 3]].flatten(0, 1), torch.cat([grid[:, :1] // 2, grid[:, 1:]], 1)
+        )
+        with vtok.patch(model, "sampled_frames", keep=0.5) as patch:
+            sparse = encode(pixels, grid).unflatten(0, (4, -1))
+            run(model, inputs)
+    torch.testing.assert_close(sparse[[1, 3]].flatten(0, 1), alone, atol=1e-5, rtol=1e-4)
+    assert torch.equal(sparse[0], sparse[1]) and torch.equal(sparse[2], sparse[1])
+    assert patch.trace.n_visual == [2 * len(alone)] and patch.trace.n_kept == [len(alone)]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_a_photo_is_left_as_it_is(family):
     model, processor = tiny(family)
     inputs = batch(processor, ["# and #"], [picture(112, 168), picture(56, 56)])
@@ -172,6 +191,12 @@ def test_what_it_goes_with():
     with vtok.patch(model, [PixelPrune(), vtok.DivPrune(keep=0.5), vtok.FastV(keep=0.5)]) as patch:
         run(model, inputs)
         assert patch.trace.n_kept_at(0) == [cells // 2]
+        with patch.using("divprune", keep=2):
+            run(model, inputs)
+            assert patch.trace.n_kept_at(0) == [2]
+            assert patch.trace.pictures[0].layout.n == cells  # pixelprune acts as before
+        with pytest.raises(Unsupported, match="swap"), patch.using("pixelprune", tau=0.5):
+            pass
     for other, words in (
         (vtok.VisionZip(importance="received"), "of whole views"),
         (vtok.EVS(), "frames of whole views"),

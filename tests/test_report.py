@@ -534,7 +534,10 @@ def test_points_that_would_lie_on_each_other_lie_side_by_side():
 
 def test_evaluation_knows_no_method_by_name():
     """What it must know of one the class says."""
-    assert baselines() == ["downsample", "frames", "pool", "random", "uniform"] and smaller_picture() == "downsample"
+    assert (
+        baselines() == ["downsample", "frames", "pool", "random", "sampled_frames", "uniform"]
+        and smaller_picture() == "downsample"
+    )
     known = set(load_all())
     for module in (results, choosing):
         for file in Path(module.__file__).parent.glob("*.py"):

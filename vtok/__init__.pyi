@@ -16,6 +16,7 @@ from vtok.compressors.dpp import DPP as DPP
 from vtok.compressors.evs import EVS as EVS
 from vtok.compressors.fastv import FastV as FastV
 from vtok.compressors.frames import Frames as Frames
+from vtok.compressors.frames import SampledFrames as SampledFrames
 from vtok.compressors.gemfilter import GemFilter as GemFilter
 from vtok.compressors.globalcom2 import GlobalCom2 as GlobalCom2
 from vtok.compressors.h2o import H2O as H2O

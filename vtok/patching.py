@@ -205,7 +205,8 @@ class Patch(Handle):
         parts = tuple(each[0] if part is named[0] else part for part in self.compressors)
         site = replace(site, parts=tuple(part for part in parts if not part.is_identity))
         _check_parts(parts, site)
-        acting = _stages(parts, site)
+        there = {id(stage.compressor): stage for stage in self._engine.installed}  # hooks in the encoder know these
+        acting = [there.get(id(stage.compressor), stage) for stage in _stages(parts, site)]
         if len(each) > 1:
             index = [stage.compressor is each[0] for stage in acting].index(True)
             acting[index].each(each)

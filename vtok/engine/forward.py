@@ -148,7 +148,9 @@ class Engine:
         """Raise `Unsupported` where stages need seams that the patch did not put on the model."""
         layers = {layer for stage in stages for layer in stage.ffn_layers()}
         acts = any(stage.in_layers for stage in stages)
-        if not layers <= self.ffn_layers or not set(reads) <= set(self.reads) or (acts and not self.watches_layers):
+        hooked = all(stage in self.installed for stage in stages if stage.in_encoder)
+        shown = layers <= self.ffn_layers and set(reads) <= set(self.reads)
+        if not (hooked and shown and (self.watches_layers or not acts)):
             raise Unsupported("This change needs other seams in the model than the patch has: call swap() with it.")
 
     # ---- outer model -------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ class Blocks(Compressor):
 
 class BlocksStage(Stage[Blocks]):
     name = "blocks"
+    in_encoder = True
 
     def __init__(self, compressor: Blocks, site: Site) -> None:
         super().__init__(compressor, site)

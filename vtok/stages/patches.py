@@ -46,6 +46,7 @@ class Patches(Compressor):
 
 class PatchesStage(Stage[Patches]):
     name = "patches"
+    in_encoder = True
 
     def __init__(self, compressor: Patches, site: Site) -> None:
         super().__init__(compressor, site)

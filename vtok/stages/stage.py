@@ -52,6 +52,7 @@ class Stage(Generic[C]):
     behind_prompt: ClassVar[bool] = False  # whether it acts on what comes behind the prompt, in one forward with it
     on_text: ClassVar[bool] = False  # whether it acts on prompts without pictures, too
     compiles: ClassVar[bool] = True  # whether what it does in layers can be part of a compiled graph
+    in_encoder: ClassVar[bool] = False  # whether its `encoder_hooks` do what it decides
     alone: ClassVar[bool] = False  # whether one thread at a time may encode where it acts
 
     def __init__(self, compressor: C, site: Site) -> None:
