@@ -98,7 +98,7 @@ def test_it_is_saved_composed_and_replayed(llava, tmp_path):
 
 def test_what_cannot_be_is_said(llava, tmp_path):
     model, processor = llava
-    with pytest.raises(InvalidValue, match="vtok calibrate MODEL --method divprune"):
+    with pytest.raises(InvalidValue, match="vtok calibrate MODEL --compressor divprune"):
         vtok.patch(model, "divprune", keep="auto")
     with pytest.raises(InvalidValue, match="of divprune, not of uniform"):
         vtok.patch(model, "uniform", keep="auto", calibration=written(tmp_path, model))
@@ -176,20 +176,20 @@ def test_the_command_on_ones_own_pictures(llava, tmp_path):
         return result.exit_code, result.output
 
     one_line_error(*run("--loss", "0.02"), "2 items cannot show")
-    code, output = run("--loss", "0.9", "--method", "uniform")
+    code, output = run("--loss", "0.9", "--compressor", "uniform")
     assert code == 0, output
     found = json.loads((tmp_path / "c.json").read_text())
     assert (found["method"], found["asked"]["items"], found["questions"]) == ("uniform", 2, 4)
     tried = found["tried"]
     del found["rounds"]["1"]  # killed before the second
     (tmp_path / "c.json").write_text(json.dumps(found))
-    assert run("--loss", "0.95", "--method", "uniform")[0] == 0
+    assert run("--loss", "0.95", "--compressor", "uniform")[0] == 0
     assert json.loads((tmp_path / "c.json").read_text())["tried"] == tried
     one_line_error(*run("--loss", "0.9"), "of a run that was asked for")
     with vtok.patch(model, "uniform", keep="auto", calibration=tmp_path / "c.json"):
         model(**encode(processor, [ask("Why?", picture(96, 128))]), use_cache=True)
-    one_line_error(*run("--method", "fastv", "--loss", "0.9"), "before the language model, and fastv")
+    one_line_error(*run("--compressor", "fastv", "--loss", "0.9"), "before the language model, and fastv")
     (tmp_path / "mine.jsonl").write_text('{"question": "Why?"}')
     one_line_error(*run(), "Line 1 of")
     one_line_error(*run("--loss", "2"), "--loss is a share")
-    one_line_error(*run("--method", "uniform,random"), "No compressor is named")
+    one_line_error(*run("--compressor", "uniform,random"), "No compressor is named")

@@ -236,12 +236,15 @@ def run(
 def held_out(
     model: Any, processor: Any, found: dict[str, Any], file: Path, items: Sequence[Item], step: Callable[[], None]
 ) -> dict[str, Any]:
-    """What both settings of `run` lose on items that they were not found on, and how much they keep. file: of it."""
+    """What `run` found, and what both its settings lose on items that they were not found on, and how much they keep;
+    written to its file, too."""
     both = {"auto": {"keep": "auto", "calibration": file}, "fixed": {"keep": found["fixed"]["keep"]}}
-    return {
+    checked = {
         kind: _check(model, processor, found["method"], found["asked"]["options"] | given, items, step)
         for kind, given in both.items()
     }
+    write_json(file, found | {"held_out": checked})
+    return found | {"held_out": checked}
 
 
 def _check(

@@ -20,7 +20,9 @@ def calibrate(
     loss: Annotated[
         float, typer.Option(metavar="SHARE", help="Right answers that may be lost, as a share of the questions.")
     ] = 0.02,
-    method: Annotated[str, typer.Option(metavar="NAME", help="A method that acts before the decoder.")] = "divprune",
+    compressor: Annotated[
+        str, typer.Option(metavar="NAME", help="A method that acts before the decoder.")
+    ] = "divprune",
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON lines of your pictures and questions, see below.")
     ] = None,
@@ -42,7 +44,7 @@ def calibrate(
 
     \b
     Examples:
-      vtok calibrate vtok-tiny-qwen2.5-vl --tasks scenes,charts --out calibration.json
+      vtok calibrate vtok-tiny-qwen2.5-vl --tasks scenes,charts --out FILE
       vtok calibrate MODEL --data mine.jsonl --loss 0.01 --out calibration.json
     """
     if not 0 < loss < 1:
@@ -50,10 +52,9 @@ def calibrate(
     if (tasks is None) == (data is None) or (held_out and data):
         raise InvalidValue("Give --data, your own pictures and questions, or --tasks, which --held-out goes with.")
     from vtok.eval.tasks import task
-    from vtok.files import write_json
     from vtok.methods import read
 
-    name, how = read(method)
+    name, how = read(compressor)
     named = [task.get(each) for each in options.names(tasks)] if tasks else []
     resumable(ctx)
     with options.loaded(model, device, dtype, threads) as (network, processor, status):
@@ -68,8 +69,7 @@ def calibrate(
         found = work.run(network, processor, work.Asked(*about), asked, loss, out, step)
         if held_out:
             tests = list(work.of_tasks(named, "test", held_out))
-            found |= {"held_out": work.held_out(network, processor, found, out, tests, step)}
-            write_json(out, found)
+            found = work.held_out(network, processor, found, out, tests, step)
     _tell(found)
     say(f"wrote {out}")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from vtok.cli import options
@@ -62,7 +63,7 @@ def methods(
         say(f"\n{family}: {', '.join(about['modalities'])}; by default {default}")
         for wanted, words in (("option", "with an option"), ("no", "not")):
             if listed := [each for each in found if fit(found[each], family).partition(" ")[0] == wanted]:
-                say(f"  {words}: {', '.join(listed)}")
+                Console().print(Padding(f"{words}: {', '.join(listed)}", (0, 0, 0, 2)), highlight=False)
     say("")
     for line in (*hints, "One of them with its options: vtok methods NAME"):
         say(line)

@@ -280,7 +280,7 @@ def calibrate(
 
     check(Annotated[float, In("(0, 1)", ints=False), "a fraction"], keep, "keep")
     compressor = TCC() if compressor is None else compressor
-    options = {f.name: getattr(compressor, f.name) for f in fields(compressor)}
+    options = {f.name: getattr(compressor, f.name) for f in fields(compressor) if f.init}
     listener = _Listener(**{**options, "keep": None})
     with torch.no_grad(), vtok.patch(model, listener):
         for inputs in batches:

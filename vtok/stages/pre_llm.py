@@ -49,8 +49,8 @@ class PreLLM(Compressor):
     def _read(self) -> Calibration:
         if self.calibration is None:
             raise InvalidValue(
-                f"keep='auto' needs a calibration: run `vtok calibrate MODEL --method {self.name} --loss 0.02 --out "
-                f"FILE`, then vtok.patch(model, {self.name!r}, keep='auto', calibration=FILE)."
+                f"keep='auto' needs a calibration: run `vtok calibrate MODEL --compressor {self.name} --loss 0.02 "
+                f"--out FILE`, then vtok.patch(model, {self.name!r}, keep='auto', calibration=FILE)."
             )
         found = Calibration.read(self.calibration)
         if found.method != self.name:
@@ -152,8 +152,11 @@ class PreLLMStage(Stage[PreLLM]):
                 with prefill.stopwatch:
                     features = torch.stack([prefill.flat[prefill.pictures[i].tokens] for i in auto])
                     of |= dict(zip(auto, of[auto[0]].for_each(features)))
-            for compressor in dict.fromkeys(of.values()):
+            left = dict(of)
+            while left:  # compressors need not be hashable
+                compressor = next(iter(left.values()))
                 yield compressor, [i for i in members if of[i] == compressor]
+                left = {i: one for i, one in left.items() if one != compressor}
 
     def select(self, prefill: Prefill) -> None:
         prefill.chosen = True
