@@ -29,7 +29,7 @@ def llava():
 
 def written(folder, model, **changed):
     file = folder / "calibration.json"
-    content = {"method": "divprune", "variance": 0.9, "keeps": KEPT, "loss": 0.02}
+    content = {"method": "divprune", "scale": 1.0, "keeps": KEPT, "loss": 0.02}
     file.write_text(json.dumps(content | {"width": model.config.text_config.hidden_size} | changed))
     return file
 
@@ -54,7 +54,6 @@ def test_needed_against_an_svd(variance):
 def test_equal_tokens_need_one_and_everything_needs_all():
     assert needed(spectrum(torch.ones(1, 8, 4)), 0.99).tolist() == [1 / 8]
     assert needed(spectrum(torch.zeros(1, 8, 4)), 0.99).tolist() == [1 / 8]
-    assert needed(spectrum(torch.randn(1, 8, 4)), 1.0).tolist() == [1.0]
     assert needed(spectrum(torch.randn(1, 1, 4)), 0.5).tolist() == [1.0]
     assert spectrum(torch.randn(1, 3 * SAMPLE, 4)).shape == (1, SAMPLE)
 
@@ -69,7 +68,8 @@ def test_each_picture_keeps_what_a_call_of_its_own_keeps(llava, tmp_path):
     seen = calibrate.Watcher()
     with vtok.patch(model, seen), torch.no_grad():
         model(**inputs, use_cache=True)
-    keeps = [calibrate.rounded_up([float(needed(x, 0.9))], KEPT)[0] for x in seen.seen]
+    needs = [float(needed(x)) for x in seen.seen]
+    keeps = [min(keep for keep in KEPT if keep >= need**0.5) for need in needs]
     assert keeps[0] < keeps[1] == keeps[2]
     with vtok.patch(model, "divprune", keep="auto", calibration=file) as patch, torch.no_grad():
         auto = model(**inputs, use_cache=True).logits
@@ -118,16 +118,16 @@ def test_what_cannot_be_is_said(llava, tmp_path):
 
 # ---- calibrating -----------------------------------------------------------------------------------------------------
 def made(components, lost_below, questions=2):
-    """An item of one picture that needs so many of 20 components at any variance, and loses all below a keep."""
-    needs = [[components / 20 if variance < 1 else 1.0 for variance in calibrate.VARIANCES]]
-    return Seen(np.array(needs), np.array([[int(keep < lost_below)] * questions for keep in KEEPS]))
+    """An item of one picture that needs so many of 100 components, and loses all below a keep."""
+    return Seen((components / 100,), np.array([[int(keep < lost_below)] * questions for keep in KEEPS]))
 
 
 def test_settings_by_hand():
-    """Simple pictures need 2 of 20 components and lose below a tenth; rich ones need 8 and lose below .4."""
-    seen = [made(2, 0.1)] * 150 + [made(8, 0.4)] * 50
-    by_variance, by_keep = calibrate.settings(seen)
-    auto, fixed = calibrate.last_within(by_variance, 0.02), calibrate.last_within(by_keep, 0.02)
+    """Simple pictures need 1 of 100 components and lose below a tenth; rich ones need 16 and lose below .4."""
+    seen = [made(1, 0.1)] * 150 + [made(16, 0.4)] * 50
+    by_scale, by_keep = calibrate.settings(seen)
+    auto, fixed = calibrate.last_within(by_scale, 0.02), calibrate.last_within(by_keep, 0.02)
+    assert 0.75 < auto.scale <= 1.0  # .75 of the root of .16 is .3
     assert (auto.kept, auto.lost) == (pytest.approx((150 * 0.1 + 50 * 0.4) / 200), 0.0)
     assert (fixed.keep, fixed.lost) == (0.4, 0.0)
     assert calibrate.last_within(by_keep, 0.35).keep == 0.1  # a quarter of the questions lost, at most .3 by redrawing
@@ -148,8 +148,8 @@ def test_a_bound_knows_what_so_few_items_cannot_show():
 
 
 def test_an_item_of_several_pictures_is_judged_on_the_careful_side():
-    item = Seen(np.concatenate([made(2, 0.1).needs, made(8, 0.1).needs]), np.zeros((len(KEEPS), 1)))
-    assert item.keeps(0.9) == [0.1, 0.4] and KEEPS[item.at(0.9)] == 0.1
+    item = Seen((0.01, 0.16), np.zeros((len(KEEPS), 1)))
+    assert item.keeps(1.0) == [0.1, 0.4] and KEEPS[item.at(1.0)] == 0.1
 
 
 def test_losses_with_and_without_a_right_answer():

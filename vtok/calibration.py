@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from vtok.errors import InvalidValue
 from vtok.files import read_json
 
 Auto = Literal["auto"]
+VARIANCE = 0.95  # share of the variance that a picture's principal components are to hold
 SAMPLE = 512  # tokens of a picture whose spectrum is taken: eigenvalues cost the cube of them
 
 
@@ -22,13 +24,13 @@ SAMPLE = 512  # tokens of a picture whose spectrum is taken: eigenvalues cost th
 class Calibration:
     """What `vtok calibrate` found for one method on one model.
 
-    variance: in (0, 1]; a picture keeps as many tokens as it has principal components that hold this share of the
-        variance of its tokens. keeps: the fractions that were tried, rising; a picture's is rounded up to one of them.
+    scale: a picture keeps this times the root of what it needs (`needed`), a fraction. The root: between one fraction
+        for all and one in proportion. keeps: the fractions that were tried, rising; a picture's is rounded up to one.
     width: of the tokens, by which another model's are recognised. loss: what was allowed, a share of the questions.
     """
 
     method: str
-    variance: float
+    scale: float
     keeps: tuple[float, ...]
     width: int
     loss: float
@@ -50,7 +52,7 @@ class Calibration:
                 f"The calibration is of a model whose tokens are {self.width} wide, and this one's are "
                 f"{features.shape[-1]}: run `vtok calibrate` on it."
             )
-        return rounded_up(needed(spectrum(features), self.variance).tolist(), self.keeps)
+        return rounded_up(needed(spectrum(features)).tolist(), self.scale, self.keeps)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,13 +71,13 @@ def spectrum(features: Tensor) -> Tensor:
     return torch.where(whole > 1e-9, values.cumsum(-1) / whole.clamp_min(1e-12), 1.0)
 
 
-def needed(spectra: Tensor, variance: float) -> Tensor:
-    """[B] fractions of the tokens, in (0, 1]: the components that it takes, of m, for that share of the variance."""
+def needed(spectra: Tensor, variance: float = VARIANCE) -> Tensor:
+    """[B] fractions of the tokens, in (0, 1]: the principal components that it takes, of m, for that share of the
+    variance."""
     m = spectra.shape[1]
-    if variance >= 1:
-        return torch.ones(len(spectra))
-    return ((spectra < variance).sum(1) + 1).clamp_max(m).double() / m  # a single .1 lies above .1
+    return ((spectra < variance).sum(1) + 1).clamp_max(m).double() / m
 
 
-def rounded_up(fractions: Sequence[float], keeps: Sequence[float]) -> list[float]:
-    return [keeps[min(bisect_left(keeps, fraction), len(keeps) - 1)] for fraction in fractions]
+def rounded_up(needs: Sequence[float], scale: float, keeps: Sequence[float]) -> list[float]:
+    """What pictures keep that need these fractions of their tokens."""
+    return [keeps[min(bisect_left(keeps, scale * math.sqrt(need)), len(keeps) - 1)] for need in needs]

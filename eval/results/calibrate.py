@@ -32,7 +32,7 @@ from vtok.stages.pre_llm import PreLLM
 from vtok.types import Selection, VisualTokens
 
 KEEPS = (0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
-VARIANCES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
+SCALES = (100.0, *(4 * 0.94**i for i in range(64)))  # falling; at 100 every picture keeps all
 CONFIDENCE = 0.95
 
 
@@ -57,19 +57,19 @@ Watcher.name = "watcher"  # behind the class, so that it is no method that users
 
 @dataclass(frozen=True)
 class Seen:
-    """One item. needs: [pictures, VARIANCES] fractions of the tokens. lost: [KEEPS, questions] right answers of the
-    dense model less those at each keep; without a right answer, whether it answers otherwise."""
+    """One item. needs: of each picture, a fraction of the tokens. lost: [KEEPS, questions] right answers of the dense
+    model less those at each keep; without a right answer, whether it answers otherwise."""
 
-    needs: np.ndarray
+    needs: tuple[float, ...]
     lost: np.ndarray
 
-    def keeps(self, variance: float) -> list[float]:
+    def keeps(self, scale: float) -> list[float]:
         """Of each picture."""
-        return rounded_up(self.needs[:, VARIANCES.index(variance)].tolist(), KEEPS)
+        return rounded_up(self.needs, scale, KEEPS)
 
-    def at(self, variance: float) -> int:
+    def at(self, scale: float) -> int:
         """Which of `KEEPS` the item is judged at: the smallest of its pictures, on the careful side."""
-        return KEEPS.index(min(self.keeps(variance)))
+        return KEEPS.index(min(self.keeps(scale)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def look(model: Any, processor: Any, method: str, options: dict[str, Any], item:
         for keep in KEEPS[:-1]:
             with patch.using(keep=keep):
                 lost.append(losses(item, dense, answer(model, processor, item)))
-    needs = [[needed(spectrum, variance).item() for variance in VARIANCES] for spectrum in watcher.seen]
+    needs = [needed(spectrum).item() for spectrum in watcher.seen]
     return {"needs": needs, "lost": [*lost, [0] * len(item.questions)], "width": watcher.widths.pop()}
 
 
@@ -146,12 +146,12 @@ def losses(item: Item, dense: Sequence[str], said: Sequence[str]) -> list[int]:
 # ---- what is concluded -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Setting:
-    """variance, keep: one of them. kept: mean keep of the items. lost: mean loss of the questions, and its bound."""
+    """scale, keep: one of them. kept: mean keep of the items. lost: mean loss of the questions, and its bound."""
 
     kept: float
     lost: float
     bound: float
-    variance: float | None = None
+    scale: float | None = None
     keep: float | None = None
 
 
@@ -169,17 +169,17 @@ def unseen(items: int) -> float:
 
 
 def settings(seen: Sequence[Seen]) -> tuple[list[Setting], list[Setting]]:
-    """Of each variance and of each fixed keep, from the most careful one down."""
-    by_variance, by_keep = [], []
-    for variance in sorted(VARIANCES, reverse=True):
-        lost = [item.lost[item.at(variance)] for item in seen]
-        kept = float(np.mean([np.mean(item.keeps(variance)) for item in seen]))
-        by_variance.append(Setting(kept, float(np.concatenate(lost).mean()), _bound(lost, kept), variance))
+    """Of each scale and of each fixed keep, from the most careful one down."""
+    by_scale, by_keep = [], []
+    for scale in SCALES:
+        lost = [item.lost[item.at(scale)] for item in seen]
+        kept = float(np.mean([np.mean(item.keeps(scale)) for item in seen]))
+        by_scale.append(Setting(kept, float(np.concatenate(lost).mean()), _bound(lost, kept), scale))
     for k in reversed(range(len(KEEPS))):
         lost = [item.lost[k] for item in seen]
         at = _bound(lost, KEEPS[k])
         by_keep.append(Setting(KEEPS[k], float(np.concatenate(lost).mean()), at, keep=KEEPS[k]))
-    return by_variance, by_keep
+    return by_scale, by_keep
 
 
 def _bound(lost: Sequence[np.ndarray], kept: float) -> float:
@@ -223,11 +223,11 @@ def run(
             rounds[str(i)] = look(model, processor, asked.method, asked.options, item)
             write_json(out, found)
         step()
-    seen = [Seen(np.array(x["needs"]), np.array(x["lost"])) for x in rounds.values()]
-    by_variance, by_keep = settings(seen)
-    auto, fixed = last_within(by_variance, loss), last_within(by_keep, loss)
-    found |= Calibration(asked.method, auto.variance, KEEPS, rounds["0"]["width"], loss).to_dict()
-    found |= {"auto": vars(auto), "fixed": vars(fixed), "tried": [vars(x) for x in by_variance + by_keep]}
+    seen = [Seen(tuple(x["needs"]), np.array(x["lost"])) for x in rounds.values()]
+    by_scale, by_keep = settings(seen)
+    auto, fixed = last_within(by_scale, loss), last_within(by_keep, loss)
+    found |= Calibration(asked.method, auto.scale, KEEPS, rounds["0"]["width"], loss).to_dict()
+    found |= {"auto": vars(auto), "fixed": vars(fixed), "tried": [vars(x) for x in by_scale + by_keep]}
     found |= {"confidence": CONFIDENCE, "questions": sum(x.lost.shape[1] for x in seen)}
     write_json(out, found)
     return found
