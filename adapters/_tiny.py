@@ -101,6 +101,31 @@ def qwen(unit: int, **options: Any) -> tuple[Any, dict[str, int], dict[str, Any]
     return tok, {"shortest_edge": unit**2, "longest_edge": 64 * unit**2}, text, ids
 
 
+def qwen3(depth: int, **options: Any) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, int]]:
+    """What those from Qwen3-VL on share: the processor, the options of a decoder and of an encoder, the ids."""
+    import transformers as T
+
+    tok, size, text, ids = qwen(32, **options)
+    processor = T.Qwen3VLProcessor(
+        T.Qwen2VLImageProcessor(size=dict(size), patch_size=16),
+        tok,
+        T.Qwen3VLVideoProcessor(size=dict(size)),
+        chat_template=tok.chat_template,
+    )
+    text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    text["rope_parameters"]["mrope_interleaved"] = True
+    vision = {
+        "depth": depth,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": 16,
+        "num_position_embeddings": 64,
+    }
+    return processor, text, vision, ids
+
+
 def clip_tower() -> dict[str, Any]:
     """Options of a CLIP tower of 4 x 4 patches."""
     return {

@@ -21,32 +21,16 @@ class Qwen35Adapter(Qwen25VLAdapter):
     def tiny(self, **options: Any) -> tuple[nn.Module, Any]:
         import transformers as T
 
-        from vtok.adapters._tiny import qwen
+        from vtok.adapters._tiny import qwen3
 
-        tok, size, text, ids = qwen(32, **options)
-        processor = T.Qwen3VLProcessor(
-            T.Qwen2VLImageProcessor(size=dict(size), patch_size=16),
-            tok,
-            T.Qwen3VLVideoProcessor(size=dict(size)),
-            chat_template=tok.chat_template,
-        )
-        vision = {
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": text["hidden_size"],
-            "patch_size": 16,
-            "num_position_embeddings": 64,
-        }
+        processor, text, vision, ids = qwen3(2, **options)
         text |= {
-            "head_dim": text["hidden_size"] // text["num_attention_heads"],
             "layer_types": [("linear_attention", "full_attention")[i % 2] for i in range(text["num_hidden_layers"])],
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
         }
-        text["rope_parameters"] |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+        text["rope_parameters"]["partial_rotary_factor"] = 1.0
         config = T.Qwen3_5Config(text_config=text, vision_config=vision, **ids)
         return T.Qwen3_5ForConditionalGeneration(config), processor

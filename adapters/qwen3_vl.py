@@ -46,27 +46,8 @@ class Qwen3VLAdapter(Qwen25VLAdapter):
 
     def _tiny_parts(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """The processor, and the options of the config."""
-        import transformers as T
+        from vtok.adapters._tiny import qwen3
 
-        from vtok.adapters._tiny import qwen
-
-        tok, size, text, ids = qwen(32, **options)
-        processor = T.Qwen3VLProcessor(
-            T.Qwen2VLImageProcessor(size=dict(size), patch_size=16),
-            tok,
-            T.Qwen3VLVideoProcessor(size=dict(size)),
-            chat_template=tok.chat_template,
-        )
-        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
-        text["rope_parameters"]["mrope_interleaved"] = True
-        vision = {
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": text["hidden_size"],
-            "patch_size": 16,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": list(range(min(3, text["num_hidden_layers"] - 1))),
-        }
+        processor, text, vision, ids = qwen3(3, **options)
+        vision["deepstack_visual_indexes"] = list(range(min(3, text["num_hidden_layers"] - 1)))
         return processor, {"text_config": text, "vision_config": vision, **ids}

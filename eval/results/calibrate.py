@@ -158,9 +158,14 @@ class Setting:
 def bound(lost: Sequence[np.ndarray]) -> float:
     """On the mean loss of a question, items redrawn; never below what so many items can miss (1 in 20 for 59 of them,
     at 95 %)."""
-    sums, counts = np.array([x.sum() for x in lost]), np.array([len(x) for x in lost])
+    sums, counts = totals(lost)
     drawn = np.nanpercentile(statistics.redrawn(sums[None], counts[None])[0], 100 * CONFIDENCE)
     return max(float(drawn), unseen(len(lost)))
+
+
+def totals(lost: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """[items] what is lost of each, and how many questions it has."""
+    return np.array([x.sum() for x in lost]), np.array([len(x) for x in lost])
 
 
 def unseen(items: int) -> float:
@@ -239,25 +244,22 @@ def held_out(
     """What `run` found, and what both its settings lose on items that they were not found on, and how much they keep;
     written to its file, too."""
     both = {"auto": {"keep": "auto", "calibration": file}, "fixed": {"keep": found["fixed"]["keep"]}}
-    checked = {
-        kind: _check(model, processor, found["method"], found["asked"]["options"] | given, items, step)
-        for kind, given in both.items()
-    }
-    write_json(file, found | {"held_out": checked})
-    return found | {"held_out": checked}
-
-
-def _check(
-    model: Any, processor: Any, method: str, options: dict[str, Any], items: Sequence[Item], step: Callable[[], None]
-) -> dict[str, Any]:
-    lost, kept = [], []
+    lost: dict[str, list[np.ndarray]] = {kind: [] for kind in both}
+    kept: dict[str, list[float]] = {kind: [] for kind in both}
     for item in items:
         dense = answer(model, processor, item)
-        with vtok.patch(model, method, **options) as patch:
-            lost.append(np.array(losses(item, dense, answer(model, processor, item))))
-            kept.append(patch.trace.mean_keep)
+        for kind, given in both.items():
+            with vtok.patch(model, found["method"], **found["asked"]["options"], **given) as patch:
+                lost[kind].append(np.array(losses(item, dense, answer(model, processor, item))))
+                kept[kind].append(patch.trace.mean_keep)
         step()
-    sums, counts = np.array([x.sum() for x in lost]), np.array([len(x) for x in lost])
-    number = float(sums.sum() / counts.sum())
+    found = found | {"held_out": {kind: _summed(lost[kind], kept[kind]) for kind in both}}
+    write_json(file, found)
+    return found
+
+
+def _summed(lost: Sequence[np.ndarray], kept: Sequence[float]) -> dict[str, Any]:
+    sums, counts = totals(lost)
     interval = statistics.interval(sums, counts) if statistics.enough(len(lost), counts.sum()) else None
+    number = float(sums.sum() / counts.sum())
     return {"kept": float(np.mean(kept)), "lost": number, "interval": interval, "items": len(lost)}

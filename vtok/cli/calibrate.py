@@ -62,7 +62,7 @@ def calibrate(
         from vtok.eval.results.sweep import fingerprint
 
         asked = work.of_file(data) if data else list(work.of_tasks(named, "val", items))
-        total = len(asked) + 2 * held_out * len(named)
+        total = len(asked) + held_out * len(named)
         done = iter(range(1, total + 1))
         step = lambda: status(f"{next(done)} of {total} items")
         about = (Path(model).name, fingerprint(network), name, how, data.name if data else str(tasks), len(asked))

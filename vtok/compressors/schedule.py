@@ -111,11 +111,8 @@ class Schedule(AtSafeLayer):
     def with_budget(self, budget: float, n_layers: int) -> Schedule:
         solved = replace(self, keep=float(budget), rounding="down")
         rates = solved.rates_at(n_layers)  # refuses a mean that cannot be met
-        full = sum(rate == 1 for rate in rates)
-        if full < n_layers and (budget * n_layers - full) / (n_layers - full) < budget / 4:
-            raise InvalidValue(
-                f"{full} of {n_layers} layers see all tokens, and a budget of {budget:g} leaves next to nothing for "
-                f"the others. Raise it, or compress before the language model. first_full=1 goes further, and then "
-                f"drops by the ranking of the first layer, which is hardly better than chance."
-            )
+        more = (
+            " first_full=1 goes further, and then drops by the ranking of the first layer, which is hardly better than"
+        )
+        schedules.check_room(rates, budget, f"{more} chance.")
         return solved

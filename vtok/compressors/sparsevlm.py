@@ -87,13 +87,7 @@ class SparseVLM(InLLM):
 
     def with_budget(self, budget: float, n_layers: int) -> SparseVLM:
         solved = replace(self, keep=float(budget))
-        rates = solved.rates_at(n_layers)  # refuses a mean that cannot be met
-        full = sum(rate == 1 for rate in rates)
-        if full < n_layers and (budget * n_layers - full) / (n_layers - full) < budget / 4:
-            raise InvalidValue(
-                f"{full} of {n_layers} layers see all tokens, and a budget of {budget:g} leaves next to nothing for "
-                f"the others. Raise it, or compress before the language model."
-            )
+        schedules.check_room(solved.rates_at(n_layers), budget)  # which refuses a mean that cannot be met
         return solved
 
 

@@ -84,6 +84,17 @@ def scaled(rates: Rates, mean_keep: float) -> Rates:
     return part(_rising(lambda factor: mean(part(factor)), mean_keep, 0.0, most))
 
 
+def check_room(rates: Rates, budget: float, more: str = "") -> None:
+    """Raise `InvalidValue` where the layers that see all tokens leave the others less than a quarter of a budget, the
+    mean over layers. more: what else may be done about it."""
+    n_layers, full = len(rates), sum(rate == 1 for rate in rates)
+    if full < n_layers and (budget * n_layers - full) / (n_layers - full) < budget / 4:
+        raise InvalidValue(
+            f"{full} of {n_layers} layers see all tokens, and a budget of {budget:g} leaves next to nothing for the "
+            f"others. Raise it, or compress before the language model.{more}"
+        )
+
+
 def resampled(rates: Rates, n_layers: int, first_full: int) -> Rates:
     """The schedule for a decoder of another depth: as it is for its own depth; else each layer gets the mean of the
     rates over its part of the depth, so that the mean over all layers stays, and `first_full` layers see all tokens.

@@ -65,8 +65,9 @@ class PreLLM(Compressor):
         """The compressor for each of G pictures [G, n, D]: with keep="auto" one that keeps what the picture needs."""
         if self._calibrated is None:
             return [self] * len(features)
-        of_keep = {keep: replace(self, keep=keep) for keep in self._calibrated.keeps}
-        return [of_keep[keep] for keep in self._calibrated.of(features)]
+        keeps = self._calibrated.of(features)
+        of_keep = {keep: replace(self, keep=keep) for keep in set(keeps)}
+        return [of_keep[keep] for keep in keeps]
 
     @property
     def reads_prompt_end(self) -> bool:
