@@ -189,6 +189,8 @@ def test_the_command_on_ones_own_pictures(llava, tmp_path):
     with vtok.patch(model, "uniform", keep="auto", calibration=tmp_path / "c.json"):
         model(**encode(processor, [ask("Why?", picture(96, 128))]), use_cache=True)
     one_line_error(*run("--compressor", "fastv", "--loss", "0.9"), "before the language model, and fastv")
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [line | {"question": "?"} for line in lines])))
+    one_line_error(*run("--loss", "0.9", "--compressor", "uniform"), "of a run that was asked for")
     (tmp_path / "mine.jsonl").write_text('{"question": "Why?"}')
     one_line_error(*run(), "Line 1 of")
     one_line_error(*run("--loss", "2"), "--loss is a share")

@@ -65,7 +65,7 @@ def calibrate(
         total = len(asked) + held_out * len(named)
         done = iter(range(1, total + 1))
         step = lambda: status(f"{next(done)} of {total} items")
-        about = (Path(model).name, fingerprint(network), name, how, data.name if data else str(tasks), len(asked))
+        about = (Path(model).name, fingerprint(network), name, how, work.told(data) if data else str(tasks), len(asked))
         found = work.run(network, processor, work.Asked(*about), asked, loss, out, step)
         if held_out:
             tests = list(work.of_tasks(named, "test", held_out))
