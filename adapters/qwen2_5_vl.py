@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vtok.adapter import Adapter, stretch
+from vtok.adapter import Adapter, class_of, stretch
 from vtok.engine.accounting import VisionShape
 from vtok.tower import OF_PATCHES, Tower, received
 from vtok.types import Layout, Plane
@@ -132,7 +132,7 @@ class QwenTower(Tower):
     def encoder_attention(self, attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:
         """[S] fp32; in a layer with windows tokens get nothing from outside of theirs. Waits for the device once."""
         split = lambda x: x.unflatten(-1, (attention.num_heads, -1))  # [S, H, d]
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+        rotate = sys.modules[class_of(attention).__module__].apply_rotary_pos_emb_vision
         query, key = (split(project(attention, hidden)) for project in (self.query, self.key))
         query, key = (x.float().transpose(0, 1) for x in rotate(query, key, *kwargs["position_embeddings"]))
         lengths = kwargs["cu_seqlens"].diff().tolist()

@@ -277,6 +277,11 @@ def _families() -> str:
     return ", ".join(sorted({a.family for a in _REGISTRY.values()}))
 
 
+def class_of(module: nn.Module) -> type:
+    """The class that a module was written as: FSDP gives each module that it shards a class of torch's."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
 def find(model: nn.Module) -> tuple[nn.Module, Adapter]:
     """The vision-language model or language model inside `model` (itself, or wrapped by PEFT and the like) and its
     adapter."""
@@ -287,7 +292,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Adapter]:
         model_type = getattr(getattr(module, "config", None), "model_type", None)
         known = model_type in _REGISTRY and "lm_head" in module._modules  # wrappers answer for it, but do not hold it
         if known or CausalLM.describes(module):
-            if not type(module).__module__.startswith("transformers."):
+            if not class_of(module).__module__.startswith("transformers."):
                 raise Unsupported(
                     f"{type(module).__name__} is remote code. Load the checkpoint with transformers' own class "
                     f"(trust_remote_code=False; for many there is a converted '-hf' repository)."

@@ -167,3 +167,10 @@ class Pass:
             ]
             output.hidden_states = (*states, output.last_hidden_state)
         return output
+
+
+class Carried:
+    """A pass in the keywords of modules. FSDP copies each dataclass that it finds there; this is none."""
+
+    def __init__(self, running: Pass) -> None:
+        self.running = running

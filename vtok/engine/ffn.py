@@ -127,7 +127,8 @@ def check(layer: nn.Module, method: str, copies: bool) -> None:
         weight = getattr(base, "weight", None)
         if type(base) is not nn.Linear or type(weight) is not nn.Parameter or not weight.is_floating_point():
             kind = type(weight).__name__ if type(base) is nn.Linear else type(base).__name__
-            refuse(f"{name} is quantised, sharded or of a kind of its own ({kind}). Load the model in bf16 or fp16.")
+            advice = "Patch the model before it is sharded" if kind == "DTensor" else "Load the model in bf16 or fp16"
+            refuse(f"{name} is quantised, sharded or of a kind of its own ({kind}). {advice}.")
         if base.bias is not None:
             refuse(f"{name} has a bias.")
         if weight.is_meta or weight.ndim != 2 or not weight.numel():

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from vtok.adapter import Adapter, Encoded
 from vtok.engine import encode, ffn
 from vtok.engine.cache import OTHER_PATCH, CompressedCache, Rows, cache_in, causal_mask, with_cache
-from vtok.engine.decoder import Pass
+from vtok.engine.decoder import Carried, Pass
 from vtok.engine.prefill import prefill
 from vtok.engine.probe import KEYWORD
 from vtok.engine.prompt import IGNORE, Told
@@ -289,23 +289,25 @@ class Engine:
         return None if call.passing is None else call.passing.restore(output)
 
     def before_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        p: Pass | None = kwargs.get(KEYWORD)
-        if p is None:
+        carried: Carried | None = kwargs.get(KEYWORD)
+        if carried is None:
             return None
+        p = carried.running
         kwargs = {k: v for k, v in kwargs.items() if k != KEYWORD}
         if args:
             args = (p.enter(layer, args[0], kwargs), *args[1:])
         else:
             kwargs["hidden_states"] = p.enter(layer, kwargs["hidden_states"], kwargs)
         if any(stage.watches(p, layer) for stage in p.stages):
-            kwargs[KEYWORD] = p  # travels on to the attention function
+            kwargs[KEYWORD] = carried  # travels on to the attention function
         if layer in self.ffn_layers:
-            kwargs[ffn.KEYWORD] = p
+            kwargs[ffn.KEYWORD] = carried
         return args, kwargs
 
     def before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """On the layers of `ffn_layers`, whose FFN is not handed any keywords."""
-        self.local.passing = kwargs.get(ffn.KEYWORD)
+        carried: Carried | None = kwargs.get(ffn.KEYWORD)
+        self.local.passing = None if carried is None else carried.running
         return args, {k: v for k, v in kwargs.items() if k != ffn.KEYWORD}
 
     def feed_forward(self, layer: int, mlp: nn.Module, x: Tensor, dense: Any) -> Tensor:
@@ -369,7 +371,7 @@ class Engine:
         if self.local.call is not None:
             self.local.call.running = p
         if self.watches_layers:  # leave the pass in the keywords only where layer hooks will take it out again
-            kwargs[KEYWORD] = p
+            kwargs[KEYWORD] = Carried(p)
         return kwargs
 
     def check_cache(self, p: Pass) -> None:

@@ -15,6 +15,8 @@ from collections import Counter
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vtok.adapter import class_of
+
 KEYWORD, TREE = "vtok_pass", "vtok_tree"
 _lock = threading.Lock()
 _users: Counter[str] = Counter()
@@ -25,11 +27,12 @@ def _wrapper(implementation: str, original):
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
         forward = original
         if forward is None:  # "eager" is not in the registry: each modelling file has its own
-            forward = sys.modules[type(module).__module__].eager_attention_forward
+            forward = sys.modules[class_of(module).__module__].eager_attention_forward
         if (tree := kwargs.pop(TREE, None)) is not None:
             forward = functools.partial(tree, forward)
-        if (p := kwargs.pop(KEYWORD, None)) is None:
+        if (carried := kwargs.pop(KEYWORD, None)) is None:
             return forward(module, query, key, value, attention_mask, *args, **kwargs)
+        p = carried.running
         scaling = kwargs.get("scaling")
         scaling = module.head_dim**-0.5 if scaling is None else scaling
         key, value, attention_mask = p.observe(module.layer_idx, query, key, value, attention_mask, scaling)
