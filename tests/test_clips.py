@@ -106,10 +106,10 @@ def test_golden_holitom(tau, keep, found, saved, counts):
 
 
 def test_golden_clusters():
-    centres, member = clusters(golden()[0], 4, 7)
-    assert centres.tolist() == [0, 9, 11, 14]
-    weight = holitom.weights(centres, member, 0.6)
-    row = (golden()[0] * weight[:, None])[member == 0].sum(0)
+    centre = clusters(golden()[0], 4, 7)
+    assert sorted(set(centre.tolist())) == [0, 9, 11, 14]
+    weight = holitom.weights(centre, 0.6)
+    row = (golden()[0] * weight[:, None])[centre == 0].sum(0)
     assert row[:3].tolist() == pytest.approx([0.856184, 0.526729, -0.696074], abs=1e-5)
 
 
