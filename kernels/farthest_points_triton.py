@@ -23,7 +23,9 @@ def greedy_picks(similarity: Tensor, first: Tensor, k: int, weight: Tensor | Non
 
 @triton.jit
 def _greedy_picks(
-    similarity, first, picks, weight, stride_b, stride_row, stride_column, k, n, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    similarity, first, picks, weight,
+    stride_b, stride_row, stride_column, k, n,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     similarity += b * stride_b

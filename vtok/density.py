@@ -17,8 +17,8 @@ def distances(x: Tensor) -> Tensor:
 
 
 def peaks(apart: Tensor, k: int, valid: Tensor, at_most: Tensor | None = None) -> Tensor:
-    """[..., N] how much each point is a centre: its density times its distance to the next denser point, -inf for points
-    that are not `valid` [..., N]. apart: of `distances`.
+    """[..., N] how much each point is a centre: its density times its distance to the next denser point, -inf for
+    points that are not `valid` [..., N]. apart: of `distances`.
 
     Density is exp of minus the mean squared distance to the k nearest valid points, itself among them, or to `at_most`
     [...] of these. Of equally dense points the earlier counts as denser. The densest has the largest distance that

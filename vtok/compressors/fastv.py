@@ -19,7 +19,8 @@ class FastV(AtSafeLayer):
 
     keep: of the sample's visual tokens that remain after that layer.
     layer: K of the paper, how many decoder layers see all tokens, or a fraction of the depth; "auto", up to the layer
-        that a `probe` found safe. The paper's 2 is earlier than what `vtok probe` found safe in the models of docs/probe.md.
+        that a `probe` found safe. The paper's 2 is earlier than what `vtok probe` found safe in the models of
+        docs/probe.md.
     anchor: whose attention counts, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: nothing known.
     """

@@ -1,4 +1,4 @@
-"""FastVID: attended tokens of each frame, and a few dense ones of every fourth into which a segment's others are merged."""
+"""FastVID: attended tokens of each frame, and dense ones of every fourth, into which a segment's others are merged."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ class FastVID(PreLLM):
     layer: of the encoder, whose attention counts: what a token gets from all others, head-mean.
     A picture of one view is a clip of one frame, and has its targets in itself.
     Differs from the paper: a token goes into one target, the most similar of its segment, where the released code gives
-    it to one of each frame that has targets; that is the same in segments of up to four frames. The count is exact, also
-    where a segment does not divide, and where it does not fit: above keep=0.4545 the frames with targets would need more
-    tokens than they have, and the released code fails; here what is over goes to attended tokens of the other frames.
+    it to one of each frame that has targets; that is the same in segments of up to four frames. The count is exact,
+    also where a segment does not divide, of which the released code drops the rest, and where it does not fit: above
+    keep=0.4545 the frames with targets would need more tokens than they have, and the released code fails; here what is
+    over goes to attended tokens of the other frames.
     Ties of densities go to the earlier token, where it adds random numbers. Frames are compared by the means of their
     tokens, and attention is what tokens get in the encoder, where the code for LLaVA takes both from SigLIP's pooling
     head; its second threshold for Qwen2.5-VL, which leaves frames without tokens, is not here.

@@ -1,4 +1,4 @@
-"""FlashVID: in each frame the tokens stay that are attended to and differ, the others are merged along trees in time."""
+"""FlashVID: of each frame tokens stay that are attended to and differ, the others are merged along trees in time."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ class FlashVIDMerge(PreLLM):
     event: distances are also weighted by a token's product with the means of its segment's frames (ADTS v2 of the
         released code, which its scripts for Qwen leave off); below 0 it counts as 0, where it would repel there.
     layer: of the encoder, whose attention counts: what a token gets from all others, head-mean.
-    A tree's mean stands where its first token stands, a cluster's where its centre does. A picture of one view is a clip
-    of one frame.
-    Differs from the paper: in the released code a segment of one frame also clusters the tokens that it keeps, so that
-    places come twice; here none does. Ties of densities go to the earlier token, where it adds random numbers; each clip
-    of a batch is compressed, where it takes one clip a call; LLaVA-OneVision's pooled tokens have the attention of the
-    patch in their middle.
+    A tree's mean stands where its first token stands, a cluster's where its centre does. A picture of one view is a
+    clip of one frame.
+    Differs from the paper: in nothing that it says. The released code divides the sum of a tree by one more than the
+    children of its root, whatever hangs below these, so that deep trees enter too long; here it is the mean. A segment
+    of one frame there also clusters the tokens that it keeps, so that places come twice; here none does. Ties of
+    densities go to the earlier token, where it adds random numbers; each clip of a batch is compressed, where it takes
+    one clip a call; LLaVA-OneVision's pooled tokens have the attention of the patch in their middle.
     """
 
     name = "flashvid_merge"
@@ -101,7 +102,9 @@ def relevance(x: Tensor, segments: Segments) -> Tensor:
 
 
 def diverse(x: Tensor, weight: Tensor, count: int) -> Tensor:
-    """[B, T, P] bool: `count` tokens of each frame of x [B, T, P, D] that are far from each other, by weight [B, T, P]."""
+    """[B, T, P] bool: `count` tokens of each frame of x [B, T, P, D] that are far from each other.
+
+    weight: [B, T, P], by which the distances of each are multiplied."""
     picks = farthest_points(x.flatten(0, 1), count, weight.flatten(0, 1))  # [B * T, count]
     chosen = torch.zeros(weight.shape, dtype=torch.bool, device=x.device)
     return chosen.flatten(0, 1).scatter(1, picks, True).view(weight.shape)
