@@ -33,7 +33,8 @@ class HoliTom(PreLLM):
     layer: of the encoder, whose attention counts: what a token gets from all others, head-mean.
     A merged token stands at the place of its centre in the first frame of its window. A picture of one view is a clip
     of one frame: the tokens with most attention stay.
-    Differs from the paper: without the merging inside the decoder; there is no such stage, and `fastv` composes. Ties
+    Differs from the paper: without the merging inside the decoder, which averages one token after the other, so that
+    all depends on their order; `fastv` composes. Ties
     of densities go to the earlier token, where the released code adds random numbers; LLaVA-OneVision's pooled tokens
     have the attention of the patch in their middle; each clip of a batch has attention of its own, which the released
     code overwrites. Its contextual part for moving places, which raises there and which the paper sets to 0, is not

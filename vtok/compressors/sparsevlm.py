@@ -39,7 +39,7 @@ class SparseVLM(InLLM):
         (SparseVLM+). For 128 tokens it has 238, 108, 60, for 96 246, 54, 28, for 64 66, 34, 20.
     recycle: of the tokens that go, the best 0.3 are merged: clusters by density of their hidden states, a tenth as many
         as tokens, become means in the place of their centres. What stays counts them: for 192 tokens (v1.5 of the
-        released code) `rates` are 309, 204 and 113 of 576, for 128 312, 119, 39, for 64 82, 35, 18.
+        released code) `rates` are 309, 204 and 113 of 576, for 128 312, 117, 39, for 64 82, 32, 18.
     heads: the share of the heads that count, those whose raters attend to visual tokens most; SparseVLM+ takes 14 of
         32.
     anchor: where the question ends, see `InLLM`.
