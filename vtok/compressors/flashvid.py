@@ -149,7 +149,8 @@ def merged(x: Tensor, root: Tensor, free: Tensor, segments: Segments, spare: int
     of_token = 1 / size.gather(1, root)
     means = sum_of_members(x.flatten(1, 2), root, of_token).view(x.shape)
     roots = is_root.sum(2)  # [B, T]
-    share = (roots * segments.length * spare + segments.total(roots) - 1) // segments.total(roots).clamp(min=1)
+    all_roots = segments.total(roots)
+    share = (roots * segments.length * spare + all_roots - 1) // all_roots.clamp(min=1)  # rounded up
     centre = clusters(means, share.minimum(roots), valid=is_root)  # [B, T, P]
     centre = torch.where(centre < 0, -1, centre + own.view(t, p)[:, :1]).flatten(1)
     trees_of = torch.zeros_like(root).scatter_add(1, centre.clamp(min=0), is_root.flatten(1).long())
