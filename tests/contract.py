@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
-import pickle
 import sys
 import zlib
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from mould import Mould
 from PIL import Image
 from torch import nn
 
@@ -25,33 +24,6 @@ from vtok.engine.cache import NAME, cache_in, with_cache
 ADAPTERS = adapters.load_all()
 FAMILIES = list(ADAPTERS)
 INSIDE = [family for family in FAMILIES if "attention" in ADAPTERS[family].provides]  # methods act inside the decoder
-
-
-class Mould(pickle.Pickler):
-    """Casts of a model: pickled once, but for its tensors. Ten times as quick as building it, or as deepcopy."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.file, self.tensors = io.BytesIO(), {}
-        super().__init__(self.file)
-        self.dump(model)
-
-    def persistent_id(self, item):
-        if isinstance(item, torch.Tensor):
-            self.tensors[id(item)] = item
-            return id(item)
-        return None
-
-    def cast(self) -> nn.Module:
-        return Cast(self.file.getvalue(), copy.deepcopy(self.tensors)).load()
-
-
-class Cast(pickle.Unpickler):
-    def __init__(self, pickled: bytes, tensors: dict) -> None:
-        super().__init__(io.BytesIO(pickled))
-        self.tensors = tensors
-
-    def persistent_load(self, key):
-        return self.tensors[key]
 
 
 @functools.cache
