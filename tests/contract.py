@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
-import pickle
 import sys
 import zlib
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from mould import Mould
 from PIL import Image
 from torch import nn
 
@@ -25,33 +24,6 @@ from vtok.engine.cache import NAME, cache_in, with_cache
 ADAPTERS = adapters.load_all()
 FAMILIES = list(ADAPTERS)
 INSIDE = [family for family in FAMILIES if "attention" in ADAPTERS[family].provides]  # methods act inside the decoder
-
-
-class Mould(pickle.Pickler):
-    """Casts of a model: pickled once, but for its tensors. Ten times as quick as building it, or as deepcopy."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.file, self.tensors = io.BytesIO(), {}
-        super().__init__(self.file)
-        self.dump(model)
-
-    def persistent_id(self, item):
-        if isinstance(item, torch.Tensor):
-            self.tensors[id(item)] = item
-            return id(item)
-        return None
-
-    def cast(self) -> nn.Module:
-        return Cast(self.file.getvalue(), copy.deepcopy(self.tensors)).load()
-
-
-class Cast(pickle.Unpickler):
-    def __init__(self, pickled: bytes, tensors: dict) -> None:
-        super().__init__(io.BytesIO(pickled))
-        self.tensors = tensors
-
-    def persistent_load(self, key):
-        return self.tensors[key]
 
 
 @functools.cache
@@ -322,11 +294,12 @@ def _dense(family, side, make):
 class Masked:
     """The unpatched model with columns masked instead of dropped: in every decoder layer a query sees the earlier
     columns of its row except those that `trace` says are gone at that layer. Where tokens were merged, `embeds` are
-    what the language model got for the kept ones."""
+    what the language model got for the kept ones; what was merged between layers, the trace says."""
 
     def __init__(self, model: nn.Module, trace, embeds: torch.Tensor | None = None) -> None:
         self.model, self.trace, self.embeds = model, trace, embeds
         self.present = [trace.present_at(i) for i in range(trace.shapes.layers)]
+        self.joined = [trace.joined_at(i) for i in range(trace.shapes.layers)]
 
     def __enter__(self) -> None:
         lm = decoder(self.model)
@@ -342,8 +315,10 @@ class Masked:
             hook.remove()
 
     def _mask(self, i, module, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        cache = cache_in(kwargs)
+        hidden, *args = args or [kwargs.pop("hidden_states")]
+        into, cache = self.joined[i], cache_in(kwargs)
+        if into is not None and hidden.shape[1] == into.shape[1]:
+            hidden = self._join(hidden, into)
         past = cache.get_seq_length(i) if cache is not None else 0
         present = self.present[i]
         b, q, total = hidden.shape[0], hidden.shape[1], past + hidden.shape[1]
@@ -352,7 +327,15 @@ class Masked:
         causal = torch.arange(total)[None, :] <= past + torch.arange(q)[:, None]
         allowed = causal[None] & columns[:, None]
         bias = torch.zeros(b, 1, q, total).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
-        return args, {**kwargs, "attention_mask": bias.to(hidden.dtype)}
+        return (hidden, *args), {**kwargs, "attention_mask": bias.to(hidden.dtype)}
+
+    def _join(self, hidden, into):
+        """Hidden states [B, S, D], those into which others were merged as the mean of all that were."""
+        joined = hidden.clone()
+        for b, row in enumerate(into):
+            for target in set(row.tolist()) - {-1}:
+                joined[b, target] = hidden[b, row == target].mean(0)
+        return joined
 
     def _replace(self, module, args, kwargs):
         if kwargs["inputs_embeds"].shape[1] == self.embeds.shape[1]:

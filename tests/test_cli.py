@@ -142,7 +142,10 @@ def test_panels_of_every_stage(folder):
         (["--device", "gpu"], "a GPU is called cuda"),
         (["--methods", "fastvv"], "Did you mean 'fastv'?"),
         (["--methods", "fastv:layr=2"], "Did you mean 'layer'? It has: anchor, keep, layer, probe, ranking."),
-        (["--methods", "fastv:layer=two"], "fastv: layer must be an int >= 1 or one of 'auto', got 'two'"),
+        (
+            ["--methods", "fastv:layer=two"],
+            "fastv: layer must be a float in (0, 1) (a fraction of the depth), an int >= 1 or",
+        ),
         (["--methods", "visionzip:importance=mine"], "received"),
         (["--methods", "layer=2,fastv"], "'layer=2' is an option without a method"),
         (["--keep", "0.5", "--budget", "0.5"], "not both"),

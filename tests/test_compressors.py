@@ -160,7 +160,7 @@ def test_methods_on_a_command_line():
         read("fastvv:keep=1")
     with pytest.raises(InvalidValue, match="fastv has no option layr. Did you mean 'layer'. It has: anchor, keep"):
         read("fastv:layr=2")
-    with pytest.raises(InvalidValue, match="^fastv: layer must be an int >= 1 or one of 'auto', got 'two'"):
+    with pytest.raises(InvalidValue, match="^fastv: layer must be a float .*, an int >= 1 or one of 'auto', got 'two'"):
         read("fastv:layer=two")
     with pytest.raises(UnknownName, match="named 'zzz'. There are"):
         build("zzz")

@@ -10,9 +10,10 @@ from vtok.kernels.farthest_points import farthest_points
 from vtok.types import Layout, Plane, VisualTokens
 
 
-def slow(x, k):
+def slow(x, k, weight=None):
     """Definition: distance 1 - cos; first the point farthest from its nearest neighbour, then the point farthest from
-    its nearest pick. Strict comparison, so the lower index wins ties. x [N, D] -> list of k."""
+    its nearest pick. Strict comparison, so the lower index wins ties. x [N, D] -> list of k. weight: [N], of distances
+    to others."""
     dot = (x.double() @ x.double().T).nan_to_num(0.0).tolist()
     n = len(x)
     length = [max(dot[i][i] ** 0.5, 1e-12) for i in range(n)]
@@ -24,7 +25,7 @@ def slow(x, k):
             if i in picks:
                 continue
             others = picks or [j for j in range(n) if j != i]
-            value = min((distance[i][j] for j in others), default=0.0)
+            value = min((distance[i][j] for j in others), default=0.0) * (1.0 if weight is None else weight[i])
             if best is None or value > best_value:
                 best, best_value = i, value
         picks.append(best)
@@ -43,6 +44,18 @@ def test_picks(n, cache):
     x = torch.randn(3, n, 8, generator=torch.Generator().manual_seed(n))
     for k in {1, n // 3, n}:
         assert farthest_points(x, k).tolist() == [slow(v, k) for v in x]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 33, 60])
+def test_weighted_picks(n, cache):
+    x = torch.randn(3, n, 8, generator=torch.Generator().manual_seed(n))
+    weight = torch.rand(3, n, generator=torch.Generator().manual_seed(n))
+    weight[0, n // 2 :: 2] = 0
+    weight[1] = 0.5
+    for k in {1, n // 3, n}:
+        expected = [slow(v, k, w) for v, w in zip(x, weight.tolist())]
+        assert farthest_points(x, k, weight).tolist() == expected
+    assert torch.equal(farthest_points(x, n, torch.ones(3, n)), farthest_points(x, n))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -109,7 +109,8 @@ def test_who_reads_the_question_or_the_content_is_refused():
         except Unsupported as error:
             told[name] = str(error)
     assert "reads the question" in told["quecc"] and "sees a pixel" in told["tcc"]
-    assert "weights of its own" in told["tokenflex"]
+    assert "weights of its own" in told["tokenflex"] and "sees a pixel" in told["flashvid_merge"]
+    assert "needs encoder_attention, frames, which no family shows" in told["fastvid"]
     served = {
         "aim_merge",
         "divprune",

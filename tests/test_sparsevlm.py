@@ -1,14 +1,16 @@
 """SparseVLM against numbers that the official functions gave (float64 inputs) and a slow rewrite from the formula."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from clips import slow_clusters
 from contract import batch, picture, run, tiny
 from golden import WORDS, X
 
 import vtok
-from vtok.compressors.sparsevlm import raters
+from vtok.compressors.sparsevlm import raters, recycled
 from vtok.errors import InvalidValue
 from vtok.types import Attention, Entered, ranks
 
@@ -127,3 +129,63 @@ def test_raters_stay_the_same_while_tokens_go(monkeypatch):
             columns = a.entered.instruction[b][words] - (a.entered.embeds.shape[1] - len(places))
             assert torch.equal(a.entered.embeds[b][a.entered.instruction[b][words]], embeds[b, places[columns]])
     assert (seen[2].instruction[0] >= 0).sum() > 3
+
+
+# ---- recycling -----------------------------------------------------------------------------------------------------
+def test_published_counts_of_recycling():
+    """v1.5 of the released code keeps 300, 200 and 110 of 576, and what it makes of the rest comes beside them."""
+    assert [recycled(576, 309), recycled(309, 204), recycled(204, 113)] == [(300, 83, 9), (200, 33, 4), (110, 29, 3)]
+    for kept, left in (((303, 110, 36), (312, 117, 39)), ((66, 30, 17), (82, 32, 18))):  # for 128 and for 64
+        assert [recycled(n, m)[0] for n, m in pairwise((576, *left))] == list(kept)
+    assert recycled(10, 0) == (0, 0, 0) and recycled(10, 10) == (10, 0, 0) and recycled(5, 1) == (0, 2, 1)
+    for there in range(1, 120):
+        for remaining in range(1, there):
+            kept, pool, merged = recycled(there, remaining)
+            assert kept + merged == remaining and merged <= pool <= there - kept
+
+
+def test_recycling_is_its_description():
+    hidden, lengths = torch.randn(2, 60, 5, generator=torch.Generator().manual_seed(0)), (52, 40)
+    score, rank = torch.rand(2, 60, generator=torch.Generator().manual_seed(1)), torch.full((2, 60), 60)
+    for b, n in enumerate(lengths):  # visual tokens from the fourth on
+        rank[b, 3 : 3 + n] = ranks(score[b, 3 : 3 + n])
+    remaining = [12, 39]
+    into = vtok.SparseVLM(recycle=True).join(hidden, rank, lengths, remaining)
+    for b, n in enumerate(lengths):
+        kept = max(k for k in range(remaining[b] + 1) if k + (int(0.3 * (n - k)) + 1) // 10 + 1 <= remaining[b])
+        order = (3 + score[b, 3 : 3 + n].argsort(descending=True)).tolist()
+        pool = order[kept : kept + int(0.3 * (n - kept)) + 1]
+        _, of = slow_clusters(hidden[b, pool], remaining[b] - kept, k=remaining[b] - kept)
+        expected = dict.fromkeys(range(60), -1) | {i: i for i in order[:kept]}
+        expected |= {i: pool[c] for i, c in zip(pool, of)}
+        assert dict(enumerate(into[b].tolist())) == expected
+        assert len(set(into[b].tolist()) - {-1}) == remaining[b]
+    assert (vtok.SparseVLM().join(hidden, rank, lengths, remaining) >= 0).sum(1).tolist() == remaining
+
+
+@pytest.mark.parametrize("prompts", [["# What colour is it?"], ["a # What colour is it?", "# and # yes"]])
+def test_recycled_tokens_are_means(prompts):
+    """What enters a layer is the mean of what the layer before gave; the contract has the rest of the forward."""
+    model, processor = tiny("qwen2_5_vl")
+    layers = model.model.language_model.layers
+    inputs = batch(processor, prompts, [picture(224, 224, i) for i in range("".join(prompts).count("#"))])
+    seen = {}
+    with vtok.patch(model, "sparsevlm", recycle=True, rates=(0.5, 0.3, 0.1)) as patch:
+        layers[0].register_forward_hook(lambda module, args, out: seen.update(left=out))
+        layers[1].register_forward_pre_hook(
+            lambda module, args, kw: seen.update(entered=(*args, *kw.values())[0]), with_kwargs=True
+        )
+        run(model, inputs)
+        trace = patch.trace
+    shares = [sum(trace.n_kept_at(i)) / sum(trace.n_visual) for i in range(4)]
+    assert shares == pytest.approx([1, 0.5, 0.3, 0.1], abs=0.02)
+    assert [trace.joined_at(i) is None for i in range(4)] == [True, False, False, False]
+    left, entered = (trace.rows_at(i).restore(seen[key], trace.length) for i, key in enumerate(("left", "entered")))
+    merged = 0
+    for b, into in enumerate(trace.joined_at(1)):
+        for place in trace.positions_at(1)[b].tolist():
+            members = left[b, into == place] if place in into else left[b, place, None]
+            torch.testing.assert_close(entered[b, place], members.mean(0))
+            merged += len(members) > 1
+    assert merged > 0
+    assert not vtok.SparseVLM(recycle=True).replays and vtok.SparseVLM().replays

@@ -179,8 +179,9 @@ def test_no_rows_and_no_batch():
 def test_picks(n, dtype):
     x = draw(2, n, 8, seed=n, dtype=dtype)
     for k in {0, min(n, 33)}:
-        torch_, triton = both(farthest_points, x, k)
-        assert torch.equal(torch_, triton) and triton.dtype == torch.long
+        for weight in (None, inside(draw(2, n, seed=1).abs())):
+            torch_, triton = both(farthest_points, x, k, weight)
+            assert torch.equal(torch_, triton) and triton.dtype == torch.long
 
 
 def test_equal_picks_go_to_the_lower_index():
@@ -189,6 +190,10 @@ def test_equal_picks_go_to_the_lower_index():
     torch_, triton = both(farthest_points, x, 40)
     assert torch.equal(torch_, triton)
     assert triton[1].tolist() == list(range(40))
+    weight = torch.arange(80.0, device=DEVICE).view(2, 40) % 3  # some are zero, and each value is there often
+    torch_, triton = both(farthest_points, x, 40, weight)
+    assert torch.equal(torch_, triton)
+    assert sorted(triton[1].tolist()) == list(range(40))
 
 
 # ---- greedy_coverage and greedy_dpp -------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from vtok.compressors.downsample import Downsample as Downsample
 from vtok.compressors.dpp import DPP as DPP
 from vtok.compressors.evs import EVS as EVS
 from vtok.compressors.fastv import FastV as FastV
+from vtok.compressors.fastvid import FastVID as FastVID
+from vtok.compressors.flashvid import FlashVID as FlashVID
+from vtok.compressors.flashvid import FlashVIDMerge as FlashVIDMerge
 from vtok.compressors.frames import Frames as Frames
 from vtok.compressors.frames import SampledFrames as SampledFrames
 from vtok.compressors.gemfilter import GemFilter as GemFilter

@@ -55,6 +55,7 @@ Part = Annotated[float, In("[0, 1]")]
 Positive = Annotated[float, In("> 0")]
 AtLeast0 = Annotated[int, In(">= 0")]
 AtLeast1 = Annotated[int, In(">= 1")]
+DepthFraction = Annotated[float, In("(0, 1)", ints=False), "a fraction of the depth"]
 Depth = Annotated[float, In("[0, 1]", ints=False), "a fraction of the depth"] | Annotated[int, In(">= 0"), "a layer"]
 EncoderLayer = (
     Annotated[float, In("[0, 1]", ints=False), "a fraction of the depth"]

@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from vtok.errors import InvalidValue
 from vtok.files import read_json
-from vtok.options import AtLeast1, Depth
+from vtok.options import AtLeast1, Depth, DepthFraction
 from vtok.stages.llm import InLLM
 
 Auto = Literal["auto"]
 FullLayers = AtLeast1 | Auto  # how many layers see all tokens
+FullDepth = DepthFraction | FullLayers  # the same, or a fraction of the depth
 LastFull = Depth | Auto  # the last of them
 
 

@@ -49,12 +49,14 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
 def ranks(score: Tensor, group: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
     """Rank of each entry of `score` [..., T], best first, ties to the lower index. [..., T] long.
 
-    Within its `group` [T], of which there are as many as `sizes` [G] says, if given; `score` is [B, T] then."""
+    Within its `group` [T] or [B, T], of which there are as many as `sizes` [G] or [B, G] says, if given; `score` is
+    [B, T] then."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     if group is not None:
-        order = order.gather(1, group[order].argsort(dim=1, stable=True))  # by group, then score
-        place = place - (sizes.cumsum(0) - sizes)[group[order]]
+        group, start = group.expand_as(order), (sizes.cumsum(-1) - sizes).expand(len(order), -1)
+        order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # by group, then score
+        place = place - start.gather(1, group.gather(1, order))
     return torch.empty_like(order).scatter_(-1, order, place)
 
 

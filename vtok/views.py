@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vtok.errors import Unsupported
-from vtok.types import Layout
+from vtok.tower import Layer
+from vtok.types import Layout, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,22 @@ def clip_shape(layout: Layout) -> tuple[int, int]:
     return len(layout.planes), layout.planes[0].size
 
 
+def attention_by_frame(tokens: VisualTokens, layer: Layer) -> Tensor:
+    """[B, T, P] what each token of a clip gets of the encoder's attention at a layer, of several patches the sum. For
+    compressors that need "encoder_attention". Raises as `clip_shape` does."""
+    shape = clip_shape(tokens.layout)
+    views = Views.of(tokens.layout, tokens.features.device)
+    seen = views.patches(tokens.read("encoder_attention", layer)).float().sum(3)  # [B, V, P]
+    return views.collect(seen).nan_to_num(0.0, 0.0, 0.0).unflatten(1, shape)
+
+
+def finite(x: Tensor) -> Tensor:
+    """x [..., C] in fp32; rows that are not finite become zero."""
+    x = x.float()
+    return torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
+
+
 def unit(x: Tensor) -> Tensor:
     """x [..., C] in fp32 at length 1; zero stays zero, and what is not finite becomes zero."""
-    x = x.float()
-    x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
+    x = finite(x)
     return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)

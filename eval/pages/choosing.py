@@ -15,6 +15,7 @@ from vtok.eval.results.results import Mean, Results, Several, load
 from vtok.eval.results.verdicts import WORTH, hopeless, tied
 from vtok.markdown import paragraph, percent
 from vtok.methods import available
+from vtok.serving.families import FAMILIES
 
 AT = 0.25  # the budget at which engines and families are compared, if it was run; that of the default method
 
@@ -174,6 +175,7 @@ def _engines(every: Several) -> str:
             lambda n: (
                 parts[n] == ["pre_llm"]
                 and not (known[n]["adaptive"] or known[n]["text_guided"] or load_all()[n].trained)
+                and any(load_all()[n].needs <= family.shows for family in FAMILIES.values())
             ),
         ),
         ("training, RL", "text not read: nothing to be given", lambda n: not known[n]["text_guided"]),

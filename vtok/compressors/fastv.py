@@ -9,7 +9,7 @@ from torch import Tensor
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
 from vtok.options import Keep
-from vtok.safe_layer import AtSafeLayer, FullLayers
+from vtok.safe_layer import AtSafeLayer, FullDepth
 from vtok.types import Attention
 
 
@@ -18,8 +18,9 @@ class FastV(AtSafeLayer):
     """Score: head-mean attention of the prompt's last token to each key, at decoder layer `layer - 1` (Section 4).
 
     keep: of the sample's visual tokens that remain after that layer.
-    layer: K of the paper, how many decoder layers see all tokens; "auto", up to the layer that a `probe` found safe.
-        The paper's 2 is earlier than what `vtok probe` found safe in the models of docs/probe.md.
+    layer: K of the paper, how many decoder layers see all tokens, or a fraction of the depth; "auto", up to the layer
+        that a `probe` found safe. The paper's 2 is earlier than what `vtok probe` found safe in the models of
+        docs/probe.md.
     anchor: whose attention counts, see `InLLM`; "prompt_end" is the paper's.
     Differs from the paper: nothing known.
     """
@@ -30,12 +31,17 @@ class FastV(AtSafeLayer):
     examples = ({}, {"keep": 2, "layer": 1}, {"anchor": "after_visual"})
 
     keep: Keep = 0.5
-    layer: FullLayers = 2
+    layer: FullDepth = 2
+
+    def full_layers(self, n_layers: int) -> int:
+        """How many of `n_layers` see all tokens."""
+        layers = self.layer if isinstance(self.layer, int) else max(1, round(self.layer * n_layers))
+        if layers >= n_layers:
+            raise InvalidValue(f"layer must be below the number of decoder layers, {n_layers}, got {self.layer}.")
+        return layers
 
     def schedule(self, n_layers: int) -> dict[int, float | int]:
-        if self.layer >= n_layers:
-            raise InvalidValue(f"layer must be below the number of decoder layers, {n_layers}, got {self.layer}.")
-        return {self.layer - 1: self.keep}
+        return {self.full_layers(n_layers) - 1: self.keep}
 
     def score(self, attention: Attention) -> Tensor:
         rows = attention_rows(
@@ -46,8 +52,8 @@ class FastV(AtSafeLayer):
     def with_budget(self, budget: float, n_layers: int) -> FastV:
         """The latest layer, up to `layer`, after which at least a quarter of the budget is left to keep; no other than
         `layer` where a probe found it."""
-        self.schedule(n_layers)  # refuses a layer that there is not
-        for layer in range(self.layer, 0 if self.probe is None else self.layer - 1, -1):
+        latest = self.full_layers(n_layers)
+        for layer in range(latest, 0 if self.probe is None else latest - 1, -1):
             keep = (budget * n_layers - layer) / (n_layers - layer)
             if keep >= budget / 4:
                 return replace(self, layer=layer, keep=min(1.0, keep))

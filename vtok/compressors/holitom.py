@@ -16,9 +16,7 @@ from vtok.options import EncoderLayer, In, Part
 from vtok.stages.pre_llm import PreLLM
 from vtok.tower import Layer
 from vtok.types import Selection, VisualTokens, ranks, sum_of_members
-from vtok.views import Views, clip_shape, unit
-
-NEIGHBOURS = 7  # by which the density of a token is told
+from vtok.views import attention_by_frame, clip_shape, unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,8 @@ class HoliTom(PreLLM):
     layer: of the encoder, whose attention counts: what a token gets from all others, head-mean.
     A merged token stands at the place of its centre in the first frame of its window. A picture of one view is a clip
     of one frame: the tokens with most attention stay.
-    Differs from the paper: without the merging inside the decoder; there is no such stage, and `fastv` composes. Ties
+    Differs from the paper: without the merging inside the decoder, which averages one token after the other, so that
+    all depends on their order; `fastv` composes. Ties
     of densities go to the earlier token, where the released code adds random numbers; LLaVA-OneVision's pooled tokens
     have the attention of the patch in their middle; each clip of a batch has attention of its own, which the released
     code overwrites. Its contextual part for moving places, which raises there and which the paper sets to 0, is not
@@ -61,9 +60,7 @@ class HoliTom(PreLLM):
         shape, n = clip_shape(tokens.layout), tokens.layout.n
         with torch.no_grad():
             x = tokens.features.unflatten(1, shape)  # [B, T, P, D]
-            views = Views.of(tokens.layout, x.device)
-            seen = views.patches(tokens.read("encoder_attention", self.layer)).float().sum(3)  # [B, V, P]
-            score = views.collect(seen).nan_to_num(0.0).unflatten(1, shape)  # [B, T, P]
+            score = attention_by_frame(tokens, self.layer)  # [B, T, P]
             ratio = self.keep if isinstance(self.keep, float) else min(1.0, self.keep / n)
             still = runs(x, self.tau if ratio < 1 else math.inf)  # [B, T, P]
             table = longest(still).tolist()  # a wait for the device: of windows only the content knows
@@ -93,9 +90,9 @@ class HoliTom(PreLLM):
                 continue
             at = torch.nonzero_static(static[first], size=n).squeeze(1)  # [n] still places
             mean = x[first : last + 1, at].float().mean(0)
-            centres, member = clusters(mean, left, NEIGHBOURS)
-            into[first : last + 1, at] = place[first, at[centres]][member]
-            weight[first : last + 1, at] = weights(centres, member, self.beta) / (last - first + 1)
+            centre = clusters(mean, left)
+            into[first : last + 1, at] = place[first, at[centre]]
+            weight[first : last + 1, at] = weights(centre, self.beta) / (last - first + 1)
         return into.flatten(), weight.flatten()
 
 
@@ -131,10 +128,9 @@ def windows(table: Sequence[Sequence[int]]) -> tuple[list[tuple[int, int]], int]
     return found[::-1], best[-1]
 
 
-def weights(centres: Tensor, member: Tensor, beta: float) -> Tensor:
+def weights(centre: Tensor, beta: float) -> Tensor:
     """[n] the weight of each point in its cluster: beta for the centre, what is left for the others, in equal parts; a
-    centre alone counts whole. centres [C], member [n]: of `clusters`."""
-    others = torch.bincount(member, minlength=len(centres)) - 1  # beside the centre
-    each = (1 - beta) / others.clamp(min=1)
-    own = torch.where(others > 0, beta, 1.0).to(each)
-    return each[member].index_copy(0, centres, own)
+    centre alone counts whole. centre [n]: of `clusters`."""
+    others = torch.bincount(centre, minlength=len(centre))[centre] - 1  # in the cluster, beside its centre
+    own = centre == torch.arange(len(centre), device=centre.device)
+    return torch.where(own, torch.where(others > 0, beta, 1.0), (1 - beta) / others.clamp(min=1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from vtok.options import Positive
 from vtok.stages.pre_llm import PreLLM
 from vtok.types import Layout, Selection, VisualTokens, keep_count, ranks
-from vtok.views import clip_shape, unit
+from vtok.views import clip_shape, finite, unit
 
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0)  # variances of the Gaussians
 
@@ -62,8 +62,7 @@ class VidCom2(PreLLM):
 def commonness(x: Tensor) -> tuple[Tensor, Tensor]:
     """How near each token of x [B, T, P, D] is to the mean of its clip, and to that of its frame: [B, T, P] each, in
     (0, 5]. What is not finite counts as zero."""
-    x = x.float()
-    x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
+    x = finite(x)
     steady = x.flatten(1, 2).var(1, correction=0).argsort(dim=1, stable=True)[:, : x.shape[-1] // 2]  # [B, D // 2]
     x = unit(x.gather(3, steady[:, None, None].expand(*x.shape[:3], -1)))
     of_frame = x.mean(2, keepdim=True)  # [B, T, 1, D // 2], not of unit length

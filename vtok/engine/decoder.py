@@ -101,7 +101,7 @@ class Pass:
         if layer - 1 in self.late:
             hidden = self._add_late(layer - 1, hidden)
         for stage in self.stages:
-            stage.before_layer(self, layer)
+            hidden = stage.before_layer(self, layer, hidden)
         if layer in self.steps:
             hidden = gather(hidden, self.steps[layer])
         start = self.group(layer)

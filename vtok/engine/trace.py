@@ -88,6 +88,10 @@ class Part:
         """[n] the token that absorbed each token of the picture's `layout`, or None."""
         return None
 
+    def joined(self, layer: int) -> Tensor | None:
+        """[B, S] as `Trace.joined_at`."""
+        return None
+
     def neurons(self) -> Mapping[int, int]:
         """Decoder layer -> how many neurons of its FFN decoding computes, where it does not compute all."""
         return {}
@@ -212,6 +216,13 @@ class Trace:
     def keep_masks(self) -> list[Tensor]:
         """For each picture [N] bool over its layout's tokens: entered the language model."""
         return self.keep_masks_at(0)
+
+    def joined_at(self, layer: int) -> Tensor | None:
+        """[B, S] long, the position into whose hidden state that of each position was merged at the entrance of a
+        decoder layer, itself where it stays, -1 for what is gone or no visual token; None where nothing was merged. On
+        the CPU."""
+        found = [joined for part in self.parts.values() if (joined := part.joined(layer)) is not None]
+        return found[0] if found else None
 
     @property
     def merged_into(self) -> list[Tensor | None]:

@@ -158,6 +158,9 @@ def refuse(compressor: Any) -> None:
         raise _refusal(
             compressor, "lets the content decide how many tokens stay; vLLM wants the number before it sees a pixel."
         )
+    if not any(compressor.needs_now <= family.shows for family in FAMILIES.values()):
+        needs = ", ".join(sorted(compressor.needs_now))
+        raise _refusal(compressor, f"needs {needs}, which no family shows there together.")
 
 
 def _refusal(compressor: Any, reason: str) -> Unsupported:

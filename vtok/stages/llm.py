@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,9 +18,10 @@ from vtok.engine.columns import uniform
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
+from vtok.engine.trace import Part
 from vtok.errors import Unsupported
 from vtok.stages.stage import Site, Stage
-from vtok.types import Activations, Attention, Entered, ranks
+from vtok.types import Activations, Attention, Entered, mean_of_members, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,25 @@ class InLLM(Compressor):
         """[B, L] by what tokens are ranked: the score, unless that says no more than which of them stay."""
         return self.score(seen)
 
+    @property
+    def joins(self) -> bool:
+        """Whether `join` merges tokens that go into ones that stay."""
+        return False
+
+    @property
+    def replays(self) -> bool:
+        return super().replays and not self.joins  # what was merged is not recorded
+
+    def join(self, hidden: Tensor, rank: Tensor, there: Sequence[int] | None, remaining: Sequence[int]) -> Tensor:
+        """[B, L] long: the column into whose hidden state each visual token is merged behind a layer of the schedule,
+        itself where it stays, -1 where it is gone. As many stay as remain: the best, unless overridden.
+
+        hidden: [B, L, D] behind the layer. rank: [B, L] of each visual token by its score, the best first; L for
+        others. there, remaining: how many visual tokens of each sample there are, None where a score said so, and are
+        to be."""
+        own = torch.arange(rank.shape[1], device=rank.device)
+        return torch.where(rank < torch.tensor(remaining, device=rank.device)[:, None], own, -1)
+
     def check_depth(self, n_layers: int) -> None:
         """Raise `InvalidValue` where an option was found on a decoder of another depth."""
 
@@ -74,8 +94,9 @@ class Dropping:
     schedule: layer -> visual tokens after it, of each turn of each sample, or None where the score says. idle: layers
     of it after which no sample drops any. text: tokens of each sample that stay. anchors: [B] of each turn.
     instruction: [B, S] bool of each turn, and its row sums. hidden: [B, L, D], what enters a layer of the schedule,
-    until its attention was observed. scores: layer -> [B, L]. replayed: layer -> [B, S] bool, the visual tokens that
-    stay behind it, and how many of each sample, where that is recorded.
+    until its attention was observed. scores: layer -> [B, L]. entering: visual tokens before the first layer, as in
+    schedule. joined: layer -> [B, L], what `InLLM.join` said behind it. replayed: layer -> [B, S] bool, the visual
+    tokens that stay behind it, and how many of each sample, where that is recorded.
     """
 
     schedule: dict[int, list[list[int]] | None]
@@ -87,7 +108,30 @@ class Dropping:
     most: int = 0  # pictures of a sample at most
     hidden: Tensor | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
+    entering: list[list[int]] = field(default_factory=list)
+    joined: dict[int, Tensor] = field(default_factory=dict)
     replayed: dict[int, tuple[Tensor, list[int]]] = field(default_factory=dict)
+
+    def before(self, layer: int) -> list[list[int]] | None:
+        """How many visual tokens of each turn of each sample there are up to a layer of the schedule; None where a
+        score said so."""
+        return next((n for at, n in reversed(self.schedule.items()) if at < layer), self.entering)
+
+
+@dataclass(frozen=True)
+class Joined(Part):
+    """layers: decoder layer -> the tokens present before it, and the columns into which they were merged."""
+
+    layers: dict[int, tuple[Rows, Tensor]] = field(default_factory=dict)
+    length: int = 0  # S, of the padded input
+
+    def joined(self, layer: int) -> Tensor | None:
+        if layer not in self.layers:
+            return None
+        rows, into = self.layers[layer]
+        target = torch.where(into >= 0, rows.index.gather(1, into.clamp(min=0)), -1)
+        whole = torch.full((len(into), self.length + 1), -1, device=into.device)
+        return whole.scatter(1, torch.where(rows.valid, rows.index, self.length), target)[:, :-1].cpu()
 
 
 class InLLMStage(Stage[InLLM]):
@@ -143,19 +187,27 @@ class InLLMStage(Stage[InLLM]):
         idle = {layer for (layer, n), m in zip(schedule.items(), before) if n is not None and n == m}
         text = [n - sum(v) for n, v in zip(told["lengths"], visual)]
         asked = [(instructions[t], [row[t] for row in told["instruction"]]) for t in range(turns)]
-        state = p.state[self.name] = Dropping(schedule, idle, text, anchors[:turns], asked)
+        state = p.state[self.name] = Dropping(schedule, idle, text, anchors[:turns], asked, entering=visual)
+        if self.compressor.joins:
+            p.parts[self.name] = Joined(length=p.length)
         if self.by_ffn:
             state.pictures, state.most = prefill.picture_of_token()
-        if prefill.replay is not None:
+        if prefill.replay is not None and self.compressor.replays:
             state.replayed = {layer - 1: prefill.replay.present(prefill, layer) for layer in prefill.replay.layers()}
             state.schedule, state.idle = dict.fromkeys(state.replayed), set()
         p.groups |= {layer + 1 for layer in state.schedule}
 
     # ---- in its layers -----------------------------------------------------------------------------------------------
-    def before_layer(self, p: Pass, layer: int) -> None:
+    def before_layer(self, p: Pass, layer: int, hidden: Tensor) -> Tensor:
         state: Dropping | None = p.state.get(self.name)
-        if state is None or layer - 1 not in state.schedule or layer in p.rows:
-            return
+        if state is None or layer - 1 not in state.schedule:
+            return hidden
+        if layer not in p.rows:  # else the layer runs again, for checkpointing
+            self._narrow(p, state, layer, hidden.detach())
+        into = state.joined.get(layer - 1)
+        return hidden if into is None else mean_of_members(hidden, into.to(hidden.device))
+
+    def _narrow(self, p: Pass, state: Dropping, layer: int, hidden: Tensor) -> None:
         if layer - 1 in state.idle:  # a group of its own all the same: a later turn on the cache may drop here
             p.narrow(layer, None, [])
             return
@@ -166,10 +218,12 @@ class InLLMStage(Stage[InLLM]):
             )
         with p.stopwatch, torch.no_grad():
             rows = p.rows[max(p.rows)]
-            kept, lengths = self._ranked(p, state, layer - 1, rows)
+            kept, lengths = self._ranked(p, state, layer - 1, rows, hidden)
             p.narrow(layer, kept | ~rows.visual, lengths)
+        if layer - 1 in state.joined:
+            p.parts[self.name].layers[layer] = rows, state.joined[layer - 1]
 
-    def _ranked(self, p: Pass, state: Dropping, layer: int, rows: Rows) -> tuple[Tensor, list[int]]:
+    def _ranked(self, p: Pass, state: Dropping, layer: int, rows: Rows, hidden: Tensor) -> tuple[Tensor, list[int]]:
         """[B, L] bool, the visual tokens that stay behind a layer, and how many tokens stay in each sample."""
         budgets, device, visual = state.schedule[layer], rows.index.device, rows.visual
         if layer in state.replayed:
@@ -183,11 +237,18 @@ class InLLMStage(Stage[InLLM]):
         if budgets is None:  # as many as the score says
             kept, counts = score > 0, None
         else:
-            kept, counts = torch.zeros_like(visual), [sum(row) for row in budgets]
+            into, counts = torch.full_like(rows.index, -1), [sum(row) for row in budgets]
+            before = state.before(layer)
             for t, budget in enumerate(zip(*budgets)):
+                there = None if before is None else [row[t] for row in before]
                 mine = self._of_turn(p, rows, t, len(state.anchors)).to(device)
-                rank = ranks(score.masked_fill(~mine, -torch.inf))
-                kept |= mine & (rank < torch.tensor(budget, device=device)[:, None])
+                # what is no number goes behind all others, but is a token of the turn
+                rank = ranks(score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~mine, -torch.inf))
+                rank = rank.masked_fill(~mine, rank.shape[1])
+                into = into.maximum(self.compressor.join(hidden, rank, there, budget))
+            kept = into == torch.arange(into.shape[1], device=device)
+            if self.compressor.joins:
+                state.joined[layer] = into
         if any(state.schedule[before] is None for before in state.schedule if before <= layer):
             counts = kept.sum(1).tolist()  # a wait for the device: a count may ask for more than a score left
         return kept, [text + n for text, n in zip(state.text, counts)]

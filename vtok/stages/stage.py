@@ -101,8 +101,10 @@ class Stage(Generic[C]):
         """A forward of text on a cache that holds a prompt begins. Returns the positions of its tokens."""
         return positions
 
-    def before_layer(self, p: Pass, layer: int) -> None:
-        """What is present at a decoder layer may be narrowed (`p.narrow`)."""
+    def before_layer(self, p: Pass, layer: int, hidden: Tensor) -> Tensor:
+        """What is present at a decoder layer may be narrowed (`p.narrow`). Returns what of `hidden` [B, L, D], all that
+        the layer before gave, stands for more than itself then, and the rest as it is."""
+        return hidden
 
     def entering(self, p: Pass, layer: int, hidden: Tensor) -> None:
         """`hidden` [B, L, D] enters a decoder layer."""
