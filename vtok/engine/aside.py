@@ -31,10 +31,13 @@ class Watch:
     def attention(self, p: Pass, layer: int, seen: Seen) -> None:
         self.watcher(layer, seen)
 
+    def before_layer(self, p: Pass, layer: int, hidden: Tensor) -> Tensor:
+        return hidden
+
     def nothing(self, p: Pass, *seen: Any) -> None:
         """What stages do elsewhere."""
 
-    before_layer = entering = attended = feed_forward = nothing
+    entering = attended = feed_forward = nothing
 
 
 def run_aside(engine: Engine, module: nn.Module, p: Pass, embeds: Tensor, positions: Tensor) -> None:
