@@ -484,6 +484,97 @@ def test_gemfilter_is_a_shorter_prompt():
     assert flops["compressed"]["prefill"] > 0.5 * flops["dense"]["prefill"] > 0  # the first pass counts
 
 
+def streamed(model, ids, tokens, keep: int, sinks: int) -> torch.Tensor:
+    """[steps, V] logits of an answer in the words of the paper: cached keys are those before RoPE, and each step counts
+    positions within the cache, one column more than stays."""
+    config, layers = model.config, model.model.layers
+    heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    caches, hooks = [([], []) for _ in layers], []
+    for layer, cache in zip(layers, caches):
+        for module, kept in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), cache):
+            hooks.append(
+                module.register_forward_hook(lambda m, a, out, kept=kept: kept.extend(out[0].view(-1, groups, d)))
+            )
+    with torch.no_grad():
+        said = [model(ids).logits[0, -1]]
+        for hook in hooks:
+            hook.remove()
+
+        def cut(cache):
+            for kept in cache:
+                del kept[sinks : sinks + max(0, len(kept) - keep)]
+
+        def turned(x, at):  # [n, heads, d], by complex numbers
+            rate = config.rope_parameters["rope_theta"] ** (-torch.arange(0, d, 2) / d)
+            turn = torch.polar(torch.ones(len(at), d // 2), at[:, None] * rate)[:, None]
+            y = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * turn
+            return torch.cat([y.real, y.imag], -1)
+
+        [cut(cache) for cache in caches]
+        for token in tokens:
+            x = model.model.embed_tokens(token[None])
+            for layer, (keys, values) in zip(layers, caches):
+                h, own = layer.input_layernorm(x), layer.self_attn
+                keys.append(own.k_proj(h).view(groups, d))
+                values.append(own.v_proj(h).view(groups, d))
+                n = len(keys)
+                q = turned(own.q_proj(h).view(1, heads, d), torch.tensor([n - 1.0]))[0]
+                k, v = turned(torch.stack(keys), torch.arange(float(n))), torch.stack(values)
+                out = []
+                for head in range(heads):
+                    g = head * groups // heads
+                    out.append(((k[:, g] @ q[head]) * d**-0.5).softmax(0) @ v[:, g])
+                x = x + own.o_proj(torch.cat(out)[None])
+                x = x + layer.mlp(layer.post_attention_layernorm(x))
+                cut((keys, values))
+            said.append(model.lm_head(model.model.norm(x))[0])
+    return torch.stack(said)
+
+
+def test_positions_within_the_cache():
+    """By the rewrite, alone and in a padded batch in which a short row is not cut at first, over two prompts."""
+    model, one, padded = model_of(TEXT)
+    part, n = vtok.StreamingLLM(keep=12, sinks=3, renumber=True), 14
+    padded["attention_mask"][2, :-2] = 0
+    how = {"max_new_tokens": n, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for inputs in (one, padded):
+        with vtok.patch(model, part):
+            out = model.generate(**inputs, **how)
+        ours = torch.stack(out.logits, 1)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        for row, text in enumerate(out.sequences):
+            ids, answer = text[: mask.shape[1]][mask[row]][None], text[mask.shape[1] :]
+            expected = streamed(model, ids, answer[:-1], 12, 3)
+            torch.testing.assert_close(ours[row], expected, atol=2e-5, rtol=1e-4)
+    with vtok.patch(model, vtok.StreamingLLM(keep=12, sinks=3)):  # else this has shown little
+        other = torch.stack(model.generate(**padded, **how).logits, 1)
+    assert (other[0] - ours[0]).abs().max() > 0.01
+    with vtok.patch(model, part):
+        first = model.generate(**one, **how)
+        ids = torch.cat([first.sequences, torch.randint(5, 90, (1, 6))], 1)
+        ours = torch.stack(model.generate(ids, **{**how, "max_new_tokens": 1}, **{NAME: cache_in(first)}).logits, 1)
+        beams = model.generate(**padded, **{**how, "num_beams": 3, "max_new_tokens": 5}, output_scores=True)
+    assert torch.isfinite(ours).all() and torch.isfinite(beams.sequences_scores).all()
+
+
+def test_positions_within_the_cache_are_refused_where_they_mean_nothing():
+    with pytest.raises(InvalidValue, match="not visual and text"):
+        vtok.StreamingLLM(renumber=True, visual=0.2)
+    part = vtok.StreamingLLM(renumber=True)
+    with pytest.raises(Unsupported, match="M-RoPE"):
+        vtok.patch(tiny("qwen2_5_vl")[0], part)
+    with pytest.raises(Unsupported, match="no other method"):
+        vtok.patch(tiny("llava")[0], ["divprune", part])
+    for rope, reason in (
+        ({"rope_type": "dynamic", "factor": 2.0}, "length of the text"),
+        ({"partial_rotary_factor": 0.5}, "as a whole"),
+    ):
+        model = model_of(TEXT)[0]
+        model.config.rope_parameters |= rope
+        with pytest.raises(Unsupported, match=reason):
+            vtok.patch(model, part)
+
+
 # ---- turns, beams, threads of life -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
 def test_a_second_turn_goes_on(method):

@@ -1,7 +1,7 @@
 """Products of a few rows with a model's weights: a check of drafts is made of them, and a plain step of single rows.
 
-A plain step reads the weights once. A check of four tokens need not take longer, but on a CPU torch lets it: products of
-several float32 rows go to a library that prepares the weights first. oneDNN's take less, and torch has them, too.
+A plain step reads the weights once. A check of four tokens need not take longer, but on a CPU torch lets it: products
+of several float32 rows go to a library that prepares the weights first. oneDNN's take less, and torch has them, too.
 """
 
 from __future__ import annotations
