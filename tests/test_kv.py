@@ -732,6 +732,91 @@ def test_what_cannot_be():
         vtok.patch(model, "h2o")
 
 
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+STAGES = {"kv": vtok.H2O(keep=0.4), "attend": vtok.TokenSelect(keep=4, initial=1, latest=2), "prompt": vtok.GemFilter()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["falcon_h1", "lfm2", "gemma2", "gpt_oss"])
+def test_decoders_with_states_and_windows_are_refused(kind, stage):
+    """A layer with states beside its attention, layers with states in its place, and windows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = {
+        "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        "lfm2": {"layer_types": ["conv", "full_attention"]},
+        "gemma2": {"head_dim": 8},
+        "gpt_oss": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **own[kind]})).eval()
+    with pytest.raises(Unsupported, match="sliding|states|does not show"):
+        vtok.patch(model, STAGES[stage])
+    with pytest.raises(Unsupported, match="plain DynamicCache"):
+        model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, custom_generate=vtok.TokenRecycling())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_caches_are_refused(stage):
+    """Static, quantized (its package is not here: a stand-in), offloaded; and one of something else than keys."""
+    from transformers import DynamicCache
+
+    class QuantizedCache(DynamicCache):
+        pass
+
+    model, one, _ = model_of(TEXT)
+    offloaded = DynamicCache(config=model.config)
+    offloaded.offloading = True
+    with vtok.patch(model, STAGES[stage]):
+        for how in ({"cache_implementation": "static"}, {NAME: QuantizedCache()}, {NAME: offloaded}):
+            with pytest.raises(Unsupported, match="DynamicCache"):
+                model.generate(**one, max_new_tokens=2, **how)
+
+
+def test_a_latent_cache_is_refused():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    own |= {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **SMALL, **own)).eval()
+    for part in (vtok.H2O(keep=0.4), vtok.KVzip(keep=0.4), vtok.StreamingLLM(keep=0.5)):
+        with vtok.patch(model, part), pytest.raises(Unsupported, match="caches something else"):
+            model.generate(torch.arange(3, 30)[None], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("part", [vtok.SnapKV(), vtok.KVzip(), vtok.GemFilter(), vtok.TokenSelect()])
+def test_a_prompt_below_all_windows_is_answered_as_ever(part):
+    """Fewer tokens than a window, than the first ones that stay, than the best that are chosen."""
+    model, one, _ = model_of(TEXT)
+    short = {"input_ids": one["input_ids"][:, :2]}
+    expected = model.generate(**short, max_new_tokens=6, do_sample=False)
+    with vtok.patch(model, part):
+        assert torch.equal(model.generate(**short, max_new_tokens=6, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("name", ["h2o", "keyformer", "snapkv", "kvzip", "streaming_llm", "random_kv", "gemfilter"])
+def test_a_budget_below_one_column_keeps_what_the_method_needs(name):
+    model, one, _ = model_of(TEXT)
+    for keep in (0, 0.0, -1, 1.5):
+        with pytest.raises(InvalidValue, match="keep must be"):
+            vtok.compressor.build(name, keep=keep)
+    part = vtok.compressor.build(name, keep=1e-9)
+    with vtok.patch(model, part):
+        cache = cache_in(model.generate(**one, max_new_tokens=2, do_sample=False, return_dict_in_generate=True))
+    grows = 0 if getattr(part, "bounded", False) else 1
+    assert max(cache.columns(i) for i in range(4)) <= 8 + grows
+    assert min(cache.columns(i) for i in range(4)) >= 1
+
+
 def test_undone_exactly():
     model, one, _ = model_of(TEXT)
     before = model.generate(**one, max_new_tokens=5, do_sample=False)

@@ -173,6 +173,11 @@ class KVStage(Stage[KV]):
         if not self.watches(p, layer):
             return
         state: Cutting = p.state[self.name]
+        if (held := p.cache.layers[layer].keys).shape != seen.key.shape:
+            raise Unsupported(
+                f"{self.compressor.name} drops columns of keys as attention reads them, {tuple(seen.key.shape[1::2])} "
+                f"heads and numbers each, and this model caches something else, {tuple(held.shape[1::2])}."
+            )
         with p.timing(), torch.no_grad():
             valid = self._valid(p, layer, seen.key)
             record = state.held.layers[layer] = self._record(p, state, layer, valid, seen.query.shape[2])
