@@ -434,6 +434,68 @@ def test_selecting_is_masking(family):
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_chunks_of_a_prompt_read_what_they_choose(attention):
+    """Against the unpatched model under a mask that is written chunk by chunk, row by row, by the votes of each layer's
+    own keys. A row of a padded batch has its own chunks."""
+    from vtok.compressors.tokenselect import votes
+
+    model, _, padded = model_of(TEXT, attention)
+    part = vtok.TokenSelect(keep=5, initial=2, latest=3, chunk=8, theta=None)
+    valid, n = padded["attention_mask"].bool(), padded["input_ids"].shape[1]
+    shown: dict[int, tuple] = {}
+
+    def masked(layer):
+        """What layer `layer` lets each query see, [B, 1, n, n]."""
+        query, key = shown[layer]
+        sees = torch.ones(n, n, dtype=torch.bool).tril() & valid[:, None]
+        for b in range(len(valid)):
+            for end in range(n, 0, -8):
+                start = max(0, end - 8)
+                real = [j for j in range(start) if valid[b, j]]
+                if start <= 2 + 5 + 3:  # as many as are chosen
+                    continue
+                ends = {*real[:2], *real[-3:]}
+                own = [j for j in range(start, end) if valid[b, j]]
+                candidates = torch.tensor([[j in real and j not in ends for j in range(start)]])
+                mean = query[b : b + 1, :, own].mean(2, keepdim=True)
+                vote = votes(mean, key[b : b + 1, :, :start], candidates)[0]
+                best = sorted((j for j in real if j not in ends), key=lambda j: -vote[j])[:5]
+                for j in range(start):
+                    if j not in ends and j not in best:
+                        sees[b, start:end, j] = False
+        return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
+
+    def rotated(layer, args, kwargs):
+        own, hidden = decoder(model).layers[layer].self_attn, args[0] if args else kwargs["hidden_states"]
+        hidden = decoder(model).layers[layer].input_layernorm(hidden)
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        q, k = (f(hidden).view(*hidden.shape[:2], -1, own.head_dim).transpose(1, 2) for f in (own.q_proj, own.k_proj))
+        shown[layer] = apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"])
+        return args, {**kwargs, "attention_mask": masked(layer)}
+
+    with vtok.patch(model, part):
+        ours = run(model, padded).logits
+        text = model.generate(**padded, max_new_tokens=4, do_sample=False)
+        for row, (ids, mask) in enumerate(zip(padded["input_ids"], valid)):
+            alone = model.generate(ids[mask][None], max_new_tokens=4, do_sample=False)
+            assert torch.equal(alone[0, -4:], text[row, -4:])
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, a, k, i=i: rotated(i, a, k), with_kwargs=True)
+        for i, layer in enumerate(decoder(model).layers)
+    ]
+    theirs = run(model, padded).logits
+    for hook in hooks:
+        hook.remove()
+    dense = run(model, padded).logits
+    torch.testing.assert_close(ours[:, -1], theirs[:, -1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[valid], theirs[valid], atol=1e-5, rtol=1e-5)
+    assert (ours[:, -1] - dense[:, -1]).abs().max() > 0.01  # else this has shown little
+    with vtok.patch(model, vtok.TokenSelect(keep=40, initial=2, latest=3, chunk=8)):
+        assert torch.equal(run(model, padded).logits[:, -1], dense[:, -1])
+
+
 def test_a_selection_is_used_again_while_queries_are_alike(monkeypatch):
     from vtok.compressors import tokenselect
 
