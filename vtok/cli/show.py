@@ -44,11 +44,11 @@ def show(
         raise InvalidValue("Give one of --image, --clip and --text.")
     how = options.amount(keep, budget)
     names = options.chosen(methods, config, keep=keep is None and budget is None)
+    options.drawing(required=True)
     if text is not None:
         with options.loaded(model, device, dtype, threads) as (network, tokenizer, status):
             _columns(network, tokenizer, status, model, text, question, names, tokens, how, out)
         return
-    options.drawing(required=True)
     from vtok.media import Sampling, open_clip, open_picture
 
     source = clip or image or zoo.DEMO_IMAGE
