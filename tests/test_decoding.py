@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtok
 from vtok.engine.cache import cache_in, tree_mask
-from vtok.text.decoding import attention, token_recycling
+from vtok.text.decoding import attention, products, token_recycling
 from vtok.text.decoding.loop import Scores
 from vtok.text.decoding.ngram import Index
 from vtok.text.decoding.payoff import Payoff
@@ -138,6 +138,25 @@ def folded(monkeypatch):
     monkeypatch.setattr(attention, "SHORT", 0)
     monkeypatch.setattr(attention, "tree_attention", lambda *args: calls.append(args) or inner(*args))
     return calls
+
+
+def test_products_of_their_own(monkeypatch):
+    """On a CPU all layers of each check are multiplied so, a single row as ever; then the model is what it was."""
+    layer, x = nn.Linear(48, 40), torch.randn(2, 3, 48)
+    with torch.no_grad():
+        assert torch.allclose(products.product(layer, x), layer(x), atol=1e-6)
+        assert torch.allclose(products.product(layer, x.transpose(0, 1)), layer(x.transpose(0, 1)), atol=1e-6)
+        assert torch.equal(products.product(layer, x[:1, :1]), layer(x[:1, :1]))
+    assert products.product(layer, x).requires_grad
+    calls, inner = [], products.product
+    monkeypatch.setattr(products, "product", lambda module, x: calls.append(x.shape[-2]) or inner(module, x))
+    model, hot = text_model(), decoder()
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    layers[0].forward = given = layers[0].forward  # as accelerate replaces it
+    same(model, {"input_ids": prompt()}, hot, times=1)
+    checks = hot.stats.steps - 1 - hot.stats.plain
+    assert sum(rows > 1 for rows in calls) == (len(layers) - 1) * checks > 0
+    assert layers[0].forward is given and not any("forward" in vars(layer) for layer in layers[1:])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,6 +356,44 @@ def test_drafts_follow_what_pays(target, kind):
     cheap, dear = decode(0.001), decode(2.0)
     assert cheap.steps < 70 and cheap.drafted > 2 * dear.drafted
     assert dear.plain > 60
+
+
+@pytest.mark.parametrize("kind", [SpecTr, DySpec])
+def test_a_prompt_is_read_by_a_draft_model_once_that_is_affordable(target, kind):
+    """By a clock that forwards move on: one of the target's takes 1 a token of a prompt and 1 a step, the draft model's
+    for a prompt `dear` times as much. What it takes is known from the weights, and then from the call before."""
+    draft, clock = near(target, 0.02), SimpleNamespace(now=0.0)
+
+    def passes(model, dear):
+        def hook(module, args, kwargs):
+            tokens = kwargs["input_ids"].shape[1]
+            read.append((model is draft, tokens, clock.now))
+            clock.now += dear * max(1, tokens - 20)
+
+        return model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def decode(dear, tokens):
+        read.clear()
+        handles = passes(target, 1.0), passes(draft, dear)
+        try:
+            target.generate(long, max_new_tokens=tokens, custom_generate=decoder)
+        finally:
+            [handle.remove() for handle in handles]
+        began = read[0][2]
+        return [at - began for own, n, at in read if own and n >= 60], clock.now - began
+
+    read: list = []
+    long = torch.randint(2, 30, (1, 80), generator=torch.Generator().manual_seed(1))
+    decoder = kind(draft=draft)
+    decoder._running.payoff = Payoff(clock=lambda: clock.now)
+    when, took = decode(1.0, 30)
+    assert not when and took == 60 + 29  # as many weights as the target has: it pays after 2,000 steps
+    decoder._reading.share = 0.01
+    (at,), _ = decode(0.3, 60)
+    assert at * 0.03 >= 0.01 * 60  # it was believed to be cheap, and was not
+    assert decoder._reading.share == pytest.approx(0.3)
+    when, took = decode(0.3, 60)
+    assert not when and took == 60 + 59
 
 
 def test_sizes_begin_small():

@@ -434,6 +434,68 @@ def test_selecting_is_masking(family):
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_chunks_of_a_prompt_read_what_they_choose(attention):
+    """Against the unpatched model under a mask that is written chunk by chunk, row by row, by the votes of each layer's
+    own keys. A row of a padded batch has its own chunks."""
+    from vtok.compressors.tokenselect import votes
+
+    model, _, padded = model_of(TEXT, attention)
+    part = vtok.TokenSelect(keep=5, initial=2, latest=3, chunk=8, theta=None)
+    valid, n = padded["attention_mask"].bool(), padded["input_ids"].shape[1]
+    shown: dict[int, tuple] = {}
+
+    def masked(layer):
+        """What layer `layer` lets each query see, [B, 1, n, n]."""
+        query, key = shown[layer]
+        sees = torch.ones(n, n, dtype=torch.bool).tril() & valid[:, None]
+        for b in range(len(valid)):
+            for end in range(n, 0, -8):
+                start = max(0, end - 8)
+                real = [j for j in range(start) if valid[b, j]]
+                if start <= 2 + 5 + 3:  # as many as are chosen
+                    continue
+                ends = {*real[:2], *real[-3:]}
+                own = [j for j in range(start, end) if valid[b, j]]
+                candidates = torch.tensor([[j in real and j not in ends for j in range(start)]])
+                mean = query[b : b + 1, :, own].mean(2, keepdim=True)
+                vote = votes(mean, key[b : b + 1, :, :start], candidates)[0]
+                best = sorted((j for j in real if j not in ends), key=lambda j: -vote[j])[:5]
+                for j in range(start):
+                    if j not in ends and j not in best:
+                        sees[b, start:end, j] = False
+        return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
+
+    def rotated(layer, args, kwargs):
+        own, hidden = decoder(model).layers[layer].self_attn, args[0] if args else kwargs["hidden_states"]
+        hidden = decoder(model).layers[layer].input_layernorm(hidden)
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        q, k = (f(hidden).view(*hidden.shape[:2], -1, own.head_dim).transpose(1, 2) for f in (own.q_proj, own.k_proj))
+        shown[layer] = apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"])
+        return args, {**kwargs, "attention_mask": masked(layer)}
+
+    with vtok.patch(model, part):
+        ours = run(model, padded).logits
+        text = model.generate(**padded, max_new_tokens=4, do_sample=False)
+        for row, (ids, mask) in enumerate(zip(padded["input_ids"], valid)):
+            alone = model.generate(ids[mask][None], max_new_tokens=4, do_sample=False)
+            assert torch.equal(alone[0, -4:], text[row, -4:])
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, a, k, i=i: rotated(i, a, k), with_kwargs=True)
+        for i, layer in enumerate(decoder(model).layers)
+    ]
+    theirs = run(model, padded).logits
+    for hook in hooks:
+        hook.remove()
+    dense = run(model, padded).logits
+    torch.testing.assert_close(ours[:, -1], theirs[:, -1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[valid], theirs[valid], atol=1e-5, rtol=1e-5)
+    assert (ours[:, -1] - dense[:, -1]).abs().max() > 0.01  # else this has shown little
+    with vtok.patch(model, vtok.TokenSelect(keep=40, initial=2, latest=3, chunk=8)):
+        assert torch.equal(run(model, padded).logits[:, -1], dense[:, -1])
+
+
 def test_a_selection_is_used_again_while_queries_are_alike(monkeypatch):
     from vtok.compressors import tokenselect
 
@@ -482,6 +544,97 @@ def test_gemfilter_is_a_shorter_prompt():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert text.shape[1] == 37
     assert flops["compressed"]["prefill"] > 0.5 * flops["dense"]["prefill"] > 0  # the first pass counts
+
+
+def streamed(model, ids, tokens, keep: int, sinks: int) -> torch.Tensor:
+    """[steps, V] logits of an answer in the words of the paper: cached keys are those before RoPE, and each step counts
+    positions within the cache, one column more than stays."""
+    config, layers = model.config, model.model.layers
+    heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    caches, hooks = [([], []) for _ in layers], []
+    for layer, cache in zip(layers, caches):
+        for module, kept in zip((layer.self_attn.k_proj, layer.self_attn.v_proj), cache):
+            hooks.append(
+                module.register_forward_hook(lambda m, a, out, kept=kept: kept.extend(out[0].view(-1, groups, d)))
+            )
+    with torch.no_grad():
+        said = [model(ids).logits[0, -1]]
+        for hook in hooks:
+            hook.remove()
+
+        def cut(cache):
+            for kept in cache:
+                del kept[sinks : sinks + max(0, len(kept) - keep)]
+
+        def turned(x, at):  # [n, heads, d], by complex numbers
+            rate = config.rope_parameters["rope_theta"] ** (-torch.arange(0, d, 2) / d)
+            turn = torch.polar(torch.ones(len(at), d // 2), at[:, None] * rate)[:, None]
+            y = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * turn
+            return torch.cat([y.real, y.imag], -1)
+
+        [cut(cache) for cache in caches]
+        for token in tokens:
+            x = model.model.embed_tokens(token[None])
+            for layer, (keys, values) in zip(layers, caches):
+                h, own = layer.input_layernorm(x), layer.self_attn
+                keys.append(own.k_proj(h).view(groups, d))
+                values.append(own.v_proj(h).view(groups, d))
+                n = len(keys)
+                q = turned(own.q_proj(h).view(1, heads, d), torch.tensor([n - 1.0]))[0]
+                k, v = turned(torch.stack(keys), torch.arange(float(n))), torch.stack(values)
+                out = []
+                for head in range(heads):
+                    g = head * groups // heads
+                    out.append(((k[:, g] @ q[head]) * d**-0.5).softmax(0) @ v[:, g])
+                x = x + own.o_proj(torch.cat(out)[None])
+                x = x + layer.mlp(layer.post_attention_layernorm(x))
+                cut((keys, values))
+            said.append(model.lm_head(model.model.norm(x))[0])
+    return torch.stack(said)
+
+
+def test_positions_within_the_cache():
+    """By the rewrite, alone and in a padded batch in which a short row is not cut at first, over two prompts."""
+    model, one, padded = model_of(TEXT)
+    part, n = vtok.StreamingLLM(keep=12, sinks=3, renumber=True), 14
+    padded["attention_mask"][2, :-2] = 0
+    how = {"max_new_tokens": n, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for inputs in (one, padded):
+        with vtok.patch(model, part):
+            out = model.generate(**inputs, **how)
+        ours = torch.stack(out.logits, 1)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        for row, text in enumerate(out.sequences):
+            ids, answer = text[: mask.shape[1]][mask[row]][None], text[mask.shape[1] :]
+            expected = streamed(model, ids, answer[:-1], 12, 3)
+            torch.testing.assert_close(ours[row], expected, atol=2e-5, rtol=1e-4)
+    with vtok.patch(model, vtok.StreamingLLM(keep=12, sinks=3)):  # else this has shown little
+        other = torch.stack(model.generate(**padded, **how).logits, 1)
+    assert (other[0] - ours[0]).abs().max() > 0.01
+    with vtok.patch(model, part):
+        first = model.generate(**one, **how)
+        ids = torch.cat([first.sequences, torch.randint(5, 90, (1, 6))], 1)
+        ours = torch.stack(model.generate(ids, **{**how, "max_new_tokens": 1}, **{NAME: cache_in(first)}).logits, 1)
+        beams = model.generate(**padded, **{**how, "num_beams": 3, "max_new_tokens": 5}, output_scores=True)
+    assert torch.isfinite(ours).all() and torch.isfinite(beams.sequences_scores).all()
+
+
+def test_positions_within_the_cache_are_refused_where_they_mean_nothing():
+    with pytest.raises(InvalidValue, match="not visual and text"):
+        vtok.StreamingLLM(renumber=True, visual=0.2)
+    part = vtok.StreamingLLM(renumber=True)
+    with pytest.raises(Unsupported, match="M-RoPE"):
+        vtok.patch(tiny("qwen2_5_vl")[0], part)
+    with pytest.raises(Unsupported, match="no other method"):
+        vtok.patch(tiny("llava")[0], ["divprune", part])
+    for rope, reason in (
+        ({"rope_type": "dynamic", "factor": 2.0}, "length of the text"),
+        ({"partial_rotary_factor": 0.5}, "as a whole"),
+    ):
+        model = model_of(TEXT)[0]
+        model.config.rope_parameters |= rope
+        with pytest.raises(Unsupported, match=reason):
+            vtok.patch(model, part)
 
 
 # ---- turns, beams, threads of life -----------------------------------------------------------------------------------
@@ -639,6 +792,91 @@ def test_what_cannot_be():
     model.config.sliding_window, model.config.layer_types = 8, ["sliding_attention"] * 4
     with pytest.raises(Unsupported, match="sliding"):
         vtok.patch(model, "h2o")
+
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+STAGES = {"kv": vtok.H2O(keep=0.4), "attend": vtok.TokenSelect(keep=4, initial=1, latest=2), "prompt": vtok.GemFilter()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["falcon_h1", "lfm2", "gemma2", "gpt_oss"])
+def test_decoders_with_states_and_windows_are_refused(kind, stage):
+    """A layer with states beside its attention, layers with states in its place, and windows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = {
+        "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        "lfm2": {"layer_types": ["conv", "full_attention"]},
+        "gemma2": {"head_dim": 8},
+        "gpt_oss": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **own[kind]})).eval()
+    with pytest.raises(Unsupported, match="sliding|states|does not show"):
+        vtok.patch(model, STAGES[stage])
+    with pytest.raises(Unsupported, match="plain DynamicCache"):
+        model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, custom_generate=vtok.TokenRecycling())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_caches_are_refused(stage):
+    """Static, quantized (its package is not here: a stand-in), offloaded; and one of something else than keys."""
+    from transformers import DynamicCache
+
+    class QuantizedCache(DynamicCache):
+        pass
+
+    model, one, _ = model_of(TEXT)
+    offloaded = DynamicCache(config=model.config)
+    offloaded.offloading = True
+    with vtok.patch(model, STAGES[stage]):
+        for how in ({"cache_implementation": "static"}, {NAME: QuantizedCache()}, {NAME: offloaded}):
+            with pytest.raises(Unsupported, match="DynamicCache"):
+                model.generate(**one, max_new_tokens=2, **how)
+
+
+def test_a_latent_cache_is_refused():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    own |= {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **SMALL, **own)).eval()
+    for part in (vtok.H2O(keep=0.4), vtok.KVzip(keep=0.4), vtok.StreamingLLM(keep=0.5)):
+        with vtok.patch(model, part), pytest.raises(Unsupported, match="caches something else"):
+            model.generate(torch.arange(3, 30)[None], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("part", [vtok.SnapKV(), vtok.KVzip(), vtok.GemFilter(), vtok.TokenSelect()])
+def test_a_prompt_below_all_windows_is_answered_as_ever(part):
+    """Fewer tokens than a window, than the first ones that stay, than the best that are chosen."""
+    model, one, _ = model_of(TEXT)
+    short = {"input_ids": one["input_ids"][:, :2]}
+    expected = model.generate(**short, max_new_tokens=6, do_sample=False)
+    with vtok.patch(model, part):
+        assert torch.equal(model.generate(**short, max_new_tokens=6, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("name", ["h2o", "keyformer", "snapkv", "kvzip", "streaming_llm", "random_kv", "gemfilter"])
+def test_a_budget_below_one_column_keeps_what_the_method_needs(name):
+    model, one, _ = model_of(TEXT)
+    for keep in (0, 0.0, -1, 1.5):
+        with pytest.raises(InvalidValue, match="keep must be"):
+            vtok.compressor.build(name, keep=keep)
+    part = vtok.compressor.build(name, keep=1e-9)
+    with vtok.patch(model, part):
+        cache = cache_in(model.generate(**one, max_new_tokens=2, do_sample=False, return_dict_in_generate=True))
+    grows = 0 if getattr(part, "bounded", False) else 1
+    assert max(cache.columns(i) for i in range(4)) <= 8 + grows
+    assert min(cache.columns(i) for i in range(4)) >= 1
 
 
 def test_undone_exactly():

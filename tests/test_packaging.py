@@ -18,6 +18,7 @@ FOLDERS = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]
 EXTRAS = {
     "vtok.draw": {"numpy", "matplotlib"},  # numpy comes with matplotlib
     "vtok.show": {"jinja2"},
+    "vtok.show_text": {"jinja2"},
     "vtok.kernels": {"triton"},
     "vtok.rl": {"accelerate", "datasets", "numpy", "safetensors", "trl"},  # the others come with trl or transformers
     "vtok.serving": {"vllm"},

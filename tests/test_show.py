@@ -1,7 +1,9 @@
 """`vtok show`: the page draws exactly what the trace says, a clip becomes frames, bad input is one line."""
 
+import html
 import re
 import xml.etree.ElementTree as ET
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
-from vtok import cli, media, show
+from vtok import cli, media, show, show_text
+from vtok.adapters.causal_lm import CausalLM
+from vtok.cli import options as cli_options
 from vtok.errors import InvalidValue, MissingExtra, Unsupported
 from vtok.media import Clip, Sampling
 from vtok.prompts import ask, encode
@@ -112,6 +116,43 @@ def test_of_a_smaller_cache_the_columns_are_drawn(qwen):
         assert counts(text, layer)["snapkv"] == f"{sum(held):.4g} of {len(held)} visual tokens cached"
         means.append(sum(held))
     assert f"{sum(means) / len(means):.4g} stay in the cache" in shown.stages
+
+
+def test_of_a_text_the_columns_are_drawn(tmp_path, monkeypatch):
+    """The page says of each token, layer and method what the trace of another run says; bad input is one line."""
+    model, tokenizer = CausalLM().tiny()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    text = "a <b>b</b> & c two words of a text that goes on"
+    names = ["snapkv", "gemfilter:first=1,last=1"]
+    words, shown = show_text.follow(model.eval(), tokenizer, text, names, 0.4, max_new_tokens=2)
+    ids = encode(tokenizer, [ask(text)])["input_ids"]
+    assert words == [tokenizer.decode([i]) for i in ids[0].tolist()]
+    with vtok.patch(model, "snapkv", keep=0.4) as patch, torch.no_grad():
+        model(ids, use_cache=True)
+    page = show_text.page(words, shown, "about")
+    found = re.findall(r"<article data-held=\"([^\"]*)\">\n<h2>(.*)</h2>", page)
+    assert [name for _, name in found] == ["dense", *names]
+    assert {*found[0][0]} == {"9", " "}
+    for layer, row in enumerate(found[1][0].split(" ")):
+        heads = patch.trace.parts["kv"].positions[layer][0]
+        held = [sum(place in head.tolist() for head in heads) / len(heads) for place in range(len(words))]
+        assert row == "".join(str(round(9 * share)) for share in held) and {"0", "9"} <= {*row}
+    assert any("<" in word for word in words)
+    assert list(map(html.unescape, re.findall(r"<i style=\"[^\"]*\">([^<]*)</i>", page))) == 3 * words
+
+    monkeypatch.setattr(cli_options, "loaded", lambda *args: nullcontext((model, tokenizer, lambda told: None)))
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    run = lambda *told: CliRunner().invoke(cli.app, ["show", "--model", "m", "--out", str(tmp_path / "out"), *told])
+    assert run("--text", str(file), "--methods", "snapkv", "--question", "why").exit_code == 0
+    assert (tmp_path / "out" / "kept.html").exists()
+    for told, message in (
+        (("--methods", "snapkv"), "give --text"),
+        (("--text", str(tmp_path / "none.txt")), "Could not read"),
+        (("--text", str(file), "--image", "x.png"), "one of"),
+    ):
+        result = run(*told)
+        one_line_error(result.exit_code, result.output, message)
 
 
 def test_merged_tokens_are_drawn_with_the_one_that_stands_for_them(llava):

@@ -22,7 +22,7 @@ from vtok import config as configs
 from vtok import tower as towers
 from vtok.compressor import Compressor
 from vtok.engine.forward import Engine
-from vtok.engine.install import adapter_site, install, refuse_compiled, refuse_unseen, refuse_windows
+from vtok.engine.install import adapter_site, install, refuse_compiled, refuse_states, refuse_unseen, refuse_windows
 from vtok.engine.prompt import Told
 from vtok.engine.replay import Kept, Recorded
 from vtok.engine.seams import Seams
@@ -458,6 +458,7 @@ def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
     for part in site.parts:
         if part.needs_now & {"attention", "ffn"}:
             refuse_unseen(site.layers, part.name)
+            refuse_states(site.config, part.name)
 
 
 def _check_transformers(version: str) -> None:

@@ -61,7 +61,9 @@ class Asked:
         if not methods:
             raise InvalidValue("No method was given.")
         vlm, _ = adapters.find(model)
-        inputs = encode(processor, [conversation]).to(vlm.device, vlm.dtype)
+        inputs = encode(processor, [conversation]).to(vlm.device)
+        for name, x in inputs.items():
+            inputs[name] = x.to(vlm.dtype) if x.is_floating_point() else x
         how = {"keep": keep} if budget is None else {"budget": budget}
         return Asked(model, processor, inputs, methods, how, max_new_tokens)
 

@@ -17,7 +17,7 @@ class StreamingLLM(KV):
     """The first `sinks` columns and the latest ones (Section 3.2). While answering, each new column pushes one out.
 
     sinks: columns at the beginning that stay.
-    Differs from the paper: columns keep their positions, where the paper counts them within the cache.
+    renumber: count positions within the cache, as the paper does; not for M-RoPE. Else columns keep their own.
     Not good for: anything that is said in the middle of a prompt.
     """
 
@@ -29,11 +29,18 @@ class StreamingLLM(KV):
     examples = ({}, {"keep": 6, "sinks": 2})
 
     sinks: AtLeast0 = 4
+    renumber: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.keep, int) and self.keep <= self.sinks:
             raise InvalidValue(f"keep must be above sinks, {self.sinks}, got {self.keep}: the window would be empty.")
+        if self.renumber and self.apart:
+            raise InvalidValue("renumber counts all columns as one: give keep, not visual and text.")
+
+    @property
+    def moves(self) -> int:
+        return self.sinks if self.renumber else 0
 
     @property
     def least(self) -> int:

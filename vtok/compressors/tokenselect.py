@@ -22,9 +22,11 @@ class TokenSelect(Attend):
 
     keep: how many of the candidates, a count, or a fraction of all columns.
     initial: first columns, in any case. latest: newest ones, in any case, the token itself among them.
+    chunk: so many tokens of the prompt choose together, by their mean query, among what is before them, and read that
+        and each other; counted from the prompt's end. The paper's is 512. none: the prompt is read whole.
     theta: a choice is used again for the next tokens while the cosine of their query to its own is at least this,
         for all rows of a batch; to know costs a wait for the device in each layer. none: choose for each token.
-    Differs from the paper: the prompt is read whole, not in chunks of which each selects; columns keep their positions;
+    Differs from the paper: the prompt is read whole unless `chunk` is given; columns keep their positions;
         query heads share keys as transformers lays them out, where the official kernel mixes groups up.
     Not good for: memory, as the cache stays whole; short prompts, which are attended to whole.
     """
@@ -36,6 +38,7 @@ class TokenSelect(Attend):
     keep: Keep = 2048
     initial: AtLeast0 = 128
     latest: AtLeast1 = 512
+    chunk: AtLeast1 | None = None
     theta: Annotated[float, In("[-1, 1]")] | None = 0.9
 
     def most(self, length: float) -> int:

@@ -128,10 +128,12 @@ class CompressedCache(DynamicCache):
         """Turn a plain cache into a compressed one, in place, since the caller goes on using the object it passed."""
         if isinstance(cache, cls):
             return cache
-        if type(cache) is not DynamicCache:
+        offloaded = getattr(cache, "offloading", False)  # layers are being copied away while columns would be dropped
+        if type(cache) is not DynamicCache or offloaded:
+            kind = "DynamicCache that is offloaded" if offloaded else type(cache).__name__
             raise Unsupported(
-                f"Columns can be dropped from a DynamicCache, not from a {type(cache).__name__}. Leave "
-                f"`past_key_values` and `cache_implementation` unset."
+                f"Columns can be dropped from a DynamicCache, not from a {kind}. Leave `past_key_values` and "
+                f"`cache_implementation` unset."
             )
         cache.__class__ = cls
         cache.seen = DynamicCache.get_seq_length(cache)

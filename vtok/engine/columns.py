@@ -111,13 +111,16 @@ class Layer:
 
 @dataclass
 class Held:
-    """What the stage keeps for a sequence. steps: tokens of the answer so far."""
+    """What the stage keeps for a sequence. steps: tokens of the answer so far. given: layer -> keys of the first
+    columns, where these move (`renumber.move_up`)."""
 
     layers: dict[int, Layer] = field(default_factory=dict)
     steps: int = 0
+    given: dict[int, Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Held:
-        return Held({i: layer.each(change, change) for i, layer in self.layers.items()}, self.steps)
+        layers = {i: layer.each(change, change) for i, layer in self.layers.items()}
+        return Held(layers, self.steps, {i: change(keys) for i, keys in self.given.items()})
 
 
 def chosen(

@@ -34,6 +34,9 @@ class Seen:
     scaling: float
 
 
+Reads = tuple[Tensor, Tensor, Tensor, Any]  # some queries, and the keys, values and mask that they read
+
+
 @dataclass
 class Pass:
     """One forward of the language model over a compacted sequence, or over a cache that holds one.
@@ -112,15 +115,12 @@ class Pass:
             stage.entering(self, layer, hidden)
         return hidden
 
-    def observe(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
-    ) -> tuple[Tensor, Tensor, Any]:
+    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float) -> list[Reads]:
         """What a layer's attention is to work with; called from inside it, once."""
+        parts = [(query, key, value, mask)]
         for stage in self.stages:
-            answer = stage.attention(self, layer, Seen(query, key, value, mask, scaling))
-            if answer is not None:
-                key, value, mask = answer
-        return key, value, mask
+            parts = stage.attention(self, layer, Seen(query, key, value, mask, scaling)) or parts
+        return parts
 
     def attended(self, layer: int) -> None:
         """A layer's attention is done."""

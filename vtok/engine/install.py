@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from vtok.adapter import Adapter
 from vtok.engine.forward import Engine
@@ -170,6 +172,16 @@ def refuse_windows(config: Any) -> None:
     chunked = getattr(text, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds)
     if chunked or (window and "sliding_attention" in (kinds or ())):
         raise Unsupported("Decoders with sliding-window attention are not supported: a window counts dropped tokens.")
+
+
+def refuse_states(config: Any, method: str) -> None:
+    """Raise `Unsupported` for a decoder whose cache holds states, which no dropped token can be taken out of."""
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    if kinds := sorted({type(layer).__name__ for layer in layers} - {DynamicLayer.__name__}):
+        raise Unsupported(
+            f"{method} acts in decoder layers, and these cache states, of which no token can be taken out: "
+            f"{', '.join(kinds)}. Methods before the language model work here: divprune, for example."
+        )
 
 
 def adapter_site(vlm: nn.Module, adapter: Adapter, parts: tuple) -> Site:

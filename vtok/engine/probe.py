@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 
+import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtok.adapter import class_of
@@ -35,10 +36,10 @@ def _wrapper(implementation: str, original):
         p = carried.running
         scaling = kwargs.get("scaling")
         scaling = module.head_dim**-0.5 if scaling is None else scaling
-        key, value, attention_mask = p.observe(module.layer_idx, query, key, value, attention_mask, scaling)
-        output = forward(module, query, key, value, attention_mask, *args, **kwargs)
+        parts = p.observe(module.layer_idx, query, key, value, attention_mask, scaling)
+        outputs = [forward(module, *part, *args, **kwargs) for part in parts]
         p.attended(module.layer_idx)
-        return output
+        return outputs[0] if len(outputs) == 1 else (torch.cat([out for out, _ in outputs], 1), None)
 
     attention.vtok_implementation = implementation
     return attention

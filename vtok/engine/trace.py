@@ -182,10 +182,15 @@ class Trace:
     def held_at(self, layer: int) -> list[Tensor]:
         """For each picture [N] in [0, 1]: the share of a decoder layer's key-value heads whose cache holds the token's
         column behind the prompt."""
+        held = self.columns_at(layer)
+        return [held.view(-1)[p.rows.cpu()][p.dense.place] for p in self.pictures]
+
+    def columns_at(self, layer: int) -> Tensor:
+        """[B, S] in [0, 1]: the same of each place of the input."""
         held = self.present_at(layer).float()
         for part in self.parts.values():
             held = part.held(layer, held)
-        return [held.view(-1)[p.rows.cpu()][p.dense.place] for p in self.pictures]
+        return held
 
     def kept(self) -> list[Kept]:
         """For each sample what was kept, for `Patch.replaying`."""

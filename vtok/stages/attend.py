@@ -1,4 +1,4 @@
-"""In attention, while answering: a token attends to some of the cache's columns, of which none is dropped."""
+"""In attention: tokens attend to some of the cache's columns, of which none is dropped."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.engine.cache import take
-from vtok.engine.decoder import Pass, Seen
+from vtok.engine.decoder import Pass, Reads, Seen
 from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
+from vtok.errors import Unsupported
 from vtok.kernels.compact_sequence import kept_last
 from vtok.stages.stage import Stage
+
+MASKED = ("sdpa", "eager")  # attention implementations that take a 4-D mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Compressor):
-    """A method that says to which columns of the cache a token of the answer attends. The prompt is read whole.
+    """A method that says to which columns of the cache a token of the answer attends; and, where it has a `chunk`, so
+    many tokens of the prompt together. Else the prompt is read whole.
 
     keep: of the columns, how many are chosen: a fraction or a count.
     """
@@ -30,6 +34,7 @@ class Attend(Compressor):
     needs = frozenset({"attention"})
     text_guided = True
     of_pictures = False
+    chunk: int | None = None
 
     @abstractmethod
     def most(self, length: float) -> int:
@@ -40,7 +45,8 @@ class Attend(Compressor):
         """[B, L] bool, the columns of one layer to which the token attends, None for all; how many a row has at most;
         and tensors [B, ...] that the method wants to be given as `before` in this layer for the next token, or None.
 
-        seen: of one token, its column the last. valid: [B, L] bool, which columns are no padding."""
+        seen: of one token, its column the last; or of a chunk's mean query, and the columns before it. valid: [B, L]
+        bool, which columns are no padding."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +80,17 @@ class AttendStage(Stage[Attend]):
         seen = 0 if p.cache is None else p.cache.seen
         answering = p.told.answers(seen, p.length, self.compressor.name, one_by_one=True)
         if p.cache is not None:
-            p.cache.states.setdefault(self.name, Chosen())
-            if answering:
-                p.state[self.name] = p.cache.states[self.name]
-            else:
-                p.cache.states[self.name].before.clear()
+            state = p.cache.states.setdefault(self.name, Chosen())
+            if not answering:
+                state.before.clear()
+            if answering or self.compressor.chunk is not None:
+                p.state[self.name] = state
         return positions
 
     def watches(self, p: Pass, layer: int) -> bool:
         return self.name in p.state
 
-    def attention(self, p: Pass, layer: int, seen: Seen) -> tuple[Tensor, Tensor, Any] | None:
+    def attention(self, p: Pass, layer: int, seen: Seen) -> list[Reads] | None:
         state: Chosen | None = p.state.get(self.name)
         if state is None:
             return None
@@ -93,15 +99,57 @@ class AttendStage(Stage[Attend]):
             valid = torch.ones(len(seen.key), seen.key.shape[2], dtype=torch.bool, device=seen.key.device)
         elif valid.ndim == 3:  # head groups hold unlike many columns, and some stand for nothing in some of them
             valid = valid.any(1)
+        valid = valid.to(seen.key.device)
         with torch.no_grad():
-            chosen, most, again = self.compressor.select(seen, valid.to(seen.key.device), state.before.get(layer))
+            if seen.query.shape[2] > 1:
+                return self._by_chunks(p, seen, valid)
+            chosen, most, again = self.compressor.select(seen, valid, state.before.get(layer))
         if chosen is None:
             return None
         if again is not None:
             state.before[layer] = again
         index = kept_last(chosen, most)
-        at = index[:, None].expand(-1, seen.key.shape[1], -1)
-        return take(seen.key, at), take(seen.value, at), _of_columns(seen.mask, index, chosen)
+        return [(seen.query, *_columns(seen, index), _of_columns(seen.mask, index, chosen))]
+
+    def _by_chunks(self, p: Pass, seen: Seen, valid: Tensor) -> list[Reads] | None:
+        """What the chunks of a prompt read: themselves, and what their mean query chooses of all before them, or all of
+        that where it is no more."""
+        length, new, size = seen.key.shape[2], seen.query.shape[2], self.compressor.chunk
+        past, found = length - new, {}
+        for end in range(length, past, -size):  # from the prompt's end on, so that padding changes nothing
+            start = max(past, end - size)
+            query, own = seen.query[:, :, start - past : end - past], valid[:, None, start:end, None]
+            mean = (query.float() * own).sum(2, keepdim=True) / own.sum(2, keepdim=True).clamp(min=1)
+            before = Seen(mean, seen.key[:, :, :start], seen.value[:, :, :start], None, seen.scaling)
+            chosen, most, _ = self.compressor.select(before, valid[:, :start], None) if start else (None, 0, None)
+            found[start, end] = (valid[:, :start], start) if chosen is None else (chosen, most)
+        if all(most == start for (start, _), (_, most) in found.items()):
+            return None
+        if p.config._attn_implementation not in MASKED:
+            raise Unsupported(
+                f"{self.compressor.name}(chunk={size}) needs a mask that {p.config._attn_implementation} does not "
+                f"take: load the model with attn_implementation='sdpa'."
+            )
+        return [_reads(seen, *columns, *chosen, valid) for columns, chosen in sorted(found.items(), key=lambda x: x[0])]
+
+
+def _reads(seen: Seen, start: int, end: int, chosen: Tensor, most: int, valid: Tensor) -> Reads:
+    """What the queries of columns `start` to `end` read: of the columns before them those that are chosen [B, start],
+    `most` of a row, and of themselves those that are not behind them. valid: [B, L] bool."""
+    index, first = kept_last(chosen, most), seen.key.shape[2] - seen.query.shape[2]
+    own = torch.arange(start, end, device=index.device).expand(len(index), -1)
+    causal = torch.ones(end - start, end - start, dtype=torch.bool, device=index.device).tril()
+    there = chosen.gather(1, index)[:, None].expand(-1, end - start, -1)
+    visible = torch.cat([there, causal & valid[:, None, start:end]], 2)
+    mask = torch.zeros(visible.shape, dtype=seen.query.dtype, device=index.device)
+    mask = mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)[:, None]
+    return seen.query[:, :, start - first : end - first], *_columns(seen, torch.cat([index, own], 1)), mask
+
+
+def _columns(seen: Seen, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of columns index [B, K]."""
+    at = index[:, None].expand(-1, seen.key.shape[1], -1)
+    return take(seen.key, at), take(seen.value, at)
 
 
 def _of_columns(mask: Any, index: Tensor, chosen: Tensor) -> Any:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtok.compressor import Compressor
+from vtok.engine import renumber
 from vtok.engine.aside import Watch, run_aside
 from vtok.engine.cache import Rows, gather
 from vtok.engine.columns import Columns, Held, Layer, chosen, columns
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
 from vtok.engine.trace import Part
+from vtok.errors import Unsupported
 from vtok.kernels.compact_sequence import kept_last
 from vtok.options import AtLeast0, AtLeast1, Keep
 from vtok.stages.stage import Site, Stage
@@ -64,6 +66,12 @@ class KV(Compressor):
     def least(self) -> int:
         """The fewest columns with which the method makes sense; no budget is below."""
         return 1
+
+    @property
+    def moves(self) -> int:
+        """How many of the first columns take the positions right in front of the others that stay, which then are the
+        latest ones; 0 where all keep their own."""
+        return 0
 
     def budget(self, tokens: Tensor, visual: Tensor | None) -> Tensor:
         """[B, 1] how many columns stay of a prompt of so many tokens [B]; or [B, 2] of its `visual` [B] and others."""
@@ -136,6 +144,10 @@ class KVStage(Stage[KV]):
     def __init__(self, compressor: KV, site: Site) -> None:
         super().__init__(compressor, site)
         self.layers = range(len(site.layers))
+        if compressor.moves:
+            if len(site.parts) > 1:
+                raise Unsupported(f"{compressor.name}(renumber=True) goes with no other method: leave renumber off.")
+            renumber.refuse(compressor.name, site.config, site.layers)
 
     # ---- a forward begins ------------------------------------------------------------------------------------------
     def begin(self, prefill: Prefill, p: Pass) -> None:
@@ -161,6 +173,11 @@ class KVStage(Stage[KV]):
         if not self.watches(p, layer):
             return
         state: Cutting = p.state[self.name]
+        if (held := p.cache.layers[layer].keys).shape != seen.key.shape:
+            raise Unsupported(
+                f"{self.compressor.name} drops columns of keys as attention reads them, {tuple(seen.key.shape[1::2])} "
+                f"heads and numbers each, and this model caches something else, {tuple(held.shape[1::2])}."
+            )
         with p.timing(), torch.no_grad():
             valid = self._valid(p, layer, seen.key)
             record = state.held.layers[layer] = self._record(p, state, layer, valid, seen.query.shape[2])
@@ -230,6 +247,8 @@ class KVStage(Stage[KV]):
     # ---- behind the layers -----------------------------------------------------------------------------------------
     def finished(self, engine: Engine, module: nn.Module, p: Pass) -> None:
         state: Cutting | None = p.state.get(self.name)
+        if state is not None and self.compressor.moves:
+            self._move_up(module, p, state.held)
         if state is None or state.answering or not self.compressor.rereads:
             return
         layers = state.held.layers
@@ -240,6 +259,15 @@ class KVStage(Stage[KV]):
             widths = torch.stack([keep[i].sum(2).max() for i in self.layers]).tolist()
             for i in self.layers:
                 self._cut(p, state, i, scores[i], keep[i], widths[i], self.compressor.even)
+
+    def _move_up(self, module: nn.Module, p: Pass, held: Held) -> None:
+        """Let the first columns stand right in front of the latest ones."""
+        record = held.layers[0]
+        valid = self._valid(p, 0, record.place)[:, 0]
+        if record.most > valid.shape[1]:  # else nothing is gone of any row
+            with p.timing(), torch.no_grad():
+                gone = record.tokens - valid.sum(1)
+                renumber.move_up(module, p.cache, valid, gone, held.given, self.compressor.moves)
 
     def _chosen(self, score: dict, valid: dict, layers: dict[int, Layer]) -> dict[int, Tensor]:
         """Layer -> [B, G, L] bool, what stays: of each layer and head group as much, or the best of all."""

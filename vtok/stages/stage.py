@@ -19,7 +19,7 @@ from vtok.compressor import Compressor
 
 if TYPE_CHECKING:
     from vtok.adapter import Adapter
-    from vtok.engine.decoder import Pass, Seen
+    from vtok.engine.decoder import Pass, Reads, Seen
     from vtok.engine.encode import EncoderCall
     from vtok.engine.ffn import Visit
     from vtok.engine.forward import Engine
@@ -113,8 +113,9 @@ class Stage(Generic[C]):
         """Whether the next two are to be called in this layer."""
         return False
 
-    def attention(self, p: Pass, layer: int, seen: Seen) -> tuple[Tensor, Tensor, Any] | None:
-        """Looks into a layer's attention. May answer with other keys, values and mask."""
+    def attention(self, p: Pass, layer: int, seen: Seen) -> list[Reads] | None:
+        """Looks into a layer's attention. May answer with what it is to read instead: for all queries, or for some
+        after the other."""
 
     def attended(self, p: Pass, layer: int) -> None:
         """A layer's attention is done: what its cache holds may be cut (`p.cache.keep`)."""

@@ -15,7 +15,8 @@ from vtok import options
 from vtok.options import AtLeast1, In, Positive
 from vtok.text.decoding.coupling import Chance, fitted, recursive
 from vtok.text.decoding.loop import Decoder, Drafter, Running, Scores
-from vtok.text.decoding.second import Accepted, Ahead, same_vocabulary
+from vtok.text.decoding.payoff import Payoff
+from vtok.text.decoding.second import Accepted, Ahead, Reading, same_vocabulary
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Tree, Verdict, follow, shape
 
@@ -58,6 +59,7 @@ class DySpec(Decoder):
     vocabulary: AtLeast1 | None = None
     adapt: bool = True
     _accepted: Accepted = field(init=False, repr=False, compare=False)
+    _reading: Reading = field(init=False, repr=False, compare=False, default_factory=Reading)
     _running: Running = field(init=False, repr=False, compare=False, default_factory=Running)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class DySpec(Decoder):
     def drafting(self, target: Target) -> Iterator[Drafter]:
         shared = same_vocabulary(target.model, self.draft, self.vocabulary)
         sampled = target.config.do_sample
-        ahead = Ahead(self.draft, target, self.temperature or (1.0 if sampled else GREEDY), shared)
+        ahead = Ahead(self.draft, target, self.temperature or (1.0 if sampled else GREEDY), shared, self._reading)
         chance = Chance() if sampled else Likeliest()
         with ahead.own.checking():
             yield Growing(self, ahead, chance)
@@ -181,8 +183,11 @@ class Growing(Drafter):
         self.p: dict[int, Tensor] = {}
         self.asked = 0
 
+    def prepare(self, payoff: Payoff | None) -> None:
+        self.ahead.prepare(payoff)
+
     def sizes(self) -> list[tuple[int, float]]:
-        return self.accepted.sizes()
+        return self.accepted.sizes() if self.ahead.started else []
 
     def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
         look = lambda tree, level: self.ahead.read(ids) if level == [0] else self.ahead.look(tree, level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from transformers import GenerationConfig
 from vtok.engine.cache import settle
 from vtok.errors import Unsupported
 from vtok.text.decoding.loop import ROOT, Asked
+from vtok.text.decoding.payoff import Payoff
 from vtok.text.decoding.target import Target, placeholders
 from vtok.text.decoding.tree import Shape, Tree, Verdict
 
@@ -62,28 +64,55 @@ def same_vocabulary(one: nn.Module, other: nn.Module, told: int | None) -> int:
     return min(sizes) if told is None else told
 
 
+@dataclass
+class Reading:
+    """What a draft model takes to read a prompt, in prefills of the target; None before it has read one."""
+
+    share: float | None = None
+
+
 class Ahead:
     """A draft model that follows the text of a target, and looks ahead of it.
 
-    Made when the target's prefill is done, and nothing more. own: its sequence. It holds the text alone: of a tree that
-    was looked at nothing stays in its cache, so that the model may be of any kind that can be a target, patched too.
+    Made when the target's prefill is done, and nothing more: it reads the prompt once that is affordable (`prepare`),
+    and looks ahead from then on. own: its sequence. It holds the text alone: of a tree that was looked at nothing stays
+    in its cache, so that the model may be of any kind that can be a target, patched too.
     temperature: beside that of the call, whose processors are applied to drafts too, but for those that the caller
     made."""
 
-    def __init__(self, model: nn.Module, target: Target, temperature: float, vocabulary: int) -> None:
+    def __init__(self, model: nn.Module, target: Target, temperature: float, vocabulary: int, reading: Reading) -> None:
         make = lambda model, ids, config, kwargs, processors: (Target(model, ids, config, kwargs), processors)
         self.own, self.processors = prepared(model, target.ids, target.config, make)
         self.temperature, self.device, self.started = temperature, target.ids.device, False
+        self.prompt, self.reading = self.own.ids.shape[1], reading
+        if reading.share is None:
+            reading.share = weights(model) / weights(target.model)
         banned = torch.tensor(sorted(placeholders(model.config) | target.placeholders), dtype=torch.long)
         self.vocabulary, self.banned = vocabulary, banned[banned < vocabulary].to(self.device)
+
+    def prepare(self, payoff: Payoff | None) -> None:
+        """Read the prompt, where that is affordable."""
+        if self.started:
+            return
+        if payoff is None:
+            self._start()
+        elif payoff.affords(self.reading.share * payoff.prefill):
+            began = payoff.clock()
+            self._start()
+            took = payoff.clock() - began
+            payoff.spent(took)
+            if payoff.prefill:
+                self.reading.share = took / payoff.prefill
+
+    def _start(self) -> None:
+        self.started = True
+        self.own.prefill()
 
     def read(self, ids: Tensor) -> Tensor:
         """Follow the target up to ids [1, T], longer than what was read before: [1, V] probabilities behind them."""
         own, ids = self.own, ids.to(self.own.ids.device)
-        if not self.started:
-            own.prefill()
+        if own.ids.shape[1] == self.prompt:
             own.accept(Tree(ROOT, (int(own.ids[0, -1]),)), Verdict((0,), int(ids[0, own.ids.shape[1]])))
-            self.started = True
         tokens = ids[0, own.ids.shape[1] - 1 :].tolist()  # the first is not in the cache yet
         chain = Tree(Shape.chain(len(tokens) - 1), tuple(tokens))
         logits = own.check(chain)[-1:]
@@ -115,6 +144,11 @@ class Ahead:
         logits = logits.index_fill(1, self.banned, -torch.inf)
         none = logits.isneginf().all(1, keepdim=True)  # what processors left may not be drafted: then any draft will do
         return torch.where(none, 0.0, logits).index_fill(1, self.banned, -torch.inf).softmax(-1)
+
+
+def weights(model: nn.Module) -> int:
+    """How many of a model's weights work on each token of a prompt."""
+    return sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
 
 
 class Accepted:

@@ -13,8 +13,8 @@ from vtok import options
 from vtok.options import AtLeast1, Positive
 from vtok.text.decoding.coupling import Chance, fitted, kseq
 from vtok.text.decoding.loop import Decoder, Drafter, Running, Scores
-from vtok.text.decoding.payoff import Rates
-from vtok.text.decoding.second import Ahead, same_vocabulary
+from vtok.text.decoding.payoff import Payoff, Rates
+from vtok.text.decoding.second import Ahead, Reading, same_vocabulary
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Tree, Verdict, follow, shape
 
@@ -47,6 +47,7 @@ class SpecTr(Decoder):
     vocabulary: AtLeast1 | None = None
     adapt: bool = True
     _rates: Rates = field(init=False, repr=False, compare=False, default_factory=lambda: Rates(PRIOR))
+    _reading: Reading = field(init=False, repr=False, compare=False, default_factory=Reading)
     _running: Running = field(init=False, repr=False, compare=False, default_factory=Running)
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ class SpecTr(Decoder):
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
         shared = same_vocabulary(target.model, self.draft, self.vocabulary)
-        ahead = Ahead(self.draft, target, self.temperature, shared)
+        ahead = Ahead(self.draft, target, self.temperature, shared, self._reading)
         with ahead.own.checking():
             yield Chains(ahead, self.chains, self.length, Chance(), self._rates)
 
@@ -70,8 +71,12 @@ class Chains(Drafter):
         self.nodes: list[list[int]] = []
         self.p: dict[int, Tensor] = {}
 
+    def prepare(self, payoff: Payoff | None) -> None:
+        self.ahead.prepare(payoff)
+
     def sizes(self) -> list[tuple[int, float]]:
-        return [(self.chains * length, accepted) for length, accepted in self.rates.sizes(self.length)]
+        lengths = self.rates.sizes(self.length) if self.ahead.started else []
+        return [(self.chains * length, accepted) for length, accepted in lengths]
 
     def draft(self, ids: Tensor, depth: int, nodes: int) -> Tree:
         parents, tokens = [-1], [int(ids[0, -1])]

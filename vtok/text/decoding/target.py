@@ -20,6 +20,7 @@ from vtok.engine.probe import TREE
 from vtok.errors import Unsupported
 from vtok.patching import patches_on
 from vtok.text.decoding.attention import TreeAttention
+from vtok.text.decoding.products import quick_products
 from vtok.text.decoding.tree import Tree, Verdict
 
 MASKED = ("sdpa", "eager")  # attention implementations that take a 4-D mask
@@ -58,11 +59,12 @@ class Target:
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """Within, trees are checked with an attention of their own where that is quicker."""
+        """Within, trees are checked with an attention and with products of their own where these are quicker."""
         implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
         probe.acquire(implementation)
         try:
-            yield
+            with quick_products(self.model):
+                yield
         finally:
             probe.release(implementation)
 
