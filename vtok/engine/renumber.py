@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtok.adapter import class_of
 from vtok.engine.cache import CompressedCache, take
 from vtok.errors import Unsupported
 
@@ -38,7 +39,7 @@ def refuse(name: str, config: Any, layers: nn.ModuleList) -> None:
 
 def _turn(attention: nn.Module | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The function by which a family turns queries and keys."""
-    return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    return attention and getattr(sys.modules[class_of(attention).__module__], "apply_rotary_pos_emb", None)
 
 
 def move_up(

@@ -31,10 +31,8 @@ def quick_products(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(module: nn.Linear) -> bool:
-    weight, known = (
-        module.weight,
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-    )
+    weight = module.weight
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     dense = type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
     return known and dense and weight.is_contiguous() and "forward" not in vars(module)
 
