@@ -18,6 +18,7 @@ from vtok import cli, zoo
 from vtok.errors import InvalidValue, UnknownName
 from vtok.eval.results import cells, results, sweep
 from vtok.eval.results.cells import Cell
+from vtok.eval.tasks.answers import answer, say
 from vtok.eval.tasks.task import tasks
 from vtok.prompts import ask, encode
 
@@ -51,15 +52,15 @@ def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
     out = tmp_path / "killed"
     asked = []
-    answer = sweep.answer
+    say = sweep.say
 
     def dying(*args):
         asked.append(args)
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return answer(*args)
+        return say(*args)
 
-    monkeypatch.setattr(sweep, "answer", dying)
+    monkeypatch.setattr(sweep, "say", dying)
     with pytest.raises(KeyboardInterrupt):
         run(out)
     file = out / Cell("uniform", 0.25).file
@@ -111,6 +112,55 @@ def test_what_cannot_be_patched_is_listed_and_a_no_op_is_refused(loaded, tmp_pat
     assert [row["method"] for row in summary["cells"]] == ["dense"]
     assert summary["refused"][0]["reason"].startswith("It leaves 1 of the 1 items whole")
     assert not vtok.patching._PATCHES.get(model.model)
+
+
+def test_a_method_that_says_it_drops_tokens_and_changes_nothing_is_an_error(tmp_path, monkeypatch):
+    words = ["eval", "--methods", "uniform,random", "--budgets", "0.25", "--tasks", "scenes", "--items", "2", "--out"]
+    monkeypatch.setattr(vtok.Uniform, "with_budget", lambda self, *_: vtok.Uniform(keep=10**6))
+    monkeypatch.setattr(vtok.engine.trace.Trace, "mean_keep", 0.25)
+    result = CliRunner().invoke(cli.app, [*words, str(tmp_path)])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and "scenes: uniform at 0.25: It says that it drops tokens, but no answer" in said
+    summary = json.loads((tmp_path / "scenes" / "sweep.json").read_text())
+    assert [row["method"] for row in summary["cells"]] == ["dense", "random"]
+    assert [(row["method"], row["fault"]) for row in summary["refused"]] == [("uniform", True)]
+    # Equal answers alone are none: the log-probabilities may differ.
+    file = tmp_path / "scenes" / "uniform@0.25.jsonl"
+    first, second = map(json.loads, file.read_text().splitlines())
+    second["logprobs"][-1] -= 1e-6
+    file.write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
+    assert CliRunner().invoke(cli.app, [*words, str(tmp_path)]).exit_code == 0
+
+
+def test_how_sure_an_answer_is(loaded):
+    """The log-probability of its tokens and of the end, against one forward over prompt and answer."""
+    model, processor = loaded
+    item = next(iter(TASK.held_out(1)))
+    said = say(model, processor, item)
+    assert [one.text for one in said] == answer(model, processor, item)
+    question = item.questions[0]
+    inputs = encode(processor, [ask(question.text, *item.images)])
+    with torch.inference_mode():
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    expected = logits[-len(new) - 1 : -1].log_softmax(-1)[range(len(new)), new].sum().item()
+    assert said[0].logprob == pytest.approx(expected, abs=1e-4) and expected < 0
+    assert len({len(one.text) for one in said}) > 1  # shorter ones end before the batch does
+
+
+def test_a_summary_is_of_all_calls(loaded, tmp_path, monkeypatch):
+    """Of the same folder, whatever each asked; with the command of each that asked."""
+    model, processor = loaded
+    run = lambda methods, count=2: sweep.run(model, processor, NAME, TASK, methods, [0.25], count, tmp_path)
+    for methods in (["uniform", "evs"], ["random"], ["uniform"]):
+        monkeypatch.setattr(sys, "argv", ["vtok", "eval", *methods])
+        summary = run(methods)
+    assert [row["method"] for row in summary["cells"]] == ["dense", "uniform", "random"]
+    assert [row["method"] for row in summary["refused"]] == ["evs"]
+    commands = [made["command"] for made in [*summary["about"]["earlier"], summary["about"]["machine"]]]
+    assert [command.split()[-2:] for command in commands] == [["uniform", "evs"], ["eval", "random"]]
+    assert [row["method"] for row in run(["uniform"], 3)["cells"]] == ["dense", "uniform"]  # random lacks the third
 
 
 def test_a_cell_that_leaves_some_items_whole_is_above_its_budget(tmp_path, monkeypatch):

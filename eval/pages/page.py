@@ -195,6 +195,7 @@ def left_out(results: Results) -> list[tuple[str, str]]:
 
 def provenance(results: Results) -> dict[str, Any]:
     about, machine = results.about, results.about["machine"]
+    earlier = [f"{run['command']} (commit {run['commit']})" for run in results.runs[:-1]]
     test = about["test_set"]
     told = calls((cell.method, row.get("options", {})) for cell, row in results.facts.items())
     return {
@@ -209,4 +210,5 @@ def provenance(results: Results) -> dict[str, Any]:
         "Data type": about["dtype"],
         "Versions": f"torch {machine.get('torch', 'unknown')}, transformers {machine.get('transformers', 'unknown')}",
         "Command": machine.get("command", "unknown"),
+        "Before it": "; ".join(earlier) or "nothing",
     }

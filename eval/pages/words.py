@@ -64,10 +64,7 @@ def about_method(name: str) -> str:
 
 def sources(found: Sequence[Results]) -> str:
     """Which files, which commits, how many questions."""
-    commits: dict[str, int] = {}
-    for results in found:
-        commit = results.about["machine"]["commit"]
-        commits[commit] = commits.get(commit, 0) + 1
+    commits = dict.fromkeys(run["commit"] for results in found for run in results.runs)
     named = [f"{name.rstrip('+')}{' with local changes' if name.endswith('+') else ''}" for name in commits]
     paths = [PurePosixPath(results.file) for results in found]
     files = sorted({p for path in paths for p in PATTERNS if path.match(p) and len(path.parts) == p.count("/") + 1})

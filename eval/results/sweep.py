@@ -2,8 +2,8 @@
 
 A task has a folder of its own, in it one file of JSON lines a cell (method at budget), and one line an item, so that a
 run that was killed goes on where it stopped. Several processes (`torchrun`) share the items of a cell, write a
-file each, and in the end make one of them. What all lines say is summed up in sweep.json (`results.summarise`), which
-is all that cards and reports read.
+file each, and in the end make one of them. What all lines of all calls say is summed up in sweep.json
+(`results.summarise`), which is all that cards and reports read.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtok.errors import InvalidValue
 from vtok.eval.bench.machine import commit, describe
-from vtok.eval.results.cells import Cell, cells
+from vtok.eval.results.cells import Cell, baselines, cells
 from vtok.eval.results.results import summarise
-from vtok.eval.tasks.answers import answer
+from vtok.eval.tasks.answers import say
 from vtok.eval.tasks.task import TEST_SEED, Item, Task
 from vtok.files import write_json
 from vtok.runs import DENSE
@@ -75,10 +76,11 @@ def run_cell(
         for item in items[share.rank :: share.world]:
             if item.index not in done:
                 began = time.perf_counter()
-                said = answer(model, processor, item, instruction)
+                said = say(model, processor, item, instruction)
                 line: dict[str, Any] = {"item": item.index, "seconds": time.perf_counter() - began}
-                line["answers"] = [[q.category, q.answer, text] for q, text in zip(item.questions, said)]
-                line["right"] = [task.score(q.answer, text) for q, text in zip(item.questions, said)]
+                line["answers"] = [[q.category, q.answer, one.text] for q, one in zip(item.questions, said)]
+                line["right"] = [task.score(q.answer, one.text) for q, one in zip(item.questions, said)]
+                line["logprobs"] = [one.logprob for one in said]
                 if handle is not None:
                     trace = handle.trace
                     flops = trace.flops()
@@ -95,6 +97,19 @@ def run_cell(
 def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
     """Of how many of a cell's items the method dropped nothing although told to."""
     return sum(line["mean_keep"] >= 1 for line in lines.values()) if cell.budget < 1 else 0
+
+
+def idle(cell: Cell, lines: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]]) -> bool:
+    """Whether a method that says it dropped something changed no answer and no log-probability of any item: it did
+    nothing, and its numbers are the dense model's. Not told of lines from before log-probabilities were written."""
+    told = ("answers", "logprobs")
+    if (
+        cell.budget >= 1
+        or untouched(cell, lines)
+        or any("logprobs" not in of[i] for of in (lines, dense) for i in lines)
+    ):
+        return False
+    return all(line[key] == dense[i][key] for i, line in lines.items() for key in told)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -139,9 +154,11 @@ def run(
     """Run what is missing of one task in the folder `out`, with a progress bar, and return the summary, also written to
     its sweep.json.
 
-    count: of the test items, or None for all. A cell that left some items whole, or all, is listed as refused: it is
-    above its budget, and its numbers would be those of the dense model. Raises `InvalidValue` if `out` holds the
-    results of other weights or another test set, and `Unsupported` if the model cannot take the task's media.
+    count: of the test items, or None for all. The summary is of all cells in `out` that answered them, whichever call
+    asked. A cell that left some items whole, or all, is listed as refused: it is above its budget, and its numbers
+    would be those of the dense model. So is one that dropped tokens and changed nothing, as a "fault". Raises
+    `InvalidValue` if `out` holds the results of other weights or another test set, and `Unsupported` if the model
+    cannot take the task's media.
     """
     commit()  # is remembered as it is now
     about = _claim(model, name, task, out, instruction)
@@ -166,14 +183,37 @@ def run(
         for cell in wanted:
             mend(out / cell.file)
         summary = out / "sweep.json"
-        # Where nothing was left to ask, the provenance stays that of the call that asked.
-        if complete and summary.exists():
-            machine = json.loads(summary.read_text())["about"]["machine"]
-        else:
-            machine = describe(model.device.type, about["dtype"])
-        _write_summary(model, about | {"items": len(items), "machine": machine}, wanted, refused, summary)
+        before = json.loads(summary.read_text()) if summary.exists() else None
+        # Where nothing was left to ask, the provenance stays that of the calls that asked.
+        machine = None if complete and before else describe(model.device.type, about["dtype"])
+        about |= {"items": len(items)} | _provenance(before, machine)
+        others = _others(out, reasons, len(items))
+        for row in (before or {}).get("refused", ()):
+            cell = Cell(row["method"], row["budget"])
+            if cell not in reasons and cell not in others:
+                refused[cell] = row["reason"]
+        _write_summary(model, about, [*wanted, *others], refused, summary)
     share.wait()
     return json.loads((out / "sweep.json").read_text())
+
+
+def _others(out: Path, asked: Collection[Cell], count: int) -> list[Cell]:
+    """The cells in a folder that other calls have answered for so many items; the largest budgets and baselines first,
+    as `cells` has them."""
+    named = (re.fullmatch(r"(.+)@([\d.e-]+)", file.stem) for file in out.glob("*.jsonl"))
+    found = {Cell(name[1], float(name[2])) for name in named if name and name[2].count(".") < 2} - set(asked)
+    done = [cell for cell in found if len(read(out / cell.file)) >= count]
+    return sorted(done, key=lambda cell: (-cell.budget, cell.method not in baselines(), cell.method))
+
+
+def _provenance(before: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, Any]:
+    """ "machine" of the call that asked last, and of the "earlier" ones. before: the summary that was there. now: of
+    this call, or None where it asked nothing."""
+    runs = [*before["about"].get("earlier", ()), before["about"]["machine"]] if before else []
+    same = lambda one, other: all(one.get(key) == other.get(key) for key in ("commit", "command"))
+    if now is not None:
+        runs = [*(run for run in runs if not same(run, now)), now]
+    return {"machine": runs[-1]} | ({"earlier": runs[:-1]} if runs[1:] else {})
 
 
 def _claim(model: Any, name: str, task: Task, out: Path, instruction: str) -> dict[str, Any]:
@@ -197,13 +237,20 @@ def _claim(model: Any, name: str, task: Task, out: Path, instruction: str) -> di
 
 def _write_summary(model: Any, about: dict[str, Any], wanted: list[Cell], refused: dict[Cell, str], file: Path) -> None:
     count = about["items"]
-    lines = {cell: read(file.with_name(cell.file)) for cell in wanted}
+    whole = {cell: read(file.with_name(cell.file)) for cell in wanted}
+    lines = {cell: {i: line[i] for i in range(count)} for cell, line in whole.items()}
+    dense, found, faults = next(lines[cell] for cell in wanted if cell.method == DENSE), {}, {}
     for cell in wanted:
-        if whole := untouched(cell, lines[cell]):
-            refused = refused | {cell: f"It leaves {whole} of the {count} items whole, and so is above the budget."}
-            del lines[cell]
+        if same := untouched(cell, lines[cell]):
+            found[cell] = f"It leaves {same} of the {count} items whole, and so is above the budget."
+        elif idle(cell, lines[cell], dense):
+            faults[cell] = (
+                f"It says that it drops tokens, but no answer and no log-probability on any of the {count} items "
+                "differs from the dense model's: it did nothing, so this is no result."
+            )
+    lines = {cell: line for cell, line in lines.items() if cell not in found and cell not in faults}
     told = {cell: cell.options(model) for cell in lines if cell.method != DENSE}
-    write_json(file, summarise(about, lines, told, refused))  # a later call reads it
+    write_json(file, summarise(about, lines, told, found | refused, faults))  # a later call reads it
 
 
 def test_set(task: Task) -> dict[str, int]:

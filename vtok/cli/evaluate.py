@@ -78,7 +78,7 @@ def _evaluate(
     from vtok.eval.tasks import task
     from vtok.eval.tasks.answers import media
 
-    takes = media(processor)
+    takes, faults = media(processor), []
     console = Console(quiet=share.rank > 0)
     for work, count in ((task.get(name), count) for name, count in counts.items()):
         if work.media not in takes:
@@ -94,6 +94,13 @@ def _evaluate(
         console.print(f"\n{model}: {work.title} ({work.name}), {summary['about']['items']} items", style="bold")
         console.print(table(summary))
         for row in summary["refused"]:
-            told = f"not run: {row['method']} at {row['budget']:g}: {row['reason']}"
-            console.print(told, style="dim", highlight=False, markup=False)
+            told = f"{row['method']} at {row['budget']:g}: {row['reason']}"
+            console.print(f"not run: {told}", style="dim", highlight=False, markup=False)
+            faults += [f"{work.name}: {told}"] * row.get("fault", False)
         console.print(f"wrote {folder / 'sweep.json'}", soft_wrap=True)
+    if faults:
+        raise InvalidValue(
+            "\n".join(
+                ["Some cells are errors and no results. Mend the method, delete its files, and call again.", *faults]
+            )
+        )
