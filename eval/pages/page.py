@@ -48,7 +48,7 @@ def page(models: Sequence[Several], drawings: Mapping[str, Sequence[str]], galle
     every = Several([results for model in models for results in model.tasks])
     rows: list[tuple[str, list[Tab]]] = []
     if len(models) > 1:
-        rows.append(("", [Tab(ACROSS, "all models", every, across=True, drawings=drawings.get(ACROSS, ()))]))
+        rows.append(("", [Tab(ACROSS, "all models", every, across=True)]))
     for model in models:
         own = (
             [Tab(key(model), "overview", model, drawings=drawings.get(key(model), ()))] if len(model.tasks) > 1 else []
@@ -106,10 +106,22 @@ def _environment() -> Environment:
     }
     made.globals |= {
         name: getattr(verdicts, name)
-        for name in ("SAME_COST", "at_all", "drift", "filtered", "headline", "no_better", "overall", "tied")
+        for name in (
+            "LEVEL",
+            "SAME_COST",
+            "at_all",
+            "drift",
+            "filtered",
+            "headline",
+            "no_better",
+            "overall",
+            "paired",
+            "tied",
+        )
     }
     made.globals |= {
-        name: getattr(words, name) for name in ("FEW", "about_model", "about_models", "about_task", "sources")
+        name: getattr(words, name)
+        for name in ("FEW", "about_model", "about_models", "about_task", "default_of", "sources")
     }
     made.globals |= {
         "TOKENS": TOKENS,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 from vtok import zoo
+from vtok.adapter import Adapter
 from vtok.compressor import load_all
 from vtok.eval.results.results import PATTERNS, Results
 from vtok.eval.results.statistics import FEWEST
@@ -24,6 +25,12 @@ def family(name: str) -> str:
         return ""
     kind = json.loads((zoo.path(name) / "config.json").read_text())["model_type"]
     return next(family for family, facts in available()["adapters"].items() if kind in facts["model_types"])
+
+
+def default_of(name: str) -> str:
+    """The method that `vtok.patch` takes by default: that of a bundled model's family, else of all."""
+    known = available()["adapters"]
+    return known[family(name)]["default"]["method"] if family(name) else Adapter.default["method"]
 
 
 def about_models(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtok import methods
+from vtok import methods, options
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
 from vtok.patching import Patch, patch
@@ -57,6 +57,11 @@ def tried(found: Iterable[Any]) -> list[str]:
 def smaller_picture() -> str:
     """The baseline that acts before the encoder: what it gets wrong are the questions that need visual detail."""
     return next(name for name in baselines() if load_all()[name].stage == "pixels")
+
+
+def drawn_by_lot() -> str:
+    """The baseline that looks at nothing: it has a seed."""
+    return next(name for name in baselines() if "seed" in options.of(load_all()[name]))
 
 
 def training_free(pictures: bool = True) -> list[str]:
