@@ -11,7 +11,7 @@ from vtok.compressor import load_all
 from vtok.errors import InvalidValue
 from vtok.eval.pages.words import FEW, about_models, default_of, family, listed, percent_of, sources
 from vtok.eval.results import verdicts
-from vtok.eval.results.cells import Cell, bare, drawn_by_lot, tried
+from vtok.eval.results.cells import OWN_LIMIT, Cell, bare, drawn_by_lot, tried
 from vtok.eval.results.results import Mean, Results, Several, load
 from vtok.eval.results.statistics import Number
 from vtok.eval.results.verdicts import WORTH, Paired, hopeless, tied
@@ -72,11 +72,13 @@ def _span(number: Number) -> str:
     return f"{percent(number.at)} ({percent(low)} to {percent(high)})"
 
 
-def choose(found: Several, budget: float, fits: Callable[[str], bool] = lambda _: True) -> Choice | None:
-    """The best method by the mean over telling tasks at a budget, of those that fit and ran on all of them; None where
-    there is none, as where there are too few questions for a verdict."""
+def choose(found: Several, budget: float, fits: Callable[[str], bool] | None = None) -> Choice | None:
+    """The best method by the mean over telling tasks at a budget, of those that fit and ran on all of them, or where
+    nothing has to fit also the processor's own limit; None where there is none, as where there are too few questions
+    for a verdict."""
     known = load_all()
-    rows = [row for row in found.at(budget) if row.kept and bare(row.method) in known and fits(bare(row.method))]
+    good = lambda name: name in known and fits(name) if fits else name in known or name == OWN_LIMIT
+    rows = [row for row in found.at(budget) if row.kept and good(bare(row.method))]
     return Choice(rows[0], tuple(tied(rows, rows[0]))) if rows else None
 
 

@@ -18,7 +18,7 @@ from vtok.eval.pages import words
 from vtok.eval.pages.drawings import THEME
 from vtok.eval.pages.gallery import Gallery
 from vtok.eval.results import verdicts
-from vtok.eval.results.cells import Cell, bare, baselines, calls, smaller_picture
+from vtok.eval.results.cells import OWN_LIMIT, Cell, bare, baselines, calls, smaller_picture
 from vtok.eval.results.results import Mean, Results, Row, Several, rival, signed
 from vtok.eval.tasks.answers import TOKENS
 
@@ -58,6 +58,7 @@ def page(models: Sequence[Several], drawings: Mapping[str, Sequence[str]], galle
             tab = Tab(name, results.about["task"], results=results, drawings=drawings[name], gallery=galleries[name])
             own.append(tab)
         rows.append((model.model, own))
+    about_methods = _about_methods()
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in THEME.items()) for i in (0, 1))
     return (
         _environment()
@@ -69,7 +70,7 @@ def page(models: Sequence[Several], drawings: Mapping[str, Sequence[str]], galle
             tabs=[tab for _, tabs in rows for tab in tabs],
             tasks={results.about["task"]: results for results in every.tasks},
             methods=sorted(
-                {bare(cell.method) for results in every.tasks for cell in results.facts} & load_all().keys()
+                {bare(cell.method) for results in every.tasks for cell in results.facts} & about_methods.keys()
             ),
             light=light,
             dark=dark,
@@ -126,7 +127,7 @@ def _environment() -> Environment:
     made.globals |= {
         "TOKENS": TOKENS,
         "baselines": baselines(),
-        "about_methods": {name: words.about_method(name) for name in load_all()},
+        "about_methods": _about_methods(),
         "smaller_picture": smaller_picture,
         "bold": lambda text: Markup("<b>{}</b>").format(text),
         "bests": lambda found: [best for budget in found.budgets if (best := found.best(budget))],
@@ -143,6 +144,10 @@ def _environment() -> Environment:
         "provenance": provenance,
     }
     return made
+
+
+def _about_methods() -> dict[str, str]:
+    return {name: words.about_method(name) for name in (*load_all(), OWN_LIMIT)}
 
 
 def points(share: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from vtok import zoo
 from vtok.adapter import Adapter
 from vtok.compressor import load_all
+from vtok.eval.results.cells import OWN_LIMIT
 from vtok.eval.results.results import PATTERNS, Results
 from vtok.eval.results.statistics import FEWEST
 from vtok.methods import available
@@ -62,6 +63,8 @@ def about_task(results: Results) -> str:
 
 def about_method(name: str) -> str:
     """The first sentence of its class, and its paper; "" of a method that is not installed."""
+    if name == OWN_LIMIT:
+        return "A smaller limit on pixels or tiles in the family's own processor, without vtok (a baseline)"
     cls = load_all().get(name)
     if cls is None:
         return ""

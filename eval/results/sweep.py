@@ -13,8 +13,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vtok.engine.trace import Trace
 from vtok.errors import InvalidValue
 from vtok.eval.bench.machine import commit, describe
-from vtok.eval.results.cells import Cell, baselines, cells
+from vtok.eval.results import own_limit
+from vtok.eval.results.cells import OWN_LIMIT, Cell, baselines, cells
 from vtok.eval.results.results import summarise
 from vtok.eval.tasks.answers import say
 from vtok.eval.tasks.task import TEST_SEED, Item, Task
@@ -72,7 +74,7 @@ def run_cell(
     """Ask about this process's share of the items that are not answered yet; append a line for each to its file."""
     done = read(path)
     own = path if share.world == 1 else path.with_suffix(f".{share.rank}{path.suffix}")
-    with cell.patch(model) if cell.method != DENSE else nullcontext() as handle:
+    with _as_wanted(cell, model, processor, items, instruction) as spared:
         for item in items[share.rank :: share.world]:
             if item.index not in done:
                 began = time.perf_counter()
@@ -81,22 +83,42 @@ def run_cell(
                 line["answers"] = [[q.category, q.answer, one.text] for q, one in zip(item.questions, said)]
                 line["right"] = [task.score(q.answer, one.text) for q, one in zip(item.questions, said)]
                 line["logprobs"] = [one.logprob for one in said]
-                if handle is not None:
-                    trace = handle.trace
-                    flops = trace.flops()
-                    sums = {kind: sum(flops[kind][phase] for phase in ("encoder", "prefill")) for kind in flops}
-                    kept = trace.mean_keep if trace.pictures else trace.mean_attended
-                    line |= {"mean_keep": kept, "selection_seconds": trace.selection_seconds}
-                    line |= {"cache": trace.kv_bytes()["compressed"] / trace.kv_bytes()["dense"]}
-                    line |= {"flops": sums["compressed"] / sums["dense"]}
                 with own.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps(line | spared(item)) + "\n")
             step()
 
 
+@contextmanager
+def _as_wanted(
+    cell: Cell, model: Any, processor: Any, items: Sequence[Item], instruction: str
+) -> Iterator[Callable[[Item], dict[str, Any]]]:
+    """Within, the model is as the cell wants it. What it gives tells what was kept of the item that was asked last."""
+    if cell.method == OWN_LIMIT:
+        with own_limit.applied(model, processor, items, cell.budget, instruction) as spared:
+            yield spared
+    elif cell.patches:
+        with cell.patch(model) as handle:
+            yield lambda item: _traced(handle.trace)
+    else:
+        yield lambda item: {}
+
+
+def _traced(trace: Trace) -> dict[str, Any]:
+    flops = trace.flops()
+    sums = {kind: sum(flops[kind][phase] for phase in ("encoder", "prefill")) for kind in flops}
+    return {
+        "mean_keep": trace.mean_keep if trace.pictures else trace.mean_attended,
+        "selection_seconds": trace.selection_seconds,
+        "cache": trace.kv_bytes()["compressed"] / trace.kv_bytes()["dense"],
+        "flops": sums["compressed"] / sums["dense"],
+    }
+
+
 def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
-    """Of how many of a cell's items the method dropped nothing although told to."""
-    return sum(line["mean_keep"] >= 1 for line in lines.values()) if cell.budget < 1 else 0
+    """Of how many of a cell's items the method dropped nothing although told to. A limit for all pictures may leave
+    small ones as they are."""
+    told = cell.budget < 1 and cell.method != OWN_LIMIT
+    return sum(line["mean_keep"] >= 1 for line in lines.values()) if told else 0
 
 
 def idle(cell: Cell, lines: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]]) -> bool:
@@ -163,7 +185,13 @@ def run(
     commit()  # is remembered as it is now
     about = _claim(model, name, task, out, instruction)
     items = list(task.held_out(count))
-    reasons = {cell: cell.refusal(model) for cell in cells(methods, budgets, task.media != "text")}
+    asked = cells(methods, budgets, task.media != "text")
+    reasons = {
+        cell: own_limit.refusal(model, processor, items, cell.budget)
+        if cell.method == OWN_LIMIT
+        else cell.refusal(model)
+        for cell in asked
+    }
     wanted = [cell for cell, reason in reasons.items() if reason is None]
     refused = {cell: reason for cell, reason in reasons.items() if reason is not None}
     if share.rank == 0:

@@ -51,7 +51,7 @@ def evaluate(
     folders = {name: out / Path(name).name if len(named) > 1 else out for name in named}
     if len({*folders.values()}) < len(named):
         raise InvalidValue(f"The models {model} would write to one folder: evaluate them apart.")
-    cells = (options.chosen(methods, config), options.numbers(budgets, float, "--budgets"))
+    cells = (_chosen(methods, config), options.numbers(budgets, float, "--budgets"))
     from vtok.eval.results.sweep import Share
     from vtok.eval.tasks import task
 
@@ -66,6 +66,17 @@ def evaluate(
         with options.loaded(name, device, dtype, threads, plain=share.rank == 0) as (network, processor, status):
             status("")  # the sweep has a bar of its own
         _evaluate(network, processor, name, folder, counts, tasks is not None, cells, share)
+
+
+def _chosen(methods: str | None, config: Path | None) -> list[str] | None:
+    """The methods, the limit of the family's own processor among them, which is none of vtok's."""
+    from vtok.eval.results.cells import OWN_LIMIT
+
+    names = [name.strip() for name in (methods or "").split(",")]
+    if OWN_LIMIT not in names:
+        return options.chosen(methods, config)
+    others = ",".join(name for name in names if name and name != OWN_LIMIT)
+    return [OWN_LIMIT, *((options.chosen(others or None, config) or []) if others or config else [])]
 
 
 def _evaluate(
