@@ -609,7 +609,7 @@ def test_points_that_would_lie_on_each_other_lie_side_by_side():
 def test_evaluation_knows_no_method_by_name():
     """What it must know of one the class says."""
     assert (
-        baselines() == ["downsample", "frames", "pool", "random", "sampled_frames", "uniform"]
+        baselines() == ["downsample", "frames", "pool", "random", "sampled_frames", "uniform", "own_limit"]
         and smaller_picture() == "downsample"
     )
     known = set(load_all())

@@ -179,7 +179,7 @@ def test_names_and_budgets():
     with pytest.raises(InvalidValue, match="fraction"):
         cells.cells(None, [1.5])
     chosen = cells.cells(None, [0.5, 0.1])
-    assert chosen[0] == Cell("dense", 1.0) and len(chosen) == 1 + 2 * len(cells.training_free())
+    assert chosen[0] == Cell("dense", 1.0) and len(chosen) == 1 + 2 * (len(cells.training_free()) + 1)
     assert cells.training_free()[:3] == ["downsample", "frames", "pool"]
 
 

@@ -98,7 +98,7 @@ def _pinpoints(model: Any, parts: Sequence[Any]) -> Limit | None:
 
 def _tiles(model: Any, parts: Sequence[Any]) -> Limit | None:
     """InternVL's `max_patches`."""
-    parts = [part for part in parts if getattr(part, "max_patches", None) and getattr(part, "crop_to_patches", False)]
+    parts = [part for part in parts if getattr(part, "max_patches", None)]
     if not parts:
         return None
     most = max(part.max_patches for part in parts)
