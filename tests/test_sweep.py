@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 import vtok
-from vtok import cli, zoo
+from vtok import cli, methods, zoo
 from vtok.errors import InvalidValue, UnknownName
 from vtok.eval.results import cells, results, sweep
 from vtok.eval.results.cells import Cell
@@ -152,10 +152,10 @@ def test_how_sure_an_answer_is(loaded):
 def test_a_summary_is_of_all_calls(loaded, tmp_path, monkeypatch):
     """Of the same folder, whatever each asked; with the command of each that asked."""
     model, processor = loaded
-    run = lambda methods, count=2: sweep.run(model, processor, NAME, TASK, methods, [0.25], count, tmp_path)
-    for methods in (["uniform", "evs"], ["random"], ["uniform"]):
-        monkeypatch.setattr(sys, "argv", ["vtok", "eval", *methods])
-        summary = run(methods)
+    run = lambda names, count=2: sweep.run(model, processor, NAME, TASK, names, [0.25], count, tmp_path)
+    for names in (["uniform", "evs"], ["random"], ["uniform"]):
+        monkeypatch.setattr(sys, "argv", ["vtok", "eval", *names])
+        summary = run(names)
     assert [row["method"] for row in summary["cells"]] == ["dense", "uniform", "random"]
     assert [row["method"] for row in summary["refused"]] == ["evs"]
     commands = [made["command"] for made in [*summary["about"]["earlier"], summary["about"]["machine"]]]
@@ -171,6 +171,31 @@ def test_a_cell_that_leaves_some_items_whole_is_above_its_budget(tmp_path, monke
     assert [row["method"] for row in summary["cells"]] == ["dense", "globalcom2"]
     (row,) = summary["refused"]
     assert row["method"] == "uniform" and row["reason"].startswith("It leaves 1 of the 3 items whole")
+
+
+def test_a_cell_that_cannot_go_so_low_is_above_its_budget(tmp_path):
+    """Of four frames one stays, whole."""
+    name = "vtok-tiny-qwen2.5-vl"
+    named = ["frames", "sampled_frames:keep=0.5+divprune"]
+    summary = sweep.run(*zoo.load(name), name, tasks()["video"], named, [0.25, 0.1], 2, tmp_path)
+    found = {(row["method"], row["budget"]): row.get("mean_keep") for row in summary["cells"]}
+    assert found[named[0], 0.25] == 0.25 and found[named[1], 0.1] == pytest.approx(0.1, abs=0.01)
+    (row,) = summary["refused"]
+    assert (row["method"], row["budget"]) == ("frames", 0.1) and "keeps 0.250 of the tokens on average" in row["reason"]
+
+
+def test_a_budget_of_a_composition():
+    """It is for the part that was given no keep, which gets what the others leave."""
+    model = tiny("qwen2_5_vl")[0]
+    of = lambda method, budget: methods.call(model, method, budget=budget)
+    (frames, prune), told = of("sampled_frames:keep=0.5+divprune", 0.25)
+    assert (frames.keep, prune.keep, told) == (0.5, 0.5, {})
+    assert of("sampled_frames:keep=0.5+divprune", 0.5)[0][1].is_identity
+    later = of("divprune:keep=0.5+fastv:layer=1", 0.4)[0][1]
+    assert later == vtok.FastV(layer=1).with_budget(0.8, len(model.model.language_model.layers))
+    assert of("divprune+core_neurons", 0.25)[1] == {"budget": 0.25}  # as before: one of them drops visual tokens
+    assert "leave 0.25" in Cell("sampled_frames:keep=0.25+divprune", 0.5).refusal(model)
+    assert "each but one" in Cell("sampled_frames:keep=0.5+divprune:keep=0.5", 0.25).refusal(model)
 
 
 def test_names_and_budgets():

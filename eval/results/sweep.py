@@ -34,6 +34,8 @@ from vtok.eval.tasks.task import TEST_SEED, Item, Task
 from vtok.files import write_json
 from vtok.runs import DENSE
 
+ABOVE = 1.5  # times its budget that a cell may keep on average, as counts are rounded
+
 
 @dataclass(frozen=True)
 class Share:
@@ -121,6 +123,13 @@ def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
     return sum(line["mean_keep"] >= 1 for line in lines.values()) if told else 0
 
 
+def above(cell: Cell, lines: dict[int, dict[str, Any]]) -> float | None:
+    """What a cell kept on average, where that is above its budget by more than rounding does: a method that keeps whole
+    frames cannot keep a tenth of four."""
+    kept = sum(line.get("mean_keep", 0.0) for line in lines.values()) / len(lines)
+    return kept if kept > ABOVE * cell.budget else None
+
+
 def idle(cell: Cell, lines: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]]) -> bool:
     """Whether a method that says it dropped something changed no answer and no log-probability of any item: it did
     nothing, and its numbers are the dense model's. Not told of lines from before log-probabilities were written."""
@@ -177,7 +186,7 @@ def run(
     its sweep.json.
 
     count: of the test items, or None for all. The summary is of all cells in `out` that answered them, whichever call
-    asked. A cell that left some items whole, or all, is listed as refused: it is above its budget, and its numbers
+    asked. A cell that is above its budget is listed as refused, and so is one that left some items whole, whose numbers
     would be those of the dense model. So is one that dropped tokens and changed nothing, as a "fault". Raises
     `InvalidValue` if `out` holds the results of other weights or another test set, and `Unsupported` if the model
     cannot take the task's media.
@@ -271,6 +280,8 @@ def _write_summary(model: Any, about: dict[str, Any], wanted: list[Cell], refuse
     for cell in wanted:
         if same := untouched(cell, lines[cell]):
             found[cell] = f"It leaves {same} of the {count} items whole, and so is above the budget."
+        elif kept := above(cell, lines[cell]):
+            found[cell] = f"It keeps {kept:.3f} of the tokens on average, which is above the budget."
         elif idle(cell, lines[cell], dense):
             faults[cell] = (
                 f"It says that it drops tokens, but no answer and no log-probability on any of the {count} items "
