@@ -156,7 +156,7 @@ def test_a_summary_is_of_all_calls(loaded, tmp_path, monkeypatch):
     for names in (["uniform", "evs"], ["random"], ["uniform"]):
         monkeypatch.setattr(sys, "argv", ["vtok", "eval", *names])
         summary = run(names)
-    assert [row["method"] for row in summary["cells"]] == ["dense", "uniform", "random"]
+    assert [row["method"] for row in summary["cells"]] == ["dense", "random", "uniform"]
     assert [row["method"] for row in summary["refused"]] == ["evs"]
     commands = [made["command"] for made in [*summary["about"]["earlier"], summary["about"]["machine"]]]
     assert [command.split()[-2:] for command in commands] == [["uniform", "evs"], ["eval", "random"]]

@@ -202,7 +202,6 @@ def run(
         for cell in asked
     }
     wanted = [cell for cell, reason in reasons.items() if reason is None]
-    refused = {cell: reason for cell, reason in reasons.items() if reason is not None}
     if share.rank == 0:
         (out / "about.json").write_text(json.dumps(about) + "\n")
         for cell in wanted:
@@ -219,28 +218,35 @@ def run(
     if share.rank == 0:
         for cell in wanted:
             mend(out / cell.file)
-        summary = out / "sweep.json"
-        before = json.loads(summary.read_text()) if summary.exists() else None
-        # Where nothing was left to ask, the provenance stays that of the calls that asked.
-        machine = None if complete and before else describe(model.device.type, about["dtype"])
-        about |= {"items": len(items)} | _provenance(before, machine)
-        others = _others(out, reasons, len(items))
-        for row in (before or {}).get("refused", ()):
-            cell = Cell(row["method"], row["budget"])
-            if cell not in reasons and cell not in others:
-                refused[cell] = row["reason"]
-        _write_summary(model, about, [*wanted, *others], refused, summary)
+        now = None if complete else describe(model.device.type, about["dtype"])
+        _sum_up(model, about | {"items": len(items)}, now, reasons, out / "sweep.json")
     share.wait()
     return json.loads((out / "sweep.json").read_text())
 
 
+def _sum_up(
+    model: Any, about: dict[str, Any], now: dict[str, str] | None, reasons: dict[Cell, str | None], file: Path
+) -> None:
+    """Write the summary. now: the provenance of this call, or None where it had nothing left to ask, so that it stays
+    that of the calls that asked. reasons: why cells that this call named were not run, or None."""
+    before = json.loads(file.read_text()) if file.exists() else None
+    now = now or (None if before else describe(model.device.type, about["dtype"]))
+    others = _others(file.parent, reasons, about["items"])
+    refused = {cell: reason for cell, reason in reasons.items() if reason is not None}
+    for row in before["refused"] if before else ():
+        cell = Cell(row["method"], row["budget"])
+        if cell not in reasons and cell not in others:
+            refused[cell] = row["reason"]
+    there = [*(cell for cell in reasons if reasons[cell] is None), *others]
+    there.sort(key=lambda cell: (cell.method != DENSE, -cell.budget, cell.method not in baselines(), cell.method))
+    _write_summary(model, about | _provenance(before, now), there, refused, file)
+
+
 def _others(out: Path, asked: Collection[Cell], count: int) -> list[Cell]:
-    """The cells in a folder that other calls have answered for so many items; the largest budgets and baselines first,
-    as `cells` has them."""
+    """The cells in a folder that other calls have answered for so many items."""
     named = (re.fullmatch(r"(.+)@([\d.e-]+)", file.stem) for file in out.glob("*.jsonl"))
     found = {Cell(name[1], float(name[2])) for name in named if name and name[2].count(".") < 2} - set(asked)
-    done = [cell for cell in found if len(read(out / cell.file)) >= count]
-    return sorted(done, key=lambda cell: (-cell.budget, cell.method not in baselines(), cell.method))
+    return [cell for cell in found if len(read(out / cell.file)) >= count]
 
 
 def _provenance(before: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, Any]:
