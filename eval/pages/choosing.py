@@ -115,12 +115,15 @@ def _advice(models: Sequence[Several]) -> str:
     if chosen:
         first, *others = chosen.values()
         common = [name for name in first.all if all(name in other.all for other in others)]
+        common.sort(
+            key=lambda name: name not in {method for facts in defaults for key, method in facts if key == "method"}
+        )
         if common:
             kept = listed(f"{_span(model.rows[Cell(common[0], at)].kept)} % on {model.model}" for model in chosen)
             said = (
                 f"Take {' or '.join(map(_code, common))} (`vtok.patch(model)` without a name takes {default}): at "
                 f"{percent_of(at)} of the visual tokens no method is known to be better on {names}. Of the "
-                f"dense accuracy it keeps {kept}. "
+                f"dense accuracy {_code(common[0])} keeps {kept}. "
             )
         else:
             best = listed(f"{choice} % on {model.model}" for model, choice in chosen.items())
@@ -214,7 +217,7 @@ def _said(model: Several, rival: str, found: Sequence[Paired]) -> str:
     better = {b: [_code(one.method) for one in found if one.budget == b and one.verdict > 0] for b in model.budgets}
     lines = [f"at {percent_of(b)} {', '.join(names) or 'none'}" for b, names in better.items()]
     ever = {name for names in better.values() for name in names}
-    never = [_code(name) for name in dict.fromkeys(one.method for one in found) if _code(name) not in ever]
+    never = [_code(name) for name in sorted({one.method for one in found}) if _code(name) not in ever]
     return paragraph(f"Better than `{rival}`: {'; '.join(lines)}. At no budget: {', '.join(never) or 'none'}.")
 
 
@@ -224,11 +227,11 @@ def _pairs(model: Several, found: Sequence[Paired], chance: Sequence[Paired]) ->
     rows = []
     for name in sorted({one.method for one in found}):
         own = {one.budget: one for one in found if one.method == name}
-        beaten = [percent_of(one.budget) for one in chance if one.method == name and one.verdict > 0]
+        beaten = sorted((one.budget for one in chance if one.method == name and one.verdict > 0), reverse=True)
         tasks = next(iter(own.values())).tasks
         on = "" if len(tasks) == len(model.telling) else f" ({', '.join(tasks)})"
         cells = [_pair(own[budget]) if budget in own else "-" for budget in model.budgets]
-        rows.append([f"{_code(name)}{on}", *cells, "" if name == lot else ", ".join(beaten) or "none"])
+        rows.append([f"{_code(name)}{on}", *cells, "" if name == lot else ", ".join(map(percent_of, beaten)) or "none"])
     return _table(head, rows)
 
 

@@ -37,8 +37,9 @@ def evaluate(
 ) -> None:
     """Exact match of every method at every budget on the offline tasks, paired with the dense model.
 
-    Results lie in OUT/TASK, those of several models in OUT/MODEL/TASK. Several processes share the work, see the
-    second example.
+    Results lie in OUT/TASK, those of several models in OUT/MODEL/TASK; other methods, asked later, are added. Several
+    processes share the work, see the second example. own_limit among the methods is no compressor, but the limit on
+    pixels or tiles of the model's own processor.
 
     \b
     Examples:
