@@ -15,6 +15,8 @@ from vtok.calibration import SAMPLE, needed, spectrum
 from vtok.errors import InvalidValue, Unsupported
 from vtok.eval.results import calibrate
 from vtok.eval.results.calibrate import KEEPS, Seen
+from vtok.eval.tasks.answers import answer
+from vtok.eval.tasks.task import Item, Question
 from vtok.prompts import ask, encode
 from vtok.stages.pre_llm import place
 from vtok.types import Layout, Plane
@@ -153,11 +155,47 @@ def test_an_item_of_several_pictures_is_judged_on_the_careful_side():
 
 
 def test_losses_with_and_without_a_right_answer():
-    from vtok.eval.tasks.task import Item, Question
-
     item = Item(0, "image", (), tuple(Question("", "?", a) for a in ("red", "red", "red", "", "")))
     dense, said = ["Red.", "blue", "red", "a cat", "a cat"], ["blue", "red", "red", "A cat", "a dog"]
     assert calibrate.losses(item, dense, said) == [1, -1, 0, 0, 1]
+
+
+def test_what_is_lost_on_items_that_were_held_out(llava, tmp_path):
+    """Against keeps by hand: of each picture's own spectrum, and the fixed one; answers that differ are lost."""
+    model, processor = llava
+    questions = tuple(Question("", text, "") for text in ("Why?", "What is it?", "How many are there?"))
+    drawn = [Image.new("RGB", (128, 96), (20 * i, 10, 10)) if i % 2 else picture(96, 128, seed=i) for i in range(10)]
+    items = [Item(i, "image", (image,), questions) for i, image in enumerate(drawn)]
+    file, steps = written(tmp_path, model), []
+    found = json.loads(file.read_text()) | {"fixed": {"keep": 0.25}, "asked": {"options": {}}, "rounds": {"0": "kept"}}
+    result = calibrate.held_out(model, processor, found, file, items, lambda: steps.append(1))
+    assert json.loads(file.read_text()) == json.loads(json.dumps(result)) and result["rounds"] == {"0": "kept"}
+    assert len(steps) == 10 and not vtok.patching._PATCHES.get(model.model)
+
+    def by_hand(keeps):
+        lost, kept = [], []
+        for item, keep in zip(items, keeps):
+            dense = answer(model, processor, item)
+            with vtok.patch(model, "divprune", keep=keep) as patch:
+                lost.append([a != b for a, b in zip(answer(model, processor, item), dense)])
+                kept.append(sum(patch.trace.n_kept) / sum(patch.trace.n_visual))
+        return np.array(lost), kept
+
+    seen = calibrate.Watcher()
+    with vtok.patch(model, seen), torch.no_grad():
+        for item in items:
+            model(**encode(processor, [ask("Why?", *item.images)]), use_cache=True)
+    own = [min(keep for keep in KEPT if keep >= float(needed(x)) ** 0.5) for x in seen.seen]
+    assert len(set(own)) > 1
+    for kind, keeps in (("auto", own), ("fixed", [0.25] * 10)):
+        lost, kept = by_hand(keeps)
+        told = result["held_out"][kind]
+        assert (told["items"], told["kept"]) == (10, pytest.approx(np.mean(kept)))
+        assert told["lost"] == pytest.approx(lost.mean())
+        assert told["interval"][0] <= told["lost"] <= told["interval"][1]
+    assert result["held_out"]["fixed"]["lost"] > 0
+    few = calibrate.held_out(model, processor, found, file, items[:2], lambda: None)
+    assert few["held_out"]["auto"]["interval"] is None  # too few
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import math
 import re
 import shutil
 import tarfile
@@ -293,6 +294,78 @@ def test_clips_are_strips():
     assert drawn.width > 400 and len(drawn.getcolors(1 << 24)) > 100
 
 
+# --- paired tests
+
+
+def test_mcnemar_and_holm_by_hand():
+    by_hand = lambda b, w: min(1.0, 2 * sum(math.comb(b + w, k) for k in range(min(b, w) + 1)) / 2 ** (b + w))
+    for better, worse in ((0, 0), (3, 0), (5, 5), (12, 30), (36, 11), (1, 9)):
+        assert statistics.mcnemar(better, worse) == pytest.approx(by_hand(better, worse))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        p = rng.random(9) ** 4
+        # the least level at which Holm's step-down procedure rejects each
+        levels = np.linspace(0, 1, 2001)
+        least = np.ones(9)
+        for level in levels[::-1]:
+            for step, i in enumerate(np.argsort(p)):
+                if p[i] > level / (9 - step):
+                    break
+                least[i] = level
+        assert statistics.holm(p) == pytest.approx(least, abs=1e-3)
+    assert statistics.holm([]) == []
+
+
+def test_paired_tests_against_counting_by_hand(several, tmp_path):
+    (found,) = results.load(several)
+    tests = {(one.method, one.budget): one for one in verdicts.paired(found, "random")}
+    assert set(tests) == {("downsample", 0.5), ("divprune", 0.5), ("fastv", 0.5), ("divprune", 0.1)}
+    one = tests["divprune", 0.5]
+    by_hand = [
+        [right(several / task, Cell(name, 0.5)) for name in ("divprune", "random")] for task in ("needle", "scenes")
+    ]
+    assert one.better == sum(int((a & ~b).sum()) for a, b in by_hand)
+    assert one.worse == sum(int((b & ~a).sum()) for a, b in by_hand)
+    assert one.tasks == ("needle", "scenes") and one.questions == 150  # existence tells nothing
+    assert one.verdict == 1 and one.p == pytest.approx(
+        4 * statistics.mcnemar(one.better, one.worse)
+    )  # the surest of four
+    gain = (one.better - one.worse) / one.questions
+    low, high = one.difference.span
+    gaps = np.concatenate([(a.astype(float) - b).mean(1) for a, b in by_hand])
+    assert one.difference.at == pytest.approx(gain) and low < gain < high
+    assert high - low == pytest.approx(2 * 1.96 * gaps.std() / len(gaps) ** 0.5, rel=0.3)
+    assert tests["fastv", 0.5].tasks == ("scenes",) and tests["fastv", 0.5].questions == 90
+    assert (page.words.default_of("some-model"), page.words.default_of("vtok-tiny-internvl")) == ("divprune",) * 2
+    put(tmp_path / "b" / "scenes", model="b")
+    shutil.copytree(several / "scenes", tmp_path / "a" / "scenes")
+    both = results.load(tmp_path)
+    with pytest.raises(InvalidValue, match="one model"):
+        verdicts.paired(results.Several([r for model in both for r in model.tasks]), "random")
+
+
+def test_a_difference_that_one_of_both_does_not_see_is_none():
+    number = lambda low: statistics.Number(0.1, np.linspace(low, 0.2, 1000))
+    verdict = lambda p, low: verdicts.Paired("a", 0.5, ("scenes",), 100, 20, 10, number(low), p).verdict
+    assert [verdict(0.01, 0.02), verdict(0.06, 0.02), verdict(0.01, -0.1)] == [1, 0, 0]
+    assert verdicts.Paired("a", 0.5, ("scenes",), 9, 5, 0, statistics.Number(0.5), 0.01).verdict == 0
+
+
+def test_pages_say_who_is_not_better_than_the_default(tmp_path):
+    """With the counts that the test is made of."""
+    kinds = dict.fromkeys(("colour", "shape", "count", "digit"), 1.0)
+    cells = {Cell("dense", 1.0): 1.0, Cell("divprune", 0.25): 0.5, Cell("random", 0.25): 0.45, Cell("fastv", 0.25): 1.0}
+    place = put(tmp_path / "run", kinds=kinds, cells=cells, items=20)
+    text = " ".join(choosing.page(place).split())
+    assert "Better than `divprune`: at 25 % `fastv`. At no budget: `random`." in text
+    mine, default = (right(place, Cell(name, 0.25)) for name in ("fastv", "divprune"))
+    assert not (default & ~mine).any() and f"| `fastv` | **+{(mine & ~default).sum()} -0**, p < 0.001 | 25 % |" in text
+    put(place / "x" / "needle", "needle"), put(place / "x" / "scenes")
+    shutil.copytree(place / "x", tmp_path / "several")
+    words = plain(report.write(tmp_path / "several", tmp_path / "r.html", 0)[0].read_text())
+    assert "Against the default, question by question Each method against divprune" in words
+
+
 # --- docs/choosing.md
 
 CARDS = Path(zoo.path("vtok-tiny-llava-next")).parent
@@ -476,7 +549,7 @@ def test_where_most_kinds_are_at_chance_nothing_is_recommended(tmp_path):
     assert "does 2 of 5 kinds of question, so that no method is recommended" in words
     assert "all others are behind" not in words and "cannot be told from" not in words
     text = choosing.page(tmp_path)
-    assert "(`documents`) | no recommendation: the dense models answer at most 2 of 5 kinds |" in text
+    assert "(`documents`) | no recommendation: the dense model answers 2 of 5 kinds |" in text
     put(tmp_path / "documents", "documents", kinds=kinds | {"code": 1.0})
     (found,) = results.load(tmp_path)
     assert found.tasks[0].advises and "| no recommendation" not in choosing.page(tmp_path)
@@ -511,6 +584,7 @@ def test_the_page_opens_across_models(several, tmp_path):
     for model in found:
         assert f"<th scope=col><button>{model.model}</button></th>" in across
         assert f">{100 * model.rows[Cell('divprune', 0.5)].kept.at:.0f}</td>" in line
+    assert line.count("<td") == len(found)  # and no mean over them
     words = plain(text)
     assert "toy of 4.9 million parameters on drawn scenes" in words.split("Accuracy against cost")[0]
     assert "A toy of 4.9 million parameters, bundled with vtok, of the family internvl." in words
@@ -535,7 +609,7 @@ def test_points_that_would_lie_on_each_other_lie_side_by_side():
 def test_evaluation_knows_no_method_by_name():
     """What it must know of one the class says."""
     assert (
-        baselines() == ["downsample", "frames", "pool", "random", "sampled_frames", "uniform"]
+        baselines() == ["downsample", "frames", "pool", "random", "sampled_frames", "uniform", "own_limit"]
         and smaller_picture() == "downsample"
     )
     known = set(load_all())

@@ -14,10 +14,11 @@ from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 import vtok
-from vtok import cli, zoo
+from vtok import cli, methods, zoo
 from vtok.errors import InvalidValue, UnknownName
 from vtok.eval.results import cells, results, sweep
 from vtok.eval.results.cells import Cell
+from vtok.eval.tasks.answers import answer, say
 from vtok.eval.tasks.task import tasks
 from vtok.prompts import ask, encode
 
@@ -51,15 +52,15 @@ def test_a_killed_run_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
     out = tmp_path / "killed"
     asked = []
-    answer = sweep.answer
+    say = sweep.say
 
     def dying(*args):
         asked.append(args)
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return answer(*args)
+        return say(*args)
 
-    monkeypatch.setattr(sweep, "answer", dying)
+    monkeypatch.setattr(sweep, "say", dying)
     with pytest.raises(KeyboardInterrupt):
         run(out)
     file = out / Cell("uniform", 0.25).file
@@ -113,6 +114,55 @@ def test_what_cannot_be_patched_is_listed_and_a_no_op_is_refused(loaded, tmp_pat
     assert not vtok.patching._PATCHES.get(model.model)
 
 
+def test_a_method_that_says_it_drops_tokens_and_changes_nothing_is_an_error(tmp_path, monkeypatch):
+    words = ["eval", "--methods", "uniform,random", "--budgets", "0.25", "--tasks", "scenes", "--items", "2", "--out"]
+    monkeypatch.setattr(vtok.Uniform, "with_budget", lambda self, *_: vtok.Uniform(keep=10**6))
+    monkeypatch.setattr(vtok.engine.trace.Trace, "mean_keep", 0.25)
+    result = CliRunner().invoke(cli.app, [*words, str(tmp_path)])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and "scenes: uniform at 0.25: It says that it drops tokens, but no answer" in said
+    summary = json.loads((tmp_path / "scenes" / "sweep.json").read_text())
+    assert [row["method"] for row in summary["cells"]] == ["dense", "random"]
+    assert [(row["method"], row["fault"]) for row in summary["refused"]] == [("uniform", True)]
+    # Equal answers alone are none: the log-probabilities may differ.
+    file = tmp_path / "scenes" / "uniform@0.25.jsonl"
+    first, second = map(json.loads, file.read_text().splitlines())
+    second["logprobs"][-1] -= 1e-6
+    file.write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
+    assert CliRunner().invoke(cli.app, [*words, str(tmp_path)]).exit_code == 0
+
+
+def test_how_sure_an_answer_is(loaded):
+    """The log-probability of its tokens and of the end, against one forward over prompt and answer."""
+    model, processor = loaded
+    item = next(iter(TASK.held_out(1)))
+    said = say(model, processor, item)
+    assert [one.text for one in said] == answer(model, processor, item)
+    question = item.questions[0]
+    inputs = encode(processor, [ask(question.text, *item.images)])
+    with torch.inference_mode():
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    expected = logits[-len(new) - 1 : -1].log_softmax(-1)[range(len(new)), new].sum().item()
+    assert said[0].logprob == pytest.approx(expected, abs=1e-4) and expected < 0
+    assert len({len(one.text) for one in said}) > 1  # shorter ones end before the batch does
+
+
+def test_a_summary_is_of_all_calls(loaded, tmp_path, monkeypatch):
+    """Of the same folder, whatever each asked; with the command of each that asked."""
+    model, processor = loaded
+    run = lambda names, count=2: sweep.run(model, processor, NAME, TASK, names, [0.25], count, tmp_path)
+    for names in (["uniform", "evs"], ["random"], ["uniform"]):
+        monkeypatch.setattr(sys, "argv", ["vtok", "eval", *names])
+        summary = run(names)
+    assert [row["method"] for row in summary["cells"]] == ["dense", "random", "uniform"]
+    assert [row["method"] for row in summary["refused"]] == ["evs"]
+    commands = [made["command"] for made in [*summary["about"]["earlier"], summary["about"]["machine"]]]
+    assert [command.split()[-2:] for command in commands] == [["uniform", "evs"], ["eval", "random"]]
+    assert [row["method"] for row in run(["uniform"], 3)["cells"]] == ["dense", "uniform"]  # random lacks the third
+
+
 def test_a_cell_that_leaves_some_items_whole_is_above_its_budget(tmp_path, monkeypatch):
     """InternVL shows small charts in one view of 64 tokens; GlobalCom2 compresses them too."""
     monkeypatch.setattr(vtok.Uniform, "with_budget", lambda self, *_: vtok.Uniform(keep=64))
@@ -123,13 +173,38 @@ def test_a_cell_that_leaves_some_items_whole_is_above_its_budget(tmp_path, monke
     assert row["method"] == "uniform" and row["reason"].startswith("It leaves 1 of the 3 items whole")
 
 
+def test_a_cell_that_cannot_go_so_low_is_above_its_budget(tmp_path):
+    """Of four frames one stays, whole."""
+    name = "vtok-tiny-qwen2.5-vl"
+    named = ["frames", "sampled_frames:keep=0.5+divprune"]
+    summary = sweep.run(*zoo.load(name), name, tasks()["video"], named, [0.25, 0.1], 2, tmp_path)
+    found = {(row["method"], row["budget"]): row.get("mean_keep") for row in summary["cells"]}
+    assert found[named[0], 0.25] == 0.25 and found[named[1], 0.1] == pytest.approx(0.1, abs=0.01)
+    (row,) = summary["refused"]
+    assert (row["method"], row["budget"]) == ("frames", 0.1) and "keeps 0.250 of the tokens on average" in row["reason"]
+
+
+def test_a_budget_of_a_composition():
+    """It is for the part that was given no keep, which gets what the others leave."""
+    model = tiny("qwen2_5_vl")[0]
+    of = lambda method, budget: methods.call(model, method, budget=budget)
+    (frames, prune), told = of("sampled_frames:keep=0.5+divprune", 0.25)
+    assert (frames.keep, prune.keep, told) == (0.5, 0.5, {})
+    assert of("sampled_frames:keep=0.5+divprune", 0.5)[0][1].is_identity
+    later = of("divprune:keep=0.5+fastv:layer=1", 0.4)[0][1]
+    assert later == vtok.FastV(layer=1).with_budget(0.8, len(model.model.language_model.layers))
+    assert of("divprune+core_neurons", 0.25)[1] == {"budget": 0.25}  # as before: one of them drops visual tokens
+    assert "leave 0.25" in Cell("sampled_frames:keep=0.25+divprune", 0.5).refusal(model)
+    assert "each but one" in Cell("sampled_frames:keep=0.5+divprune:keep=0.5", 0.25).refusal(model)
+
+
 def test_names_and_budgets():
     with pytest.raises(UnknownName, match="no-such"):
         cells.cells(["no-such"], [0.5])
     with pytest.raises(InvalidValue, match="fraction"):
         cells.cells(None, [1.5])
     chosen = cells.cells(None, [0.5, 0.1])
-    assert chosen[0] == Cell("dense", 1.0) and len(chosen) == 1 + 2 * len(cells.training_free())
+    assert chosen[0] == Cell("dense", 1.0) and len(chosen) == 1 + 2 * (len(cells.training_free()) + 1)
     assert cells.training_free()[:3] == ["downsample", "frames", "pool"]
 
 

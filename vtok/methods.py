@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING
+from math import prod
 from typing import Any
 
 from vtok import adapter as adapters
@@ -94,7 +95,10 @@ def call(
 ) -> tuple[str | list[Compressor], dict[str, Any]]:
     """What to call `vtok.patch` with, a name and options, or compressors where the method is composed: the options that
     the method was given, those without which this model cannot run it (as importance="received" where the encoder has
-    no CLS), or without which it has no `budget`, and `keep` where it has one."""
+    no CLS), or without which it has no `budget`, and `keep` where it has one.
+
+    In a composition the budget is met by the one part that was given no `keep`: it gets what the others leave of it.
+    Raises `InvalidValue` where they leave more than all, or there is no such part."""
     vlm, adapter = adapters.find(model)
     has = adapter.available(vlm.config)
     told = []
@@ -109,7 +113,24 @@ def call(
     whole = {} if budget is None else {"budget": budget}
     if len(told) == 1:
         return told[0][0], whole | told[0][1]
-    return [build(name, **values) for name, values in told], whole
+    built = [build(name, **values) for name, values in told]
+    given = [isinstance(values.get("keep"), float) for _, values in told]
+    if budget is None or not any(given):
+        return built, whole
+    return _shared(method, built, given, budget, len(adapter.layers(adapter.core(vlm)))), {}
+
+
+def _shared(
+    method: str, built: Sequence[Compressor], given: Sequence[bool], budget: float, layers: int
+) -> list[Compressor]:
+    """The compressors with that one told what to keep to which none was `given`, so that all keep the budget."""
+    free = [i for i, (part, told) in enumerate(zip(built, given)) if part.of_pictures and not told]
+    if len(free) != 1:
+        raise InvalidValue(f"A budget is for one part of {method}: give each but one its own keep.")
+    left = budget / prod(part.keep for part, told in zip(built, given) if told)
+    if left > 1 + 1e-9:
+        raise InvalidValue(f"{method} cannot keep {budget:g}: its other parts leave {budget / left:g}.")
+    return [part.with_budget(min(left, 1.0), layers) if i in free else part for i, part in enumerate(built)]
 
 
 def has_keep(method: str) -> bool:

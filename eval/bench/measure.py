@@ -226,12 +226,14 @@ def _rows(
 ) -> dict[str, dict[str, Any]]:
     """The numbers of each variant."""
     known, of_any = available()["compressors"], traces[IDENTITY]
-    dense_flops, dense_kv = of_any.flops(causal=True)["dense"]["prefill"], of_any.kv_bytes()["dense"]
+    dense, dense_kv = of_any.flops(causal=True)["dense"], of_any.kv_bytes()["dense"]
+    dense_flops = dense["prefill"]
     dense_times = [s.prefill for s in samples[DENSE]]
     rows = {}
     for name, (method, keep) in variants.items():
         trace, mine = traces[name], samples[name]
-        flops = dense_flops if trace is None else trace.flops(causal=True)["compressed"]["prefill"]
+        counted = dense if trace is None else trace.flops(causal=True)["compressed"]
+        flops = counted["prefill"]
         times = [s.prefill for s in mine]
         speedup = statistics.median(dense_times) / statistics.median(times)
         compared = name not in (DENSE, IDENTITY)
@@ -241,6 +243,7 @@ def _rows(
             "stage": facts(method, known)["stage"] if compared else None,
             "mean_keep": 1.0 if trace is None else trace.mean_keep,
             "flops": flops,
+            "encoder_flops": counted["encoder"],
             "encoder_seconds": spread([s.encoder for s in mine]),
             "projector_seconds": spread([s.projector for s in mine]),
             "selection_seconds": spread([s.selection for s in mine]),

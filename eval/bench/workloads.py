@@ -6,6 +6,7 @@ tower in front of a random or text-only model is a thin one: it is not what is m
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from vtok import models
 from vtok.errors import UnknownName, meant
 
 TEXT = 40  # text tokens, half before the picture and half after it
-IMAGE = 5  # the placeholder's id
+IMAGE, VIDEO = 5, 1  # the placeholders' ids
 
 Built = tuple[nn.Module, dict[str, Tensor]]  # a model and its inputs
 
@@ -28,6 +29,15 @@ LLAMA = {
     "small": {"hidden_size": 768, "intermediate_size": 2064, "num_hidden_layers": 8, "heads": 12, "vocab": 32000},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": 32, "vocab": 32000},
 }
+THIN = {"depth": 3, "hidden_size": 128, "intermediate_size": 512, "num_heads": 2, "fullatt_block_indexes": [2]}
+# Qwen's tower but for its depth of 32, with attention over all of a picture in each layer, as Qwen2-VL's has.
+WIDE = {
+    "depth": 4,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "fullatt_block_indexes": [0, 1, 2, 3],
+}
 QWEN = {
     "toy": {
         "hidden_size": 64,
@@ -36,6 +46,14 @@ QWEN = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 1000,
+    },
+    "small": {
+        "hidden_size": 768,
+        "intermediate_size": 2064,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 32000,
     },
     "3b": {
         "hidden_size": 2048,
@@ -121,21 +139,24 @@ def _behind_clip(text: Any, side: int, views: bool, batch: int, device: str, dty
     return model, _prompt(count, text.vocab_size, batch, pictures, device)
 
 
-def _qwen(decoder: dict[str, int], grid: tuple[int, int], batch: int, device: str, dtype: torch.dtype) -> Built:
-    """A random Qwen2.5-VL and a picture of `grid` visual tokens."""
+def _qwen(
+    decoder: dict[str, int],
+    grid: tuple[int, int],
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
+    tower: dict[str, Any] = THIN,
+    frames: int = 0,
+    page: bool = False,
+) -> Built:
+    """A random Qwen2.5-VL and a picture of `grid` visual tokens, of noise or a page of text, or a clip of so many
+    frames of noise."""
     import transformers as T
 
     width = decoder["hidden_size"] // decoder["num_attention_heads"]
     quarter = width // 8  # the three axes share half of a head's width, 1 : 1.5 : 1.5
     config = T.Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 3,
-            "hidden_size": 128,
-            "intermediate_size": 512,
-            "num_heads": 2,
-            "out_hidden_size": decoder["hidden_size"],
-            "fullatt_block_indexes": [2],
-        },
+        vision_config={**tower, "out_hidden_size": decoder["hidden_size"]},
         text_config={
             **decoder,
             "max_position_embeddings": 32768,
@@ -146,19 +167,36 @@ def _qwen(decoder: dict[str, int], grid: tuple[int, int], batch: int, device: st
             },
         },
         image_token_id=IMAGE,
-        video_token_id=1,
+        video_token_id=VIDEO,
         vision_start_token_id=2,
         vision_end_token_id=3,
     )
     torch.manual_seed(0)
     rows, cols = (2 * n for n in grid)  # patches: two by two are a token
-    pictures = {
-        "pixel_values": torch.rand(batch * rows * cols, 3 * 2 * 14 * 14).to(dtype),
-        "image_grid_thw": torch.tensor([[1, rows, cols]] * batch),
-    }
+    count = max(frames, 1) * rows * cols
+    pixels = _page(rows, cols).repeat(batch, 1) if page else torch.rand(batch * count, 3 * 2 * 14 * 14)
+    names = ("pixel_values_videos", "video_grid_thw") if frames else ("pixel_values", "image_grid_thw")
+    seen = dict(zip(names, (pixels.to(dtype), torch.tensor([[max(frames, 1), rows, cols]] * batch))))
     model = _random(T.Qwen2_5_VLForConditionalGeneration, config, device, dtype)
-    inputs = _prompt(grid[0] * grid[1], decoder["vocab_size"], batch, pictures, device)
-    return model, inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).long()}
+    inputs = _prompt(count // 4, decoder["vocab_size"], batch, seen, device, VIDEO if frames else IMAGE)
+    kinds = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
+    return model, inputs | {"mm_token_type_ids": kinds}
+
+
+def _page(rows: int, cols: int) -> Tensor:
+    """[rows * cols, values] a page of text, black on white with margins, as Qwen's processor gives it."""
+    import transformers as T
+    from PIL import Image, ImageDraw, ImageFont
+
+    from vtok.eval.bench.texts import prose
+
+    page = Image.new("RGB", (14 * cols, 14 * rows), "white")
+    margin, size = page.width // 10, 20
+    words = " ".join(prose()[: page.width * page.height // size**2 * 2].split())
+    lines = textwrap.wrap(words, (page.width - 2 * margin) * 2 // size)[: (page.height - 2 * margin) // (size + 6)]
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(page).multiline_text((margin, margin), "\n".join(lines), "black", font, spacing=6)
+    return T.Qwen2VLImageProcessor()(images=page, return_tensors="pt")["pixel_values"]
 
 
 def _random(model_class: Any, config: Any, device: str, dtype: torch.dtype) -> nn.Module:
@@ -171,9 +209,11 @@ def _random(model_class: Any, config: Any, device: str, dtype: torch.dtype) -> n
             torch.set_default_dtype(before)
 
 
-def _prompt(count: int, vocab: int, batch: int, pictures: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+def _prompt(
+    count: int, vocab: int, batch: int, pictures: dict[str, Tensor], device: str, placeholder: int = IMAGE
+) -> dict[str, Tensor]:
     words = torch.randint(IMAGE + 1, vocab, (1, TEXT)).expand(batch, -1)
-    ids = [words[:, : TEXT // 2], torch.full((batch, count), IMAGE), words[:, TEXT // 2 :]]
+    ids = [words[:, : TEXT // 2], torch.full((batch, count), placeholder), words[:, TEXT // 2 :]]
     inputs = {"input_ids": torch.cat(ids, 1), **pictures}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return {name: value.to(device) for name, value in inputs.items()}
@@ -215,6 +255,14 @@ WORKLOADS = {
     "qwen2.5-vl-3b": Workload(
         "a random Qwen2.5-VL-3B with a thin front",
         {576: partial(_qwen, QWEN["3b"], (24, 24)), 2880: partial(_qwen, QWEN["3b"], (48, 60))},
+    ),
+    "clip": Workload(
+        "64 frames of 196 tokens before a random decoder of Vicuna's proportions, behind a thin front of Qwen2.5-VL",
+        {12544: partial(_qwen, QWEN["small"], (14, 14), frames=64)},
+    ),
+    "page": Workload(
+        "a page of text through four layers of Qwen's tower, before a random decoder of Vicuna's proportions",
+        {1008: partial(_qwen, QWEN["small"], (36, 28), tower=WIDE, page=True)},
     ),
     "toy": Workload("a toy, to test the benchmark itself", _llavas(LLAMA["toy"], side=6)),
     "toy-qwen": Workload(

@@ -93,7 +93,7 @@ def _methods(folder: Path) -> str:
         "layers, which see all tokens, and rank by layers so early that they have hardly read the question: eight "
         f"layers tell against them. The best at each budget: docs/choosing.md. {at_all(found.tasks, '`{}`'.format)}"
     )
-    commands = dict.fromkeys(f"`{results.about['machine']['command']}`" for results in found.tasks)
+    commands = dict.fromkeys(f"`{run['command']}`" for results in found.tasks for run in results.runs)
     command = f"Reproduce: {', '.join(commands)}; it writes sweep.json files."
     return "\n\n".join(["## Compressed", paragraph(words), *parts, paragraph(command)]) + "\n\n"
 

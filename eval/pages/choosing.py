@@ -9,10 +9,12 @@ from typing import Any
 
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
-from vtok.eval.pages.words import FEW, about_models, family, percent_of, sources
-from vtok.eval.results.cells import bare, tried
+from vtok.eval.pages.words import FEW, about_models, default_of, family, listed, percent_of, sources
+from vtok.eval.results import verdicts
+from vtok.eval.results.cells import OWN_LIMIT, Cell, bare, drawn_by_lot, tried
 from vtok.eval.results.results import Mean, Results, Several, load
-from vtok.eval.results.verdicts import WORTH, hopeless, tied
+from vtok.eval.results.statistics import Number
+from vtok.eval.results.verdicts import WORTH, Paired, hopeless, tied
 from vtok.markdown import paragraph, percent
 from vtok.methods import available
 from vtok.serving.families import FAMILIES
@@ -36,9 +38,10 @@ def page(folder: str | Path) -> str:
     models = load(folder)
     every = Several([results for model in models for results in model.tasks])
     parts = [
-        _answer(every),
+        _answer(models),
         _limits(every, models),
-        _engines(every),
+        _tests(models),
+        _engines(every, models),
         _families(every, models),
         _made(every, Path(folder)),
     ]
@@ -53,80 +56,111 @@ class Choice:
     tied: tuple[str, ...]
 
     @property
-    def names(self) -> str:
-        return " or ".join(_code(name) for name in (self.best.method, *self.tied))
+    def all(self) -> tuple[str, ...]:
+        return (self.best.method, *self.tied)
 
     def __str__(self) -> str:
-        return f"{self.names}: {_kept(self)}{'' if self.best.kept.at >= WORTH else ', *not good*'}"
+        names = " or ".join(map(_code, self.all))
+        return f"{names}: {_span(self.best.kept)}{'' if self.best.kept.at >= WORTH else ', *not good*'}"
 
 
 def _at(found: Several) -> float:
     return AT if AT in found.budgets else found.budgets[0]
 
 
-def _kept(choice: Choice) -> str:
-    low, high = choice.best.kept.span
-    return f"{percent(choice.best.kept.at)} ({percent(low)} to {percent(high)})"
+def _span(number: Number) -> str:
+    low, high = number.span
+    return f"{percent(number.at)} ({percent(low)} to {percent(high)})"
 
 
-def choose(found: Several, budget: float, fits: Callable[[str], bool] = lambda _: True) -> Choice | None:
-    """The best method by the mean over telling tasks at a budget, of those that fit and ran on all of them; None where
-    there is none, as where there are too few questions for a verdict."""
+def choose(found: Several, budget: float, fits: Callable[[str], bool] | None = None) -> Choice | None:
+    """The best method by the mean over telling tasks at a budget, of those that fit and ran on all of them, or where
+    nothing has to fit also the processor's own limit; None where there is none, as where there are too few questions
+    for a verdict."""
     known = load_all()
-    rows = [row for row in found.at(budget) if row.kept and bare(row.method) in known and fits(bare(row.method))]
+    good = lambda name: name in known and fits(name) if fits else name in known or name == OWN_LIMIT
+    rows = [row for row in found.at(budget) if row.kept and good(bare(row.method))]
     return Choice(rows[0], tuple(tied(rows, rows[0]))) if rows else None
 
 
 # --- the answer
 
 
-def _answer(every: Several) -> str:
-    names = list(dict.fromkeys(results.model for results in every.tasks))
-    defaults = {tuple(facts["default"].items()) for facts in available()["adapters"].values()}
-    default = " or ".join(f"{_spelt(d)}" for d in sorted(defaults))
-    choice = choose(every, _at(every))
-    if choice is not None:
-        first = (
-            f"Take {choice.names} (`vtok.patch(model)` without a name takes {default}): at {percent_of(_at(every))} of "
-            f"the visual tokens it keeps {_kept(choice)} % of the dense accuracy of {about_models(names)}. "
-        )
-    else:
-        why = "no model is above chance on any task, or no method ran on all that count."
-        why = why if any(r.enough for r in every.tasks) else f"there are too few questions. {FEW}"
-        first = (
-            f"**No recommendation** at {percent_of(_at(every))} of the visual tokens for {about_models(names)}: {why} "
-            f"Without a name `vtok.patch(model)` takes {default}. "
-        )
-    first += "Nothing here tells what a model of billions of parameters keeps on your photos: measure it (`vtok eval`)."
-    head = ["task", *(f"at {percent_of(budget)}" for budget in every.budgets)]
-    rows = [["all of them", *(_cell(choose(every, budget)) for budget in every.budgets)]] if every.telling else []
-    for name in dict.fromkeys(results.about["task"] for results in every.tasks):
-        rows.append([f"{_title(every, name)} (`{name}`)", *_of_task(every, name)])
+def _answer(models: Sequence[Several]) -> str:
+    budgets = sorted({budget for model in models for budget in model.budgets}, reverse=True)
     words = (
         "What to take and what it keeps of the dense model's accuracy, in percent, with the 95 % interval. *A or B*: A "
-        "keeps more here, but the two cannot be told apart. Every task of every model counts the same."
+        "keeps more here, but the two cannot be told apart. Every task of a model counts the same. There is no mean "
+        "over models, and no ranking by one."
     )
-    return "\n\n".join([paragraph(first), paragraph(words), _table(head, rows)]) + "\n"
+    rows = []
+    for model in models:
+        name = f"`{model.model}`"
+        if model.telling:
+            rows.append([name, "all that count", *(_cell(choose(model, budget)) for budget in budgets)])
+        rows += [
+            [name, f"{_title(results)} (`{results.about['task']}`)", *_of_task(results, budgets)]
+            for results in model.tasks
+        ]
+    head = ["model", "task", *(f"at {percent_of(budget)}" for budget in budgets)]
+    return "\n\n".join([paragraph(_advice(models)), paragraph(words), _table(head, rows)]) + "\n"
 
 
-def _title(every: Several, name: str) -> str:
-    return next(results.task.title for results in every.tasks if results.about["task"] == name).rstrip(".")
+def _advice(models: Sequence[Several]) -> str:
+    """What to take: the methods that on no model can be told from the best."""
+    at = _at(Several([results for model in models for results in model.tasks]))
+    defaults = {tuple(facts["default"].items()) for facts in available()["adapters"].values()}
+    default = " or ".join(f"{_spelt(d)}" for d in sorted(defaults))
+    chosen = {model: choice for model in models if (choice := choose(model, at))}
+    names = about_models([model.model for model in models])
+    if chosen:
+        first, *others = chosen.values()
+        common = [name for name in first.all if all(name in other.all for other in others)]
+        common.sort(
+            key=lambda name: name not in {method for facts in defaults for key, method in facts if key == "method"}
+        )
+        if common:
+            kept = listed(f"{_span(model.rows[Cell(common[0], at)].kept)} % on {model.model}" for model in chosen)
+            said = (
+                f"Take {' or '.join(map(_code, common))} (`vtok.patch(model)` without a name takes {default}): at "
+                f"{percent_of(at)} of the visual tokens no method is known to be better on {names}. Of the "
+                f"dense accuracy {_code(common[0])} keeps {kept}. "
+            )
+        else:
+            best = listed(f"{choice} % on {model.model}" for model, choice in chosen.items())
+            said = (
+                f"No one method is among the best on all of {names}. Most of the dense "
+                f"accuracy is kept at {percent_of(at)} of the visual tokens by {best}. "
+                f"Without a name `vtok.patch(model)` takes {default}. "
+            )
+    else:
+        why = "no model is above chance on any task, or no method ran on all that count."
+        why = why if any(r.enough for model in models for r in model.tasks) else f"there are too few questions. {FEW}"
+        said = (
+            f"**No recommendation** at {percent_of(at)} of the visual tokens for {names}: {why} "
+            f"Without a name `vtok.patch(model)` takes {default}. "
+        )
+    billions = (
+        "Nothing here tells what a model of billions of parameters keeps on your photos: measure it (`vtok eval`)."
+    )
+    return said + billions
 
 
-def _of_task(every: Several, name: str) -> list[str]:
-    """A cell for each budget, from the models that carry a recommendation on the task."""
-    own = [results for results in every.tasks if results.about["task"] == name]
-    good = Several([results for results in own if results.advises])
-    if good.tasks:
-        return [_cell(choose(good, budget)) for budget in every.budgets]
-    return [f"no recommendation: {_why_not(own)}", *[""] * (len(every.budgets) - 1)]
+def _title(results: Results) -> str:
+    return results.task.title.rstrip(".")
 
 
-def _why_not(own: Sequence[Results]) -> str:
-    if not any(results.enough for results in own):
+def _of_task(results: Results, budgets: Sequence[float]) -> list[str]:
+    """A cell for each budget, or why there is none."""
+    if results.advises:
+        return [_cell(choose(Several([results]), budget)) for budget in budgets]
+    return [f"no recommendation: {_why_not(results)}", *[""] * (len(budgets) - 1)]
+
+
+def _why_not(results: Results) -> str:
+    if not results.enough:
         return "too few questions"
-    best = max(own, key=lambda results: len(results.answered))
-    return f"the dense models answer at most {len(best.answered)} of {len(best.by_kind(best.dense_cell))} kinds"
+    return f"the dense model answers {len(results.answered)} of {len(results.by_kind(results.dense_cell))} kinds"
 
 
 def _cell(choice: Choice | None) -> str:
@@ -158,7 +192,60 @@ def _limits(every: Several, models: Sequence[Several]) -> str:
     return "## What it is worth\n\n" + "\n".join(_item(line) for line in lines) + "\n"
 
 
-def _engines(every: Several) -> str:
+# --- the tests
+
+
+def _tests(models: Sequence[Several]) -> str:
+    lot = drawn_by_lot()
+    words = (
+        "Each method against the one that `vtok.patch` takes by default, model by model: *+a -b*, the questions that "
+        "only the method and only the default answers right, of all tasks that count, and p of McNemar's exact test, "
+        "corrected (Holm) for all methods and budgets of the table. **Bold** is better, *slanted* worse: p is below "
+        f"{verdicts.LEVEL:g} and the 95 % interval of the difference, which redraws pictures with all their questions, "
+        "holds no 0. All else cannot be told apart."
+    )
+    parts = [f"## Against the default, question by question\n\n{paragraph(words)}"]
+    for model in models:
+        rival = default_of(model.model)
+        found = verdicts.paired(model, rival)
+        if found:
+            drawn = _pairs(model, found, verdicts.paired(model, lot))
+            parts.append(f"### `{model.model}` against `{rival}`\n\n{_said(model, rival, found)}\n\n{drawn}")
+    return "\n\n".join(parts) + "\n" if parts[1:] else ""
+
+
+def _said(model: Several, rival: str, found: Sequence[Paired]) -> str:
+    better = {b: [_code(one.method) for one in found if one.budget == b and one.verdict > 0] for b in model.budgets}
+    lines = [f"at {percent_of(b)} {', '.join(names) or 'none'}" for b, names in better.items()]
+    ever = {name for names in better.values() for name in names}
+    never = [_code(name) for name in sorted({one.method for one in found}) if _code(name) not in ever]
+    return paragraph(f"Better than `{rival}`: {'; '.join(lines)}. At no budget: {', '.join(never) or 'none'}.")
+
+
+def _pairs(model: Several, found: Sequence[Paired], chance: Sequence[Paired]) -> str:
+    lot = drawn_by_lot()
+    head = ["method", *(f"at {percent_of(budget)}" for budget in model.budgets), f"better than `{lot}` at"]
+    rows = []
+    for name in sorted({one.method for one in found}):
+        own = {one.budget: one for one in found if one.method == name}
+        beaten = sorted((one.budget for one in chance if one.method == name and one.verdict > 0), reverse=True)
+        tasks = next(iter(own.values())).tasks
+        on = "" if len(tasks) == len(model.telling) else f" ({', '.join(tasks)})"
+        cells = [_pair(own[budget]) if budget in own else "-" for budget in model.budgets]
+        rows.append([f"{_code(name)}{on}", *cells, "" if name == lot else ", ".join(map(percent_of, beaten)) or "none"])
+    return _table(head, rows)
+
+
+def _pair(one: Paired) -> str:
+    mark = {1: "**", 0: "", -1: "*"}[one.verdict]
+    p = "p < 0.001" if one.p < 0.001 else f"p = {one.p:.2g}"
+    return f"{mark}+{one.better} -{one.worse}{mark}, {p}"
+
+
+# --- by engine and family
+
+
+def _engines(every: Several, models: Sequence[Several]) -> str:
     known = {name: facts for name, facts in available()["compressors"].items() if facts["of_pictures"]}
     parts = {name: facts["stage"].split("+") for name, facts in known.items()}
     anchored = {n for n, cls in load_all().items() if any(f.name == "anchor" for f in dataclasses.fields(cls))}
@@ -194,10 +281,11 @@ def _engines(every: Several) -> str:
     for engine, which, fits in kinds:
         names = [name for name in known if fits(name)]
         others = [name for name in known if name not in names]
-        listed = _names(names) if len(names) <= len(others) else f"all but {_names(others)}" if others else "all"
-        choice = choose(every, _at(every), fits)
-        rows.append([engine, which, listed, str(choice) if choice else "not measured"])
-    head = ["engine", "methods that go", "they are", f"best at {percent_of(_at(every))}"]
+        go = _names(names) if len(names) <= len(others) else f"all but {_names(others)}" if others else "all"
+        choices = [choose(model, _at(every), fits) for model in models]
+        rows.append([engine, which, go, *(str(choice) if choice else "not measured" for choice in choices)])
+    best = [f"best at {percent_of(_at(every))} on `{model.model}`" for model in models]
+    head = ["engine", "methods that go", "they are", *best]
     cache = "What drops columns of the cache instead stands in [Text](text.md)."
     return f"## By engine\n\n{_table(head, rows)}\n\n{cache}\n"
 

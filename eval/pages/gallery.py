@@ -11,7 +11,7 @@ import torch
 
 from vtok import draw, show, zoo
 from vtok.eval.results import sweep
-from vtok.eval.results.cells import Cell, baselines, smaller_picture
+from vtok.eval.results.cells import OWN_LIMIT, Cell, baselines, smaller_picture
 from vtok.eval.results.results import Results, Several
 from vtok.eval.results.verdicts import headline
 from vtok.eval.tasks.answers import answer
@@ -53,7 +53,8 @@ def _of_task(model: Any, processor: Any, results: Results, leaders: Sequence[str
     best, small = headline(results), smaller_picture()
     budget = best.budget if best else results.budgets[0]
     there = [row.method for row in results.at(budget)]
-    rivals = sorted((name for name in there if name in baselines()), key=lambda n: (n != small, there.index(n)))
+    drawn = [name for name in there if name in baselines() and name != OWN_LIMIT]
+    rivals = sorted(drawn, key=lambda n: (n != small, there.index(n)))
     methods = [name for name in leaders if name in there][:3] + rivals[:2]
     chosen = disputed(results, budget, methods, count)
     if not chosen:

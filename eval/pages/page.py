@@ -18,7 +18,7 @@ from vtok.eval.pages import words
 from vtok.eval.pages.drawings import THEME
 from vtok.eval.pages.gallery import Gallery
 from vtok.eval.results import verdicts
-from vtok.eval.results.cells import Cell, bare, baselines, calls, smaller_picture
+from vtok.eval.results.cells import OWN_LIMIT, Cell, bare, baselines, calls, smaller_picture
 from vtok.eval.results.results import Mean, Results, Row, Several, rival, signed
 from vtok.eval.tasks.answers import TOKENS
 
@@ -48,7 +48,7 @@ def page(models: Sequence[Several], drawings: Mapping[str, Sequence[str]], galle
     every = Several([results for model in models for results in model.tasks])
     rows: list[tuple[str, list[Tab]]] = []
     if len(models) > 1:
-        rows.append(("", [Tab(ACROSS, "all models", every, across=True, drawings=drawings.get(ACROSS, ()))]))
+        rows.append(("", [Tab(ACROSS, "all models", every, across=True)]))
     for model in models:
         own = (
             [Tab(key(model), "overview", model, drawings=drawings.get(key(model), ()))] if len(model.tasks) > 1 else []
@@ -58,6 +58,7 @@ def page(models: Sequence[Several], drawings: Mapping[str, Sequence[str]], galle
             tab = Tab(name, results.about["task"], results=results, drawings=drawings[name], gallery=galleries[name])
             own.append(tab)
         rows.append((model.model, own))
+    about_methods = _about_methods()
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in THEME.items()) for i in (0, 1))
     return (
         _environment()
@@ -69,7 +70,7 @@ def page(models: Sequence[Several], drawings: Mapping[str, Sequence[str]], galle
             tabs=[tab for _, tabs in rows for tab in tabs],
             tasks={results.about["task"]: results for results in every.tasks},
             methods=sorted(
-                {bare(cell.method) for results in every.tasks for cell in results.facts} & load_all().keys()
+                {bare(cell.method) for results in every.tasks for cell in results.facts} & about_methods.keys()
             ),
             light=light,
             dark=dark,
@@ -106,15 +107,27 @@ def _environment() -> Environment:
     }
     made.globals |= {
         name: getattr(verdicts, name)
-        for name in ("SAME_COST", "at_all", "drift", "filtered", "headline", "no_better", "overall", "tied")
+        for name in (
+            "LEVEL",
+            "SAME_COST",
+            "at_all",
+            "drift",
+            "filtered",
+            "headline",
+            "no_better",
+            "overall",
+            "paired",
+            "tied",
+        )
     }
     made.globals |= {
-        name: getattr(words, name) for name in ("FEW", "about_model", "about_models", "about_task", "sources")
+        name: getattr(words, name)
+        for name in ("FEW", "about_model", "about_models", "about_task", "default_of", "sources")
     }
     made.globals |= {
         "TOKENS": TOKENS,
         "baselines": baselines(),
-        "about_methods": {name: words.about_method(name) for name in load_all()},
+        "about_methods": _about_methods(),
         "smaller_picture": smaller_picture,
         "bold": lambda text: Markup("<b>{}</b>").format(text),
         "bests": lambda found: [best for budget in found.budgets if (best := found.best(budget))],
@@ -131,6 +144,10 @@ def _environment() -> Environment:
         "provenance": provenance,
     }
     return made
+
+
+def _about_methods() -> dict[str, str]:
+    return {name: words.about_method(name) for name in (*load_all(), OWN_LIMIT)}
 
 
 def points(share: float) -> str:
@@ -195,6 +212,7 @@ def left_out(results: Results) -> list[tuple[str, str]]:
 
 def provenance(results: Results) -> dict[str, Any]:
     about, machine = results.about, results.about["machine"]
+    earlier = [f"{run['command']} (commit {run['commit']})" for run in results.runs[:-1]]
     test = about["test_set"]
     told = calls((cell.method, row.get("options", {})) for cell, row in results.facts.items())
     return {
@@ -209,4 +227,5 @@ def provenance(results: Results) -> dict[str, Any]:
         "Data type": about["dtype"],
         "Versions": f"torch {machine.get('torch', 'unknown')}, transformers {machine.get('transformers', 'unknown')}",
         "Command": machine.get("command", "unknown"),
+        "Before it": "; ".join(earlier) or "nothing",
     }

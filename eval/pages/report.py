@@ -10,8 +10,8 @@ from pathlib import Path
 from vtok import draw
 from vtok.errors import InvalidValue
 from vtok.eval.pages import drawings, gallery
-from vtok.eval.pages.page import ACROSS, key, page
-from vtok.eval.results.results import Several, load
+from vtok.eval.pages.page import key, page
+from vtok.eval.results.results import load
 from vtok.eval.results.verdicts import leaders
 
 
@@ -29,9 +29,6 @@ def write(
     first = leaders(models, drawings.COLOURED)
     colours = {name: drawings.THEME[f"c{i + 1}"][0] for i, name in enumerate(first)}
     figures, shown = {}, {}
-    if len(models) > 1:
-        every = Several([results for model in models for results in model.tasks])
-        figures[ACROSS] = drawings.of_several(every, colours)
     for model in models:
         if len(model.tasks) > 1:
             figures[key(model)] = drawings.of_several(model, colours)

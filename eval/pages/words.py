@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 from vtok import zoo
+from vtok.adapter import Adapter
 from vtok.compressor import load_all
+from vtok.eval.results.cells import OWN_LIMIT
 from vtok.eval.results.results import PATTERNS, Results
 from vtok.eval.results.statistics import FEWEST
 from vtok.methods import available
@@ -24,6 +26,12 @@ def family(name: str) -> str:
         return ""
     kind = json.loads((zoo.path(name) / "config.json").read_text())["model_type"]
     return next(family for family, facts in available()["adapters"].items() if kind in facts["model_types"])
+
+
+def default_of(name: str) -> str:
+    """The method that `vtok.patch` takes by default: that of a bundled model's family, else of all."""
+    known = available()["adapters"]
+    return known[family(name)]["default"]["method"] if family(name) else Adapter.default["method"]
 
 
 def about_models(names: Sequence[str]) -> str:
@@ -55,6 +63,8 @@ def about_task(results: Results) -> str:
 
 def about_method(name: str) -> str:
     """The first sentence of its class, and its paper; "" of a method that is not installed."""
+    if name == OWN_LIMIT:
+        return "A smaller limit on pixels or tiles in the family's own processor, without vtok (a baseline)"
     cls = load_all().get(name)
     if cls is None:
         return ""
@@ -64,10 +74,7 @@ def about_method(name: str) -> str:
 
 def sources(found: Sequence[Results]) -> str:
     """Which files, which commits, how many questions."""
-    commits: dict[str, int] = {}
-    for results in found:
-        commit = results.about["machine"]["commit"]
-        commits[commit] = commits.get(commit, 0) + 1
+    commits = dict.fromkeys(run["commit"] for results in found for run in results.runs)
     named = [f"{name.rstrip('+')}{' with local changes' if name.endswith('+') else ''}" for name in commits]
     paths = [PurePosixPath(results.file) for results in found]
     files = sorted({p for path in paths for p in PATTERNS if path.match(p) and len(path.parts) == p.count("/") + 1})

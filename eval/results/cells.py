@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtok import methods
+from vtok import methods, options
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue
 from vtok.patching import Patch, patch
 from vtok.runs import DENSE
+
+OWN_LIMIT = "own_limit"  # the baseline that is no compressor: the processor's limit on pixels or tiles (own_limit.py)
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,32 @@ class Cell:
     def file(self) -> str:
         return f"{self.method}@{self.budget:g}.jsonl"
 
+    @property
+    def patches(self) -> bool:
+        """Whether it is one of a compressor."""
+        return self.method not in (DENSE, OWN_LIMIT)
+
     def patch(self, model: Any) -> Patch:
         what, told = methods.call(model, self.method, budget=self.budget)
         return patch(model, what, **told)
 
     def options(self, model: Any) -> dict[str, Any]:
         """What the method has to be told, beside the budget, to run on this model."""
+        if not self.patches:
+            return {}
         _, told = methods.call(model, self.method, budget=self.budget)
         return {key: value for key, value in told.items() if key != "budget"}
 
     def refusal(self, model: Any) -> str | None:
         """Why the model cannot be patched so, or None where it can."""
-        return None if self.method == DENSE else methods.refusal(model, self.method, budget=self.budget)
+        return methods.refusal(model, self.method, budget=self.budget) if self.patches else None
 
 
 def baselines(pictures: bool = True) -> list[str]:
     """Names of the methods that are no paper's, what a method has to beat: of those that drop visual tokens, or of the
-    cache's."""
-    return [name for name, cls in load_all().items() if cls.paper == "baseline" and cls.of_pictures == pictures]
+    cache's. Behind the compressors among them the limit of a family's own processor."""
+    names = [name for name, cls in load_all().items() if cls.paper == "baseline" and cls.of_pictures == pictures]
+    return [*names, OWN_LIMIT] if pictures else names
 
 
 def tried(found: Iterable[Any]) -> list[str]:
@@ -56,7 +66,13 @@ def tried(found: Iterable[Any]) -> list[str]:
 
 def smaller_picture() -> str:
     """The baseline that acts before the encoder: what it gets wrong are the questions that need visual detail."""
-    return next(name for name in baselines() if load_all()[name].stage == "pixels")
+    return next(name for name, cls in load_all().items() if cls.stage == "pixels" and cls.paper == "baseline")
+
+
+def drawn_by_lot() -> str:
+    """The baseline that looks at nothing: it has a seed."""
+    known = load_all().items()
+    return next(n for n, cls in known if cls.of_pictures and cls.paper == "baseline" and "seed" in options.of(cls))
 
 
 def training_free(pictures: bool = True) -> list[str]:
@@ -79,12 +95,13 @@ def bare(method: str) -> str:
 
 
 def cells(wanted: Sequence[str] | None, budgets: Sequence[float], pictures: bool = True) -> list[Cell]:
-    """The dense model and every method at every budget; all of `training_free` that fit if none are named. Raises
-    `UnknownName` and `InvalidValue`."""
+    """The dense model and every method at every budget; all of `training_free` that fit, and where there are
+    pictures `OWN_LIMIT`, if none are named. Raises `UnknownName` and `InvalidValue`."""
     for method in wanted or ():
-        methods.each(method)
+        if method != OWN_LIMIT:
+            methods.each(method)
     for budget in budgets:
         if not 0 < budget <= 1:
             raise InvalidValue(f"A budget is a fraction in (0, 1], not {budget}.")
-    chosen = training_free(pictures) if wanted is None else wanted
+    chosen = [*training_free(pictures), *[OWN_LIMIT] * pictures] if wanted is None else wanted
     return [Cell(DENSE, 1.0), *(Cell(method, budget) for budget in budgets for method in chosen)]

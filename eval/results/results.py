@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,11 @@ class Results:
     @property
     def model(self) -> str:
         return self.about["model"]
+
+    @property
+    def runs(self) -> list[Mapping[str, Any]]:
+        """Machine, versions, commit and command of each call that asked."""
+        return [*self.about.get("earlier", ()), self.about["machine"]]
 
     @cached_property
     def task(self) -> task.Task:
@@ -232,8 +238,10 @@ def summarise(
     lines: Mapping[Cell, Mapping[int, Mapping[str, Any]]],
     told: Mapping[Cell, Mapping[str, Any]],
     refused: Mapping[Cell, str],
+    faults: Mapping[Cell, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What a sweep.json holds, from the answers: cell -> item -> line of its file. told: options of a cell.
+    """What a sweep.json holds, from the answers: cell -> item -> line of its file. told: options of a cell. refused:
+    why a cell is no result; faults: likewise, where that is an error.
 
     "kinds" are those of the questions, "right" the answers: items apart by spaces. "accuracy" and its "interval" are
     for the eye; readers make them anew."""
@@ -249,7 +257,8 @@ def summarise(
         row |= {"options": dict(told[cell])} if told.get(cell) else {}
         row["right"] = " ".join("".join(str(int(ok)) for ok in line[i]["right"]) for i in range(count))
         rows.append(row | {"agreement": float(np.mean(same))} | numbers)
-    listed = [{"method": cell.method, "budget": cell.budget, "reason": why} for cell, why in refused.items()]
+    row_of = lambda cell, why: {"method": cell.method, "budget": cell.budget, "reason": why}
+    listed = [row_of(*pair) | {"fault": True} for pair in faults.items()] + [row_of(*p) for p in refused.items()]
     summary = {"about": {**about, "kinds": kinds}, "cells": rows, "refused": listed}
     found = of(summary, whole=True)
     for row, known in zip(rows, found.rows.values()):

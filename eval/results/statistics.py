@@ -1,4 +1,4 @@
-"""The one bootstrap of vtok: items are redrawn whole, the same ones for everything that is compared."""
+"""The one bootstrap of vtok: items are redrawn whole, the same ones for everything that is compared. And its tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 DRAWS = 4000
 
@@ -92,3 +92,23 @@ def mean(numbers: Sequence[Number]) -> Number:
     known = all(number.draws is not None for number in numbers)
     draws = np.mean([number.draws for number in numbers], axis=0) if known else None
     return Number(float(np.mean([number.at for number in numbers])), draws)
+
+
+# --- tests
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """p of the exact two-sided test of McNemar (Psychometrika 12, 1947): of the questions on which two methods differ,
+    one of them is right on `better`, the other on `worse`; half of them would be either by chance. 1.0 where none
+    differ. Questions are taken for independent; those about one picture are not quite, which `redrawn` sees."""
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p of several tests, after Holm's correction (Scand. J. Statist. 6, 1979): what is below 0.05 is so together with
+    all others, whatever their dependence. In the order given."""
+    order = np.argsort(p, kind="stable")
+    stepped = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1.0) if len(p) else []
+    return corrected.tolist()

@@ -2,8 +2,8 @@
 
 A task has a folder of its own, in it one file of JSON lines a cell (method at budget), and one line an item, so that a
 run that was killed goes on where it stopped. Several processes (`torchrun`) share the items of a cell, write a
-file each, and in the end make one of them. What all lines say is summed up in sweep.json (`results.summarise`), which
-is all that cards and reports read.
+file each, and in the end make one of them. What all lines of all calls say is summed up in sweep.json
+(`results.summarise`), which is all that cards and reports read.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vtok.engine.trace import Trace
 from vtok.errors import InvalidValue
 from vtok.eval.bench.machine import commit, describe
-from vtok.eval.results.cells import Cell, cells
+from vtok.eval.results import own_limit
+from vtok.eval.results.cells import OWN_LIMIT, Cell, baselines, cells
 from vtok.eval.results.results import summarise
-from vtok.eval.tasks.answers import answer
+from vtok.eval.tasks.answers import say
 from vtok.eval.tasks.task import TEST_SEED, Item, Task
 from vtok.files import write_json
 from vtok.runs import DENSE
+
+ABOVE = 1.5  # times its budget that a cell may keep on average, as counts are rounded
 
 
 @dataclass(frozen=True)
@@ -71,30 +76,71 @@ def run_cell(
     """Ask about this process's share of the items that are not answered yet; append a line for each to its file."""
     done = read(path)
     own = path if share.world == 1 else path.with_suffix(f".{share.rank}{path.suffix}")
-    with cell.patch(model) if cell.method != DENSE else nullcontext() as handle:
+    with _as_wanted(cell, model, processor, items, instruction) as spared:
         for item in items[share.rank :: share.world]:
             if item.index not in done:
                 began = time.perf_counter()
-                said = answer(model, processor, item, instruction)
+                said = say(model, processor, item, instruction)
                 line: dict[str, Any] = {"item": item.index, "seconds": time.perf_counter() - began}
-                line["answers"] = [[q.category, q.answer, text] for q, text in zip(item.questions, said)]
-                line["right"] = [task.score(q.answer, text) for q, text in zip(item.questions, said)]
-                if handle is not None:
-                    trace = handle.trace
-                    flops = trace.flops()
-                    sums = {kind: sum(flops[kind][phase] for phase in ("encoder", "prefill")) for kind in flops}
-                    kept = trace.mean_keep if trace.pictures else trace.mean_attended
-                    line |= {"mean_keep": kept, "selection_seconds": trace.selection_seconds}
-                    line |= {"cache": trace.kv_bytes()["compressed"] / trace.kv_bytes()["dense"]}
-                    line |= {"flops": sums["compressed"] / sums["dense"]}
+                line["answers"] = [[q.category, q.answer, one.text] for q, one in zip(item.questions, said)]
+                line["right"] = [task.score(q.answer, one.text) for q, one in zip(item.questions, said)]
+                line["logprobs"] = [one.logprob for one in said]
                 with own.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps(line | spared(item)) + "\n")
             step()
 
 
+@contextmanager
+def _as_wanted(
+    cell: Cell, model: Any, processor: Any, items: Sequence[Item], instruction: str
+) -> Iterator[Callable[[Item], dict[str, Any]]]:
+    """Within, the model is as the cell wants it. What it gives tells what was kept of the item that was asked last."""
+    if cell.method == OWN_LIMIT:
+        with own_limit.applied(model, processor, items, cell.budget, instruction) as spared:
+            yield spared
+    elif cell.patches:
+        with cell.patch(model) as handle:
+            yield lambda item: _traced(handle.trace)
+    else:
+        yield lambda item: {}
+
+
+def _traced(trace: Trace) -> dict[str, Any]:
+    flops = trace.flops()
+    sums = {kind: sum(flops[kind][phase] for phase in ("encoder", "prefill")) for kind in flops}
+    return {
+        "mean_keep": trace.mean_keep if trace.pictures else trace.mean_attended,
+        "selection_seconds": trace.selection_seconds,
+        "cache": trace.kv_bytes()["compressed"] / trace.kv_bytes()["dense"],
+        "flops": sums["compressed"] / sums["dense"],
+    }
+
+
 def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
-    """Of how many of a cell's items the method dropped nothing although told to."""
-    return sum(line["mean_keep"] >= 1 for line in lines.values()) if cell.budget < 1 else 0
+    """Of how many of a cell's items the method dropped nothing although told to. A limit for all pictures may leave
+    small ones as they are."""
+    told = cell.budget < 1 and cell.method != OWN_LIMIT
+    return sum(line["mean_keep"] >= 1 for line in lines.values()) if told else 0
+
+
+def above(cell: Cell, lines: dict[int, dict[str, Any]]) -> float | None:
+    """What a cell kept on average, where that is above its budget by more than rounding does: a method that keeps whole
+    frames cannot keep a tenth of four."""
+    kept = sum(line.get("mean_keep", 0.0) for line in lines.values()) / len(lines)
+    return kept if kept > ABOVE * cell.budget else None
+
+
+def idle(cell: Cell, lines: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]]) -> bool:
+    """Whether a method that says it dropped something changed no answer and no log-probability of any item: it did
+    nothing, and its numbers are the dense model's. Not told of lines from before log-probabilities were written."""
+    told = ("answers", "logprobs")
+    if (
+        cell.budget >= 1
+        or untouched(cell, lines)
+        or any("logprobs" not in of[i] for of in (lines, dense) for i in lines)
+    ):
+        return False
+    return all(line[key] == dense[i][key] for i, line in lines.items() for key in told)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -139,16 +185,23 @@ def run(
     """Run what is missing of one task in the folder `out`, with a progress bar, and return the summary, also written to
     its sweep.json.
 
-    count: of the test items, or None for all. A cell that left some items whole, or all, is listed as refused: it is
-    above its budget, and its numbers would be those of the dense model. Raises `InvalidValue` if `out` holds the
-    results of other weights or another test set, and `Unsupported` if the model cannot take the task's media.
+    count: of the test items, or None for all. The summary is of all cells in `out` that answered them, whichever call
+    asked. A cell that is above its budget is listed as refused, and so is one that left some items whole, whose numbers
+    would be those of the dense model. So is one that dropped tokens and changed nothing, as a "fault". Raises
+    `InvalidValue` if `out` holds the results of other weights or another test set, and `Unsupported` if the model
+    cannot take the task's media.
     """
     commit()  # is remembered as it is now
     about = _claim(model, name, task, out, instruction)
     items = list(task.held_out(count))
-    reasons = {cell: cell.refusal(model) for cell in cells(methods, budgets, task.media != "text")}
+    asked = cells(methods, budgets, task.media != "text")
+    reasons = {
+        cell: own_limit.refusal(model, processor, items, cell.budget)
+        if cell.method == OWN_LIMIT
+        else cell.refusal(model)
+        for cell in asked
+    }
     wanted = [cell for cell, reason in reasons.items() if reason is None]
-    refused = {cell: reason for cell, reason in reasons.items() if reason is not None}
     if share.rank == 0:
         (out / "about.json").write_text(json.dumps(about) + "\n")
         for cell in wanted:
@@ -165,15 +218,45 @@ def run(
     if share.rank == 0:
         for cell in wanted:
             mend(out / cell.file)
-        summary = out / "sweep.json"
-        # Where nothing was left to ask, the provenance stays that of the call that asked.
-        if complete and summary.exists():
-            machine = json.loads(summary.read_text())["about"]["machine"]
-        else:
-            machine = describe(model.device.type, about["dtype"])
-        _write_summary(model, about | {"items": len(items), "machine": machine}, wanted, refused, summary)
+        now = None if complete else describe(model.device.type, about["dtype"])
+        _sum_up(model, about | {"items": len(items)}, now, reasons, out / "sweep.json")
     share.wait()
     return json.loads((out / "sweep.json").read_text())
+
+
+def _sum_up(
+    model: Any, about: dict[str, Any], now: dict[str, str] | None, reasons: dict[Cell, str | None], file: Path
+) -> None:
+    """Write the summary. now: the provenance of this call, or None where it had nothing left to ask, so that it stays
+    that of the calls that asked. reasons: why cells that this call named were not run, or None."""
+    before = json.loads(file.read_text()) if file.exists() else None
+    now = now or (None if before else describe(model.device.type, about["dtype"]))
+    others = _others(file.parent, reasons, about["items"])
+    refused = {cell: reason for cell, reason in reasons.items() if reason is not None}
+    for row in before["refused"] if before else ():
+        cell = Cell(row["method"], row["budget"])
+        if cell not in reasons and cell not in others:
+            refused[cell] = row["reason"]
+    there = [*(cell for cell in reasons if reasons[cell] is None), *others]
+    there.sort(key=lambda cell: (cell.method != DENSE, -cell.budget, cell.method not in baselines(), cell.method))
+    _write_summary(model, about | _provenance(before, now), there, refused, file)
+
+
+def _others(out: Path, asked: Collection[Cell], count: int) -> list[Cell]:
+    """The cells in a folder that other calls have answered for so many items."""
+    named = (re.fullmatch(r"(.+)@([\d.e-]+)", file.stem) for file in out.glob("*.jsonl"))
+    found = {Cell(name[1], float(name[2])) for name in named if name and name[2].count(".") < 2} - set(asked)
+    return [cell for cell in found if len(read(out / cell.file)) >= count]
+
+
+def _provenance(before: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, Any]:
+    """ "machine" of the call that asked last, and of the "earlier" ones. before: the summary that was there. now: of
+    this call, or None where it asked nothing."""
+    runs = [*before["about"].get("earlier", ()), before["about"]["machine"]] if before else []
+    same = lambda one, other: all(one.get(key) == other.get(key) for key in ("commit", "command"))
+    if now is not None:
+        runs = [*(run for run in runs if not same(run, now)), now]
+    return {"machine": runs[-1]} | ({"earlier": runs[:-1]} if runs[1:] else {})
 
 
 def _claim(model: Any, name: str, task: Task, out: Path, instruction: str) -> dict[str, Any]:
@@ -197,13 +280,22 @@ def _claim(model: Any, name: str, task: Task, out: Path, instruction: str) -> di
 
 def _write_summary(model: Any, about: dict[str, Any], wanted: list[Cell], refused: dict[Cell, str], file: Path) -> None:
     count = about["items"]
-    lines = {cell: read(file.with_name(cell.file)) for cell in wanted}
+    whole = {cell: read(file.with_name(cell.file)) for cell in wanted}
+    lines = {cell: {i: line[i] for i in range(count)} for cell, line in whole.items()}
+    dense, found, faults = next(lines[cell] for cell in wanted if cell.method == DENSE), {}, {}
     for cell in wanted:
-        if whole := untouched(cell, lines[cell]):
-            refused = refused | {cell: f"It leaves {whole} of the {count} items whole, and so is above the budget."}
-            del lines[cell]
+        if same := untouched(cell, lines[cell]):
+            found[cell] = f"It leaves {same} of the {count} items whole, and so is above the budget."
+        elif kept := above(cell, lines[cell]):
+            found[cell] = f"It keeps {kept:.3f} of the tokens on average, which is above the budget."
+        elif idle(cell, lines[cell], dense):
+            faults[cell] = (
+                f"It says that it drops tokens, but no answer and no log-probability on any of the {count} items "
+                "differs from the dense model's: it did nothing, so this is no result."
+            )
+    lines = {cell: line for cell, line in lines.items() if cell not in found and cell not in faults}
     told = {cell: cell.options(model) for cell in lines if cell.method != DENSE}
-    write_json(file, summarise(about, lines, told, refused))  # a later call reads it
+    write_json(file, summarise(about, lines, told, found | refused, faults))  # a later call reads it
 
 
 def test_set(task: Task) -> dict[str, int]:

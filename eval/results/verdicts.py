@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from vtok.compressor import load_all
+from vtok.errors import InvalidValue
 from vtok.eval.results.cells import Cell, baselines, smaller_picture
 from vtok.eval.results.results import Mean, Results, Row, Several, shares
-from vtok.eval.results.statistics import Number
+from vtok.eval.results.statistics import Number, holm, mcnemar
+from vtok.runs import DENSE
 
 SAME_COST = 0.05  # costs that differ by less than this part count as equal on a Pareto front
+LEVEL = 0.05  # p below which a paired test says that two methods differ
 WORTH = 0.9  # of the dense accuracy, that a method worth having keeps
 
 
@@ -53,6 +56,58 @@ def hopeless(found: Sequence[Results]) -> list[str]:
 def beats(row: Row, other: Row) -> bool:
     """Beyond the interval of the paired difference."""
     return (row.accuracy - other.accuracy).positive
+
+
+@dataclass(frozen=True, eq=False)
+class Paired:
+    """A method against a rival at one budget on one model, over all questions of the telling tasks that both answered.
+
+    better, worse: questions that the one or the other alone got right. difference: of the shares of right answers,
+    redrawn by items. p: of McNemar's test, after Holm's correction.
+    """
+
+    method: str
+    budget: float
+    tasks: tuple[str, ...]
+    questions: int
+    better: int
+    worse: int
+    difference: Number
+    p: float
+
+    @property
+    def verdict(self) -> int:
+        """1: the method is better, -1: worse, 0: they cannot be told apart. Both the test and the interval have to say
+        so: the one corrects for how many methods are tried, the other knows which questions share a picture."""
+        if self.p >= LEVEL or self.difference.span is None or self.difference.level:
+            return 0
+        return 1 if self.better > self.worse else -1
+
+
+def paired(model: Several, rival: str) -> list[Paired]:
+    """All methods at all budgets against one, on one model: which questions either gets right is a matter of the model,
+    so that those of several are not counted together (`InvalidValue`). Holm's correction is over the whole list."""
+    if len({results.model for results in model.tasks}) > 1:
+        raise InvalidValue("Paired tests are of one model: those of several have no questions in common.")
+    cells = dict.fromkeys(cell for r in model.telling for cell in r.facts if cell.method not in (DENSE, rival))
+    found = []
+    for cell in cells:
+        other = Cell(rival, cell.budget)
+        tasks = [results for results in model.telling if cell in results.facts and other in results.facts]
+        if tasks:
+            found.append(_paired(cell, other, tasks))
+    return [replace(one, p=p) for one, p in zip(found, holm([one.p for one in found]))]
+
+
+def _paired(cell: Cell, other: Cell, tasks: Sequence[Results]) -> Paired:
+    one, two = (np.concatenate([results.right[c] for results in tasks]) for c in (cell, other))
+    better, worse = int((one & ~two).sum()), int((two & ~one).sum())
+    gaps = [(len(r.questions) / len(one), r.rows[cell].accuracy - r.rows[other].accuracy) for r in tasks]
+    known = all(gap.draws is not None for _, gap in gaps)
+    draws = sum(share * gap.draws for share, gap in gaps) if known else None
+    number = Number((better - worse) / len(one), draws)
+    names = tuple(results.about["task"] for results in tasks)
+    return Paired(cell.method, cell.budget, names, len(one), better, worse, number, mcnemar(better, worse))
 
 
 def no_better(results: Results, budget: float) -> list[str] | None:

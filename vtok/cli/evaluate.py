@@ -37,8 +37,9 @@ def evaluate(
 ) -> None:
     """Exact match of every method at every budget on the offline tasks, paired with the dense model.
 
-    Results lie in OUT/TASK, those of several models in OUT/MODEL/TASK. Several processes share the work, see the
-    second example.
+    Results lie in OUT/TASK, those of several models in OUT/MODEL/TASK; other methods, asked later, are added. Several
+    processes share the work, see the second example. own_limit among the methods is no compressor, but the limit on
+    pixels or tiles of the model's own processor.
 
     \b
     Examples:
@@ -51,7 +52,7 @@ def evaluate(
     folders = {name: out / Path(name).name if len(named) > 1 else out for name in named}
     if len({*folders.values()}) < len(named):
         raise InvalidValue(f"The models {model} would write to one folder: evaluate them apart.")
-    cells = (options.chosen(methods, config), options.numbers(budgets, float, "--budgets"))
+    cells = (_chosen(methods, config), options.numbers(budgets, float, "--budgets"))
     from vtok.eval.results.sweep import Share
     from vtok.eval.tasks import task
 
@@ -68,6 +69,17 @@ def evaluate(
         _evaluate(network, processor, name, folder, counts, tasks is not None, cells, share)
 
 
+def _chosen(methods: str | None, config: Path | None) -> list[str] | None:
+    """The methods, the limit of the family's own processor among them, which is none of vtok's."""
+    from vtok.eval.results.cells import OWN_LIMIT
+
+    names = [name.strip() for name in (methods or "").split(",")]
+    if OWN_LIMIT not in names:
+        return options.chosen(methods, config)
+    others = ",".join(name for name in names if name and name != OWN_LIMIT)
+    return [OWN_LIMIT, *((options.chosen(others or None, config) or []) if others or config else [])]
+
+
 def _evaluate(
     network: Any, processor: Any, model: str, out: Path, counts: dict[str, int], asked: bool, cells: Any, share: Any
 ) -> None:
@@ -78,7 +90,7 @@ def _evaluate(
     from vtok.eval.tasks import task
     from vtok.eval.tasks.answers import media
 
-    takes = media(processor)
+    takes, faults = media(processor), []
     console = Console(quiet=share.rank > 0)
     for work, count in ((task.get(name), count) for name, count in counts.items()):
         if work.media not in takes:
@@ -94,6 +106,13 @@ def _evaluate(
         console.print(f"\n{model}: {work.title} ({work.name}), {summary['about']['items']} items", style="bold")
         console.print(table(summary))
         for row in summary["refused"]:
-            told = f"not run: {row['method']} at {row['budget']:g}: {row['reason']}"
-            console.print(told, style="dim", highlight=False, markup=False)
+            told = f"{row['method']} at {row['budget']:g}: {row['reason']}"
+            console.print(f"not run: {told}", style="dim", highlight=False, markup=False)
+            faults += [f"{work.name}: {told}"] * row.get("fault", False)
         console.print(f"wrote {folder / 'sweep.json'}", soft_wrap=True)
+    if faults:
+        raise InvalidValue(
+            "\n".join(
+                ["Some cells are errors and no results. Mend the method, delete its files, and call again.", *faults]
+            )
+        )

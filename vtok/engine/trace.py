@@ -305,7 +305,7 @@ class Trace:
         (`vtok.engine.accounting`, where `causal` is explained); "decode" is one step after the prefill. Raises
         `Unsupported` for a tower or a decoder that cannot be counted."""
         text, vision = self.shapes.text, self.shapes.vision if self.pictures else None
-        views = {"dense": self.layouts, "compressed": [self._seen_as(picture) for picture in self.pictures]}
+        seen = {"dense": self.layouts, "compressed": [self._seen_as(picture) for picture in self.pictures]}
         merged_at = {"dense": None, "compressed": self._merged_at}
         neurons = {"dense": {}, "compressed": self.neurons}
         attended = self.attended()
@@ -317,7 +317,7 @@ class Trace:
                 "encoder": 0
                 if vision is None
                 else encoder_flops(
-                    vision, (view for x in views[kind] for view in _views(x, vision.merge)), merged_at[kind]
+                    vision, (view for x in seen[kind] for view in views(x, vision.merge)), merged_at[kind]
                 ),
                 "prefill": sum(prefill_flops(text, counts, causal) for counts in samples) + aside[kind],
                 "decode": sum(decode_flops(text, counts, neurons[kind]) for counts in attended[kind]),
@@ -419,7 +419,7 @@ def _counted(count: Callable[[], Any]) -> Any:
         return None
 
 
-def _views(layout: Layout, merge: int) -> Iterator[tuple[int, int]]:
+def views(layout: Layout, merge: int) -> Iterator[tuple[int, int]]:
     """(rows, cols) in encoder patches of each view that the encoder saw."""
     for plane in layout.planes:
         for _ in range(plane.views):
