@@ -49,10 +49,14 @@ class InternVLAdapter(Adapter):
         return self.provides if known else self.provides - OF_PATCHES - OF_CLS
 
     def layouts(self, config: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        """One a tile, until `join`."""
+        """One a tile, until `join`; or, where `tile_grids` [n, 2] tells the (rows, cols) of n pictures' tiles, as an
+        engine knows them that sees the pictures, one a picture of the config's size of tiles."""
+        if (grids := arguments.get("tile_grids")) is not None:
+            size = config.vision_config.image_size
+            side = (size if isinstance(size, int) else size[0]) // self.unit(config)
+            return [tiled(side, tuple(grid)) for grid in grids.tolist()]
         tiles, *_, width = arguments["pixel_values"].shape
-        side = width // self.unit(config)
-        return [Layout((Plane(side, side),))] * tiles
+        return [tiled(width // self.unit(config), (1, 1))] * tiles
 
     def unit(self, config: Any) -> int:
         """Side of a visual token in pixels."""
@@ -67,15 +71,12 @@ class InternVLAdapter(Adapter):
         """Of each picture its views and, where there are several, the (rows, cols) of all but the last."""
         tiles = torch.stack(encoded.previews).cpu()  # [V, 3, PREVIEW, PREVIEW]
         for views in placed.unbroken():
-            *crops, thumbnail = tiles[views]
-            yield views, arrangement(torch.stack(crops), thumbnail) if crops else (1, 1)
+            yield views, tile_grid(tiles[views])
 
     def join(self, encoded: Encoded, placed: Placed) -> Encoded:
         layouts, small, sources, probed = [], [], [], []
         for views, grid in self.pictures(encoded, placed):
-            layout = encoded.layouts[views[0]]
-            if len(views) > 1:
-                layout = tiled(layout.planes[0].rows, grid)
+            layout = tiled(encoded.layouts[views[0]].planes[0].rows, grid)
             layouts.append(layout)
             if encoded.small is not None:
                 less, source = shrink(layout, encoded.small[views[0]].planes[0].view_shape)
@@ -147,7 +148,8 @@ class InternVLAdapter(Adapter):
 
 
 class InternViT(Tower):
-    """With norms over the whole width of queries and keys, in the large one."""
+    """With norms over the whole width of queries and keys, in the large one; in the small one transformers has an
+    identity there, and vLLM nothing."""
 
     kind: ClassVar[str] = "InternViT"
     attention: ClassVar[str] = "attention"
@@ -156,10 +158,10 @@ class InternViT(Tower):
         return module.encoder.layer
 
     def query(self, attention: nn.Module, hidden: Tensor) -> Tensor:
-        return attention.q_norm(attention.q_proj(hidden))
+        return getattr(attention, "q_norm", nn.Identity())(attention.q_proj(hidden))
 
     def key(self, attention: nn.Module, hidden: Tensor) -> Tensor:
-        return attention.k_norm(attention.k_proj(hidden))
+        return getattr(attention, "k_norm", nn.Identity())(attention.k_proj(hidden))
 
     def shape(self) -> VisionShape:
         return VisionShape.plain(self.config, self.skip, self.merge)
@@ -171,10 +173,19 @@ def merge(config: Any) -> int:
 
 
 def tiled(side: int, grid: tuple[int, int]) -> Layout:
-    """The layout of a picture cut into `grid` (rows, cols) tiles of side x side tokens, and a thumbnail behind them."""
+    """The layout of a picture cut into `grid` (rows, cols) tiles of side x side tokens, and a thumbnail behind them; of
+    one tile there is no thumbnail."""
     rows, cols = grid
+    if rows * cols == 1:
+        return Layout((Plane(side, side),))
     crops = Plane(rows * side, cols * side, kind="crops", crop_grid=grid, crop_shape=(side, side), tiled=True)
     return Layout((crops, Plane(side, side, kind="thumbnail")))
+
+
+def tile_grid(previews: Tensor) -> tuple[int, int]:
+    """The (rows, cols) in which the tiles of one picture lie, given its `previews` [V, 3, s, s], the thumbnail last."""
+    *crops, thumbnail = previews
+    return arrangement(torch.stack(crops), thumbnail) if crops else (1, 1)
 
 
 def arrangement(tiles: Tensor, thumbnail: Tensor) -> tuple[int, int]:

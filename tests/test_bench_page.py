@@ -62,3 +62,24 @@ def test_a_step_of_grpo(tmp_path):
 
     judged = lambda share: [{"visual_tokens": 1024, "variants": {"divprune 0.25": row | {"share": share}}}]
     assert [met for met, _ in rl.bars(judged(0.30)) + rl.bars(judged(0.33))] == [True, False]
+
+
+def test_cards_of_a_fleet():
+    """The committed numbers by hand: H100, dense and compressed."""
+    from vtok.eval.bench import fleet
+
+    run = json.loads((DOCS / "speed" / "serve-2880.json").read_text())["serve"]
+    rows = {(row[0], row[1]): row[2:] for row in fleet.rows_of(2880, run["results"])}
+    one = {name: levels["1"] for name, levels in run["results"].items()}
+    shares = {name: (row["first"] / one["dense"]["first"], row["kv"] / one["dense"]["kv"]) for name, row in one.items()}
+    for variant, (prefill, cache) in shares.items():
+        tokens = 2880 + 64
+        reads = prefill * (2 * 6.74e9 * tokens + 32 * 4 * 4096 * tokens * tokens / 2) / (989e12 / 2)
+        held = cache * (tokens + 128) * 32 * 2 * 4096 * 2
+        room = 80e9 * 0.9 - 6.74e9 * 2
+        n = room // held
+        writes = 128 * (6.74e9 * 2 + n * held) / (3.35e12 * 0.6) / n
+        sees = 2 * 304e6 * 2885 / (989e12 / 2)
+        phases = [f"{1e3 * x:.0f}" for x in (sees, reads, writes)]
+        rate = 1 / (sees + reads + writes)
+        assert rows["H100 SXM", variant] == [*phases, f"{n:.0f}", f"{rate:.1f}", str(-int(-100 // rate))]

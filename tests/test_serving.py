@@ -19,7 +19,7 @@ from vtok.adapters.llava_next import anyres_layout
 from vtok.compressor import load_all
 from vtok.errors import InvalidValue, MissingExtra, UnknownName, Unsupported
 from vtok.serving import launch, startup
-from vtok.serving.families import FAMILIES
+from vtok.serving.families import FAMILIES, REFUSED
 from vtok.serving.positions import (
     LIMIT,
     Run,
@@ -140,13 +140,14 @@ def test_towers_that_show_nothing_and_families_of_another_rope(config):
         Settings.of(siglip).check(siglip)
     Settings.of(config(LLAVA_NEXT, {"compressor": "visionzip"})).check(config(LLAVA_NEXT, None))
     other = config(QWEN, {"compressor": "divprune"})
-    other.model_type = "internvl"
-    with pytest.raises(Unsupported, match="not internvl"):
+    other.model_type = "gemma3"
+    with pytest.raises(Unsupported, match="not gemma3: a picture's tokens see each other"):
         Settings.of(other)
 
 
 def test_families_are_those_of_adapters():
-    assert FAMILIES.keys() <= adapter.load_all().keys()
+    assert FAMILIES.keys() | REFUSED.keys() <= adapter.load_all().keys()
+    assert not FAMILIES.keys() & REFUSED.keys()
 
 
 def test_a_vllm_that_nobody_looked_at_is_refused():
@@ -166,7 +167,7 @@ def test_as_many_rows_stay_as_placeholders_were_counted(config, name, keep):
         layout = anyres_layout(4, (2, 2), size)
         placed = place(settings.compressor, torch.randn(2, layout.n_rows, 8), layout)
         assert placed.keep.sum(1).tolist() == [settings.rows(layout)] * 2
-        longest = settings.longest(settings.rows(layout), config(LLAVA_NEXT, None))
+        longest = settings.longest(settings.rows(layout), [layout])
         assert layout.n_rows <= longest or not isinstance(keep, float)
 
 
@@ -174,9 +175,9 @@ def test_the_table_of_rope_reaches_the_largest_picture(config):
     for keep in (0.01, 0.25, 3, 10_000):
         bare = config(LLAVA_NEXT, {"compressor": "divprune", "keep": keep})
         settings = Settings.of(bare)
-        for size in bare.image_grid_pinpoints:
-            layout = settings.layout_of_size(bare, size)
-            assert settings.longest(settings.rows(layout), bare) >= layout.n_rows
+        layouts = [settings.layout_of_size(bare, size) for size in bare.image_grid_pinpoints]
+        for layout in layouts:
+            assert settings.longest(settings.rows(layout), layouts) >= layout.n_rows
 
 
 def test_every_picture_fits_into_the_encoders_budget(config):
@@ -184,7 +185,7 @@ def test_every_picture_fits_into_the_encoders_budget(config):
     bare = config(LLAVA_NEXT, {"compressor": "divprune", "keep": 5})
     bare.image_grid_pinpoints = [[128, 128], [192, 64]]  # 2 x 2 crops, and three on top of each other
     settings = Settings.of(bare)
-    square, tall = settings.view_layouts(bare)
+    square, tall = (settings.layout_of_size(bare, size) for size in bare.image_grid_pinpoints)
     assert square.n_rows > tall.n_rows and settings.rows(square) < settings.rows(tall)
     assert startup.encoder_budget(settings, [square, tall], 1) >= settings.rows(tall)
     assert startup.encoder_budget(settings, [square, tall], 10_000) == int(10_000 / settings.times(square))
@@ -324,4 +325,40 @@ def test_one_layout_of_a_request_is_that_of_its_grid(config):
         "image_grid_thw": SimpleNamespace(data=torch.tensor([1, 8, 12])),
         "pixel_values": SimpleNamespace(data=None),
     }
-    assert settings.layout(config(QWEN, None), "image", item) == Layout((Plane(4, 6, "image"),))
+    assert settings.layouts_of(config(QWEN, None), "image", item) == [Layout((Plane(4, 6, "image"),))]
+    assert settings.dense_rows(config(QWEN, None), "image", item) == 24
+    assert settings.kept_rows(config(QWEN, None), "image", item) == 6
+    made_elsewhere = item | {"image_embeds": SimpleNamespace(data=None)}
+    assert settings.kept_rows(config(QWEN, None), "image", made_elsewhere) == 24
+
+
+def test_a_prompt_with_all_placeholders_of_a_picture_is_refused(config):
+    from vtok.serving.processing import check_prompt
+
+    which = config(QWEN, None).image_token_id
+    check_prompt([1, which, 2, which], {"image": 2}, config(QWEN, None))
+    check_prompt("words", {"image": 1}, config(QWEN, None))
+    with pytest.raises(InvalidValue, match="3 placeholders of images, and 2"):
+        check_prompt([which, which, 1, which], {"image": 2}, config(QWEN, None))
+
+
+def test_a_run_of_text_in_the_dense_prompt():
+    """A clip of Qwen3-VL: placeholders alone in the compressed prompt, frames between timestamps in the dense one."""
+    run = Run(1, 3, 5, (7, 9, 9, 8, 9))
+    tokens, runs, place = dense_prompt([5, 9, 9, 9, 6], [run])
+    assert tokens == [5, 7, 9, 9, 8, 9, 6] and place == [0, 1, 2, 3, 6]
+    assert [(run.start, run.dense) for run in runs] == [(1, 5)]
+
+
+def test_pictures_of_internvl_by_how_their_tiles_lie():
+    from vtok.adapters.internvl import tile_grid, tiled
+
+    config = AutoConfig.for_model("internvl", downsample_ratio=0.5)
+    family = adapter.of(config)
+    made = family.layouts(config, "image", {"tile_grids": torch.tensor([[1, 1], [2, 3]])})
+    assert made == [tiled(16, (1, 1)), tiled(16, (2, 3))] and [layout.n for layout in made] == [256, 7 * 256]
+    picture = torch.rand(3, 32, 48)
+    tiles = picture.unflatten(1, (2, 16)).unflatten(3, (3, 16)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    thumbnail = torch.nn.functional.adaptive_avg_pool2d(picture, 16)
+    assert tile_grid(torch.cat([tiles, thumbnail[None]])) == (2, 3)
+    assert tile_grid(tiles[:1]) == (1, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok.errors import InvalidValue
-from vtok.eval.bench import rl, serve
+from vtok.eval.bench import fleet, rl, serve, split
 from vtok.eval.bench.bars import bars
 from vtok.eval.bench.shown import cells, ms
 from vtok.markdown import table
@@ -126,7 +126,32 @@ def _serve(file: Path, run: dict[str, Any]) -> str:
     text += "the next. *KV*: of the cache in use, and requests that run and wait, at most.\n\n"
     text += table(list(serve.HEAD), serve.rows_of(told["results"])) + "\n\n"
     verdicts = serve.bars(told["visual_tokens"], told["keep"], told["results"])
-    return text + "".join(f"- {'' if met else '**Missed**: '}{sentence}.\n" for met, sentence in verdicts)
+    text += "".join(f"- {'' if met else '**Missed**: '}{sentence}.\n" for met, sentence in verdicts)
+    return text + (_fleet(told) if (told["visual_tokens"], told["keep"]) == serve.BAR_AT else "")
 
 
-SECTIONS = {"kernels": _kernels, "rl": _rl, "serve": _serve, "results": _workload}  # what is in a file -> its section
+def _fleet(told: dict[str, Any]) -> str:
+    """How many cards serve a load, by the ratios of this file."""
+    lines = table(list(fleet.HEAD), fleet.rows_of(told["visual_tokens"], told["results"]))
+    return f"\n### Cards for a fleet\n\n{fleet.told(told['visual_tokens'], told['results'])}\n\n{lines}\n"
+
+
+def _split(file: Path, run: dict[str, Any]) -> str:
+    title = run["machine"]["workload"]
+    text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n\n"
+    text += (
+        "One server reads a prompt (*read*, encoder included) and writes its cache into files (*handed over*); another "
+        "answers with these, and encodes no picture that lies in whole blocks: *first* to its first token, "
+        "*between* from a token to the next. "
+        "*Same answers*: as the first one gives alone. Medians.\n\n"
+    )
+    return text + table(list(split.HEAD), split.rows_of(run["split"]["results"])) + "\n"
+
+
+SECTIONS = {
+    "kernels": _kernels,
+    "rl": _rl,
+    "serve": _serve,
+    "split": _split,
+    "results": _workload,
+}  # what is in a file -> its section

@@ -109,14 +109,22 @@ def bars(visual: int, keep: float, results: dict[str, dict[Any, dict[str, float]
 
 # ---- a server --------------------------------------------------------------------------------------------------------
 @contextmanager
-def server(place: Path, overrides: dict[str, Any], load: Load) -> Iterator[str]:
-    """The address of a server of the checkpoint, on this machine alone; it ends with the block."""
+def server(place: Path, overrides: dict[str, Any], load: Load, *more: str) -> Iterator[str]:
+    """The address of a server of the checkpoint, on this machine alone; it ends with the block. more: its options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["serve", str(place), "--hf-overrides", json.dumps(overrides), "--host", "127.0.0.1", "--port", str(port)]
     words += ["--served-model-name", "it", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "64"]
-    words += ["--max-model-len", "4096", "--max-num-batched-tokens", "4096", "--limit-mm-per-prompt", '{"image": 1}']
+    words += [
+        "--max-model-len",
+        "4096",
+        "--max-num-batched-tokens",
+        "4096",
+        "--limit-mm-per-prompt",
+        '{"image": 1}',
+        *more,
+    ]
     code = "import sys; from vtok.serving.launch import run; run(sys.argv[1:])"
     settings = {"VLLM_CPU_KVCACHE_SPACE": str(load.memory), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     log = place / f"server-{port}.log"
@@ -148,33 +156,46 @@ def _level(address: str, at_once: int, requests: int, tokens: int) -> dict[str, 
     """Requests of which so many are open at once: rate, seconds to the first token, between tokens, and the gauges."""
     with _watched(address) as peaks, ThreadPoolExecutor(at_once) as pool:
         began = time.perf_counter()
-        answers = list(pool.map(lambda _: _ask(address, tokens), range(requests)))
+        answers = list(pool.map(lambda _: ask(address, picture(), tokens), range(requests)))
         seconds = time.perf_counter() - began
-    gaps = [gap for _, gaps in answers for gap in gaps]
+    gaps = [gap for answer in answers for gap in answer.gaps]
     return {
         "rate": requests / seconds,
-        "first": statistics.median(first for first, _ in answers),
+        "first": statistics.median(answer.first for answer in answers),
         "between": statistics.median(gaps) if gaps else 0.0,
         **peaks,
     }
 
 
-def _ask(address: str, tokens: int) -> tuple[float, list[float]]:
-    """Seconds to the first token of an answer, and from each to the next."""
-    content = [{"type": "image_url", "image_url": {"url": _picture()}}, {"type": "text", "text": served.question()}]
+@dataclass(frozen=True)
+class Answer:
+    """Seconds to the first token of an answer and from each to the next, and the answer."""
+
+    first: float
+    gaps: list[float]
+    text: str
+
+
+def ask(address: str, picture: str, tokens: int) -> Answer:
+    """About a picture, see `picture`."""
+    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": served.question()}]
     body = {"model": "it", "messages": [{"role": "user", "content": content}], "stream": True, "temperature": 0}
     asked = json.dumps(body | {"max_tokens": tokens, "ignore_eos": True}).encode()
     request = urllib.request.Request(f"{address}/v1/chat/completions", asked, {"Content-Type": "application/json"})
-    began, marks = time.perf_counter(), []
+    began, marks, words = time.perf_counter(), [], []
     with urllib.request.urlopen(request, timeout=LONGEST) as answer:
         for line in answer:
-            if line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content") is not None:
+            if (
+                line.startswith(b"data: {")
+                and (said := json.loads(line[6:])["choices"][0]["delta"].get("content")) is not None
+            ):
                 marks.append(time.perf_counter())
+                words.append(said)
     marks = marks[-tokens:]  # the first event may hold the role alone
-    return marks[0] - began, [b - a for a, b in pairwise(marks)]
+    return Answer(marks[0] - began, [b - a for a, b in pairwise(marks)], "".join(words))
 
 
-def _picture() -> str:
+def picture() -> str:
     """One of which there is no other."""
     from PIL import Image
 

@@ -52,6 +52,9 @@ def checkpoint(family: str, folder: Path) -> Path:
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
                 weight.mul_(4.0 if "language_model" in name or "lm_head" in name else 2.0)
+    if family.startswith("qwen3"):  # as in the released checkpoints; vLLM applies those of pictures to clips
+        for name in ("image_mean", "image_std"):
+            setattr(processor.image_processor, name, getattr(processor.video_processor, name))
     model.eval().save_pretrained(place)
     processor.save_pretrained(place)
     return place
@@ -115,7 +118,7 @@ def engine(model: str | Path, setting: dict[str, Any] | None, **options: Any) ->
     from vllm import LLM
 
     kind = json.loads((Path(model) / "config.json").read_text())["model_type"]
-    limits = {"image": 4, "video": 1} if kind.startswith("qwen") else {"image": 4}
+    limits = {"image": 4, "video": 1} if kind.startswith(("qwen", "internvl")) else {"image": 4}
     base = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True}
     overrides = {} if setting is None else {"vtok": setting}
     return LLM(
@@ -134,14 +137,14 @@ def switch(llm: Any, setting: dict[str, Any]) -> None:
     llm.apply_model(of_model)
 
 
-def served(llm: Any, asked: list[Asked], tokens: int = TOKENS) -> list[Answer]:
-    """What vLLM answers to requests that come together."""
+def served(llm: Any, asked: list[Asked], tokens: int = TOKENS, **options: Any) -> list[Answer]:
+    """What vLLM answers to requests that come together. options: of `LLM.generate`."""
     from vllm import SamplingParams
 
     how = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=1)
     with_metadata = llm.llm_engine.model_config.hf_config.model_type != "qwen2_vl"
     answers = []
-    for given in llm.generate([x.to_vllm(with_metadata) for x in asked], how, use_tqdm=False):
+    for given in llm.generate([x.to_vllm(with_metadata) for x in asked], how, use_tqdm=False, **options):
         (out,) = given.outputs
         logs = tuple(of_token[token].logprob for token, of_token in zip(out.token_ids, out.logprobs))
         answers.append(Answer(tuple(out.token_ids), logs, len(given.prompt_token_ids), given.num_cached_tokens or 0))

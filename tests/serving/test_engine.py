@@ -1,6 +1,7 @@
 """What an engine does around the tokens: positions, the stock model, preemption, ranks, budgets, refusals, metrics."""
 
 import cases
+import numpy as np
 import pytest
 from cases import Asked
 from prometheus_client import REGISTRY
@@ -118,9 +119,50 @@ def test_what_cannot_be_is_refused_at_start(folder, setting, options, words):
         configured(cases.checkpoint("qwen2_5_vl", folder), setting, **options)
 
 
-def test_a_family_that_is_not_served_is_refused_too(folder):
-    with pytest.raises(Unsupported, match="not qwen3_vl"):
-        configured(cases.checkpoint("qwen3_vl", folder), DIVPRUNE)
+@pytest.mark.parametrize(
+    ("family", "words"), [("qwen3_5", "linear attention"), ("llava_onevision", "not llava_onevision")]
+)
+def test_a_family_that_is_not_served_is_refused_too(folder, family, words):
+    with pytest.raises(Unsupported, match=words):
+        configured(cases.checkpoint(family, folder), DIVPRUNE)
+
+
+def test_clips_of_glm_are_refused(folder, start):
+    processor = of_transformers(cases.checkpoint("glm4v", folder))[1]
+    film = np.zeros((4, 56, 56, 3), "uint8")
+    llm = start(cases.checkpoint("glm4v", folder), DIVPRUNE)
+    with pytest.raises(Exception, match="At most 0 video"):
+        cases.served(llm, [Asked(cases.prompt(processor, ["video"]), clip=film)])
+
+
+def test_prompts_in_which_pictures_are_already_long_are_refused(folder, start):
+    """vLLM would take the first placeholder for the picture and the others for text."""
+    place = cases.checkpoint("llava", folder)
+    processor = of_transformers(place)[1]
+    asked = pictures(processor)[0]
+    ids = asked.to_transformers(processor)["input_ids"][0].tolist()
+    llm = start(place, DIVPRUNE)
+    with pytest.raises(ValueError, match="16 placeholders of images, and 1"):
+        llm.generate([{"prompt_token_ids": ids, "multi_modal_data": {"image": list(asked.images)}}], use_tqdm=False)
+
+
+def test_one_engine_reads_and_another_answers(folder, start, tmp_path):
+    """What the first has read lies in files; the second encodes no picture."""
+    place = cases.checkpoint("qwen2_5_vl", folder)
+    model, processor = of_transformers(place)
+    asked = pictures(processor)
+    told = {"shared_storage_path": str(tmp_path)}
+    handed = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": told}
+    cases.served(start(place, DIVPRUNE, kv_transfer_config=handed), asked, 1)
+    llm = start(place, DIVPRUNE, kv_transfer_config=handed)
+    llm.apply_model(without_encoder)
+    answers = cases.served(llm, asked)
+    assert cases.difference(answers, cases.reference(model, processor, DIVPRUNE, asked)) < CLOSE
+    assert all(answer.cached >= cases.BLOCK for answer in answers)
+
+
+def without_encoder(model):
+    model.visual = None
 
 
 def test_rope_that_changes_with_its_length_is_refused(folder):

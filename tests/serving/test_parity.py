@@ -35,9 +35,14 @@ OF_CROPS = [{"compressor": "globalcom2", "keep": 0.3}, {"compressor": "globalcom
 METHODS = {
     "llava": OF_TOWER + ANY,
     "llava_next": OF_CROPS + OF_TOWER + ANY,
+    "internvl": OF_CROPS + OF_TOWER + ANY,
     "qwen2_vl": ANY + OF_FRAMES,
     "qwen2_5_vl": ANY + OF_FRAMES,
+    "qwen3_vl": ANY + OF_FRAMES,
+    "glm4v": ANY,
 }
+
+OF_CLIPS = {"internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 
 
 @functools.cache
@@ -78,7 +83,7 @@ def test_it_answers_as_the_patched_model_does(family, folder, start):
     seen = set()
     for setting in METHODS[family]:
         cases.switch(llm, setting)
-        asked = pictures(processor) + (clips(processor) if "qwen" in family else [])
+        asked = pictures(processor) + (clips(processor) if family in OF_CLIPS else [])
         expected = cases.reference(model, processor, setting, asked)
         first = cases.served(llm, asked)
         assert cases.difference(first, expected) < CLOSE, setting
@@ -90,13 +95,13 @@ def test_it_answers_as_the_patched_model_does(family, folder, start):
 
 
 @pytest.mark.skipif(os.environ.get("RUNNER") != "v2", reason="the second model runner has a run of its own: RUNNER=v2")
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_the_second_runner_answers_alike(family, folder, start):
     place, setting = cases.checkpoint(family, folder), METHODS[family][0]
     model, processor = of_transformers(place)
     llm = start(place, setting, max_num_batched_tokens=64)
     assert llm.llm_engine.vllm_config.use_v2_model_runner
-    asked = pictures(processor)
+    asked = pictures(processor) + (clips(processor) if family == "qwen3_vl" else [])
     expected = cases.reference(model, processor, setting, asked)
     assert cases.difference(cases.served(llm, asked), expected) < CLOSE
     assert cases.difference(cases.served(llm, asked), expected) < CLOSE

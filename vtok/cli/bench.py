@@ -188,6 +188,7 @@ def serve(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each server.")] = 2,
     memory: Annotated[int, typer.Option(min=1, help="GiB of each server's KV cache.")] = 1,
+    split: Annotated[bool, typer.Option("--split", help="One server reads prompts, another answers.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to make it in, or that has it.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 if a bar is missed.")] = False,
@@ -200,11 +201,13 @@ def serve(
     """
     from tempfile import TemporaryDirectory
 
-    from vtok.eval.bench import serve as work
+    from vtok.eval.bench import serve as at_once_work
+    from vtok.eval.bench import split as split_work
     from vtok.serving import launch
 
     launch.check_installed()
-    load = work.Load(tuple(options.numbers(at_once, int, "--at-once")), requests, tokens, rounds, memory)
+    work = split_work if split else at_once_work
+    load = at_once_work.Load(tuple(options.numbers(at_once, int, "--at-once")), requests, tokens, rounds, memory)
     with TemporaryDirectory() as made:
         met = work.run(visual, compressor, keep, load, checkpoint or Path(made), out)
     if check and not met:

@@ -1,5 +1,4 @@
-"""LLaVA-1.5. Its RoPE has one position a token: the runner keeps three rows, see `prompt_positions`, and the model is
-given the first."""
+"""LLaVA-1.5."""
 
 from __future__ import annotations
 
@@ -14,9 +13,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtok.adapter import projected
 from vtok.adapters.clip_tower import CLASS_TOKENS
-from vtok.serving.positions import Run, prompt_positions
 from vtok.serving.processing import CountingProcessor, SaltedInfo
-from vtok.serving.served import Served, VllmTower, keep_rows, of_pictures, reading
+from vtok.serving.served import OneAxis, VllmTower, keep_rows, of_pictures, reading
 from vtok.serving.settings import Settings
 from vtok.types import Layout
 
@@ -32,14 +30,16 @@ class InfoOfLlava(SaltedInfo):
 
     def layouts(self, settings: Settings) -> list[Layout]:
         """Of pictures, the largest among them."""
-        return settings.view_layouts(self.get_hf_config())
+        config = self.get_hf_config()
+        sizes = getattr(config, "image_grid_pinpoints", None) or [None]
+        return [settings.layout_of_size(config, size) for size in sizes]
 
 
 class Info(InfoOfLlava, vllm.LlavaProcessingInfo):
     pass
 
 
-class ServedLlava(Served):
+class ServedLlava(OneAxis):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         skip = CLASS_TOKENS.get(self.config.vision_config.model_type, 0)
@@ -83,25 +83,10 @@ class ServedLlava(Served):
     def media_ids(self) -> list[int]:
         return [self.config.image_token_index]
 
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        runs = [Run(x.mm_position.offset, x.mm_position.length, self.dense_rows(x)) for x in mm_features]
-        positions, end = prompt_positions(len(input_tokens), runs)
-        return positions, end - len(input_tokens)
-
-    def dense_rows(self, feature: Any) -> int:
-        """How many placeholders a picture of a request has in the dense prompt."""
+    def dense_rows(self, feature: Any) -> list[int]:
         data = feature.data or {}
         made_elsewhere = "image_embeds" in data
-        return feature.mm_position.length if made_elsewhere else self.vtok.layout(self.config, "image", data).n_rows
-
-    def place_media(self, positions: Tensor, at: Tensor, local: Tensor, media: Tensor) -> None:
-        positions[0, at] = positions[1, at] + local[0]
-
-    def dense_length(self, positions: Tensor) -> int:
-        return int(positions[2, 0])
-
-    def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(input_ids, positions[0] if self.vtok.original else positions, *args, **kwargs)
+        return [feature.mm_position.length if made_elsewhere else self.vtok.dense_rows(self.config, "image", data)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Also those that transformers 5 saved, without the "vision_model." that vLLM looks for."""

@@ -30,11 +30,14 @@ def from_digits(channels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """A picture in a compressed prompt: its placeholders are `start` to `start + kept`, of `dense` in the dense one."""
+    """A picture in a compressed prompt: its placeholders are `start` to `start + kept`, of `dense` in the dense one.
+
+    tokens: what stands there in the dense prompt, where that is not one placeholder again and again."""
 
     start: int
     kept: int
     dense: int
+    tokens: tuple[int, ...] = ()
 
 
 def prompt_positions(length: int, runs: Sequence[Run]) -> tuple[Tensor, int]:
@@ -65,7 +68,7 @@ def dense_prompt(tokens: Sequence[int], runs: Sequence[Run]) -> tuple[list[int],
         dense += tokens[at : run.start]
         place += range(len(dense), len(dense) + run.kept)
         dense_runs.append(Run(len(dense), run.dense, run.dense))
-        dense += [tokens[run.start]] * run.dense if run.dense else []
+        dense += run.tokens or ([tokens[run.start]] * run.dense if run.dense else [])
         at = run.start + run.kept
     return dense, dense_runs[:-1], place
 

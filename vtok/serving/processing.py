@@ -7,16 +7,18 @@ compresses if and only if these classes run, and counting here counts it all.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from vtok.errors import InvalidValue
 from vtok.serving.settings import Settings
 
 HELP = (
     "Visual tokens of the requests' pictures and clips: all that the encoder makes (dense), and those that stay (kept)."
 )
 REMEMBERED = 65536
-_DENSE: OrderedDict[str, int] = OrderedDict()  # hash of a picture -> its dense tokens, of the last so many
+_TOKENS: OrderedDict[str, tuple[int, int]] = OrderedDict()  # hash of a picture -> its tokens, dense and kept
 
 
 class SaltedInfo:
@@ -40,26 +42,43 @@ class CountingProcessor:
         finally:
             self.counts = True
 
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        made = super().apply(*args, **kwargs)
+    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         config = self.info.get_hf_config()
         settings = Settings.of(config)
+        if settings is not None:
+            check_prompt(inputs.prompt, inputs.mm_data_items.get_all_counts(), config)
+        made = super().apply(inputs, *args, **kwargs)
         if settings is None or not self.counts:
             return made
         for modality, ranges in made["mm_placeholders"].items():
             items = zip(made["mm_kwargs"][modality], made["mm_hashes"][modality], ranges)
-            for data, of_item, kept in items:
+            for data, of_item, place in items:
                 if data is not None:  # else it is known by its hash, and has been here before
-                    _remember(of_item, settings.layout(config, modality, data).n_rows)
-                _counter().labels("dense", modality).inc(_DENSE.get(of_item, kept.length))
-                _counter().labels("kept", modality).inc(kept.length)
+                    counts = settings.dense_rows, settings.kept_rows
+                    _remember(of_item, tuple(count(config, modality, data) for count in counts))
+                dense, kept = _TOKENS.get(of_item, (place.get_num_embeds(),) * 2)
+                _counter().labels("dense", modality).inc(dense)
+                _counter().labels("kept", modality).inc(kept)
         return made
 
 
-def _remember(of_item: str, dense: int) -> None:
-    _DENSE[of_item] = dense
-    while len(_DENSE) > REMEMBERED:
-        _DENSE.popitem(last=False)
+def check_prompt(prompt: Any, counts: Mapping[str, int], config: Any) -> None:
+    """Raise `InvalidValue` where a prompt of token ids has placeholders for all of a picture's tokens, as transformers'
+    processors write them. vLLM wants one a picture, and would make many of the first and take the others for text."""
+    for modality, items in counts.items():
+        names = (f"{modality}_token_id", f"{modality}_token_index")
+        which = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+        if which is not None and not isinstance(prompt, str) and (n := prompt.count(which)) > items:
+            raise InvalidValue(
+                f"This prompt has {n} placeholders of {modality}s, and {items} of them: send one each, as the chat "
+                f"template writes them; vtok puts in as many as are kept."
+            )
+
+
+def _remember(of_item: str, tokens: tuple[int, int]) -> None:
+    _TOKENS[of_item] = tokens
+    while len(_TOKENS) > REMEMBERED:
+        _TOKENS.popitem(last=False)
 
 
 @cache

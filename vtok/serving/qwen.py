@@ -67,18 +67,22 @@ class ProcessorOfQwen(CountingProcessor):
 
         def placeholders(i: int, modality: str, token: int) -> list[int]:
             item = out_mm_kwargs[modality][i]
-            layout = settings.layout(config, modality, item)
-            made_elsewhere = f"{modality}_embeds" in item
-            return [token] * (layout.n_rows if made_elsewhere else settings.rows(layout))
+            return [token] * (settings.kept_rows(config, modality, item) + self.between(modality, item))
 
         return [
             PromptReplacement(
                 modality=update.modality,
                 target=update.target,
-                replacement=partial(placeholders, modality=update.modality, token=update.target[0]),
+                replacement=partial(
+                    placeholders, modality=update.modality, token=getattr(config, f"{update.modality}_token_id")
+                ),
             )
             for update in updates
         ]
+
+    def between(self, modality: str, item: Any) -> int:
+        """How many tokens of text stand between the placeholders of a picture or clip."""
+        return 0
 
 
 class ServedQwen(Served):
@@ -104,14 +108,21 @@ class ServedQwen(Served):
             kept = [(x, torch.arange(len(x))) for x in rows]
         else:
             layouts = self.vtok.layouts(self.config, modality, {f"{modality}_grid_thw": grids})
-            kept = keep_rows(self.vtok, rows, layouts, [{}] * len(layouts))
-        steps = [1.0] * len(rows)  # of positions, from a frame to the next
-        if modality == "video":
-            seconds = given.get("second_per_grid_ts")
-            rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-            steps = [rate * x for x in (steps if seconds is None else seconds.tolist())]
-        places = [self.dense_places(*each) for each in zip(grids.tolist(), steps)]
-        return tuple(self.finished(x, of_all[:, at.cpu()]) for (x, at), of_all in zip(kept, places))
+            kept = keep_rows(self.vtok, rows, layouts, features=self.features)
+        stand = self.clip if modality == "video" else self.picture
+        return tuple(self.finished(*stand(given, i, x, at.cpu())) for i, (x, at) in enumerate(kept))
+
+    def picture(self, given: Any, i: int, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [n, D] and their places [3, n] in their picture, given those of picture i that stay and which these
+        are."""
+        return rows, self.dense_places(given["image_grid_thw"][i].tolist(), 1.0)[:, at]
+
+    def clip(self, given: Any, i: int, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of clip i. Its frames are as far apart as they are in time."""
+        seconds = given.get("second_per_grid_ts")
+        rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        step = rate * (1.0 if seconds is None else float(seconds[i]))
+        return rows, self.dense_places(given["video_grid_thw"][i].tolist(), step)[:, at]
 
     def dense_places(self, grid: list[int], step: float) -> Tensor:
         """[3, n] where the tokens of a picture or clip stand in it, by vLLM's rule: frames are `step` apart, rounded
@@ -127,7 +138,7 @@ class ServedQwen(Served):
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """vLLM's own for the dense prompt, of which those of the tokens that stay are taken."""
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-        runs = [Run(x.mm_position.offset, x.mm_position.length, self.dense_rows(x)) for x in features]
+        runs = [self.dense_run(x) for x in features]
         tokens, dense_runs, place = dense_prompt(input_tokens, runs)
         dense = [
             dataclasses.replace(feature, mm_position=PlaceholderRange(offset=run.start, length=run.dense))
@@ -136,9 +147,10 @@ class ServedQwen(Served):
         positions, delta = super().get_mrope_input_positions(tokens, dense)
         return positions[:, place].contiguous(), delta + len(tokens) - len(input_tokens)
 
-    def dense_rows(self, feature: Any) -> int:
-        """How many placeholders a picture or clip of a request has in the dense prompt."""
-        return self.vtok.layout(self.config, feature.modality, feature.data).n_rows
+    def dense_run(self, feature: Any) -> Run:
+        """Where the placeholders of a picture or clip of a request stand."""
+        dense = self.vtok.dense_rows(self.config, feature.modality, feature.data)
+        return Run(feature.mm_position.offset, feature.mm_position.length, dense)
 
     def place_media(self, positions: Tensor, at: Tensor, local: Tensor, media: Tensor) -> None:
         positions[:, at] = base_of(positions, media, at) + local

@@ -13,11 +13,11 @@ from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 
 from vtok.compressor import Compressor
 from vtok.engine.encode import Read
-from vtok.serving.positions import from_digits, places_of, to_digits
+from vtok.serving.positions import Run, from_digits, places_of, prompt_positions, to_digits
 from vtok.serving.settings import Settings
 from vtok.stages.pre_llm import place
 from vtok.tower import Tower
-from vtok.types import Layout
+from vtok.types import Layout, mean_of_members
 
 
 class Served(ABC):
@@ -36,7 +36,7 @@ class Served(ABC):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vtok = Settings.of(vllm_config.model_config.hf_config)
-        self.width = vllm_config.model_config.get_inputs_embeds_size()
+        self.width = self.features = vllm_config.model_config.get_inputs_embeds_size()
         if self.vtok.original:
             self.supports_mrope = self.supports_multimodal_pruning = True
 
@@ -79,19 +79,62 @@ class Served(ABC):
         return rows, positions, self.dense_length(positions) - length
 
 
+class OneAxis(Served):
+    """Of families whose RoPE has one position a token: the runner keeps three rows, see `prompt_positions`, and the
+    model is given the first."""
+
+    @abstractmethod
+    def dense_rows(self, feature: Any) -> list[int]:
+        """How many placeholders each run of those of a picture or clip of a request has in the dense prompt."""
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        runs = [
+            Run(start, end - start + 1, dense)
+            for feature in mm_features
+            for (start, end), dense in zip(feature.mm_position.extract_embeds_range(), self.dense_rows(feature))
+        ]
+        positions, end = prompt_positions(len(input_tokens), runs)
+        return positions, end - len(input_tokens)
+
+    def place_media(self, positions: Tensor, at: Tensor, local: Tensor, media: Tensor) -> None:
+        positions[0, at] = positions[1, at] + local[0]
+
+    def dense_length(self, positions: Tensor) -> int:
+        return int(positions[2, 0])
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(input_ids, positions[0] if self.vtok.original else positions, *args, **kwargs)
+
+
 def keep_rows(
-    settings: Settings, rows: Sequence[Tensor], layouts: Sequence[Layout], read: Sequence[dict[Read, Tensor]]
+    settings: Settings,
+    rows: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    read: Sequence[dict[Read, Tensor]] | None = None,
+    features: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of each picture, given its rows [n_rows, D] and what was read of its encoder: the rows that stay [k, D], and
-    which they are [k]. Pictures of one layout are compressed together."""
+    """Of each picture, given its rows [n_rows, D]: the rows that stay [k, D], and which they are [k]. Pictures of one
+    layout are compressed together.
+
+    read: what was read of its encoder. features: how many of the D enter the first layer, where what enters behind
+    later ones (DeepStack) stands beside them; a merged token's are the mean of those it stands for, as in
+    `vtok.stages.pre_llm`."""
+    read = read or [{}] * len(rows)
     groups: dict[Layout, list[int]] = {}
     for i, layout in enumerate(layouts):
         groups.setdefault(layout, []).append(i)
     kept: list[Any] = [None] * len(rows)
     for layout, members in groups.items():
         encoder = {key: torch.stack([read[i][key] for i in members]) for key in read[members[0]]}
-        placed = place(settings.compressor, torch.stack([rows[i] for i in members]), layout, encoder)
+        whole = torch.stack([rows[i] for i in members])
+        placed = place(settings.compressor, whole[..., :features], layout, encoder)
         keep, x = _as_on_rank_0(placed.keep.to(torch.uint8)).bool(), placed.rows
+        if whole.shape[2] > x.shape[2]:
+            late, into = whole[..., x.shape[2] :], placed.selection.merged_into
+            if into is not None and placed.selection.features is not None:
+                at = layout.place.to(late.device)
+                late = late.index_copy(1, at, mean_of_members(late[:, at], into))
+            x = torch.cat([x, late], 2)
         if settings.compressor.merges:
             x = _as_on_rank_0(x)
         for g, i in enumerate(members):

@@ -19,7 +19,7 @@ from vtok import adapter as adapters
 from vtok import config as configs
 from vtok.adapter import Adapter
 from vtok.errors import InvalidValue, Unsupported
-from vtok.serving.families import FAMILIES, Family
+from vtok.serving.families import FAMILIES, REFUSED, Family
 from vtok.serving.positions import LIMIT
 from vtok.stages.pre_llm import PreLLM
 from vtok.types import Layout, keep_count
@@ -74,21 +74,31 @@ class Settings:
         """How many placeholders of a picture stay, its separators among them."""
         return self.compressor.count(layout) + layout.n_rows - layout.n
 
-    def layout(self, config: Any, modality: str, data: Mapping[str, Any]) -> Layout:
-        """Of one picture or clip, as vLLM holds it: name -> what has its tensor as `data`."""
+    def layouts_of(self, config: Any, modality: str, data: Mapping[str, Any]) -> list[Layout]:
+        """Of one picture or clip, as vLLM holds it, name -> what has its tensor as `data`: one layout, or one a frame
+        where each frame is a picture."""
+        if "video_num_patches" in data:
+            return self.layouts(
+                config, modality, {"tile_grids": torch.ones(int(data["video_num_patches"].data), 2).long()}
+            )
         one = lambda key: data[key].data.reshape(1, -1)  # a grid, or a size
-        told = {key: one(key) for key in data if key.endswith(("_grid_thw", "image_sizes"))}
-        return self.layouts(config, modality, {"pixel_values": [None], **told})[0]
+        told = {key: one(key) for key in data if key.endswith(("_grid_thw", "image_sizes", "tile_grids"))}
+        return self.layouts(config, modality, {"pixel_values": [None], **told})
+
+    def dense_rows(self, config: Any, modality: str, data: Mapping[str, Any]) -> int:
+        """How many placeholders one picture or clip, as vLLM holds it, has in the dense prompt."""
+        return sum(layout.n_rows for layout in self.layouts_of(config, modality, data))
+
+    def kept_rows(self, config: Any, modality: str, data: Mapping[str, Any]) -> int:
+        """How many of these stay: all of one that was made elsewhere."""
+        layouts = self.layouts_of(config, modality, data)
+        made_elsewhere = f"{modality}_embeds" in data
+        return sum(layout.n_rows if made_elsewhere else self.rows(layout) for layout in layouts)
 
     def layout_of_size(self, config: Any, size: Sequence[int] | None) -> Layout:
         """Of a picture of `size` (height, width), which families of one view need not be told."""
         sizes = None if size is None else torch.tensor([list(size)])
         return self.layouts(config, "image", {"pixel_values": [None], "image_sizes": sizes})[0]
-
-    def view_layouts(self, config: Any) -> list[Layout]:
-        """Of the largest pictures of a family whose pictures are one view, or are cut into views."""
-        sizes = getattr(config, "image_grid_pinpoints", None) or [None]
-        return [self.layout_of_size(config, size) for size in sizes]
 
     def most_rows(self, layout: Layout) -> int:
         """A bound on `rows` of this layout and of smaller ones: grids of `pool` fit one better than another, each plane
@@ -100,11 +110,11 @@ class Settings:
         """How many tokens of a picture stand behind each that stays."""
         return layout.n_rows / self.rows(layout)
 
-    def longest(self, length: int, config: Any) -> int:
-        """A bound on the length of the dense prompt of one of `length` tokens: pictures keep at least half of what is
-        asked for, as counts are rounded down, to one at least."""
+    def longest(self, length: int, layouts: Sequence[Layout]) -> int:
+        """A bound on the length of the dense prompt of one of `length` tokens, given the largest layouts: pictures keep
+        at least half of what is asked for, as counts are rounded down, to one at least."""
         asked = 1 / self.compressor.keep if isinstance(self.compressor.keep, float) else 1.0
-        return int(2 * length * max([asked, *map(self.times, self.view_layouts(config))]))
+        return int(2 * length * max([asked, *map(self.times, layouts)]))
 
     def salt(self, name: str) -> str:
         """A model's name for hashes of pictures. Stores that outlive a server must not mix those of two settings."""
@@ -114,7 +124,8 @@ class Settings:
 @functools.cache
 def _read(text: str, model_type: str) -> Settings:
     if model_type not in FAMILIES:
-        raise Unsupported(f"vtok serves {', '.join(FAMILIES)} with vLLM, not {model_type}.")
+        reason = f": {REFUSED[model_type]}." if model_type in REFUSED else "."
+        raise Unsupported(f"vtok serves {', '.join(FAMILIES)} with vLLM, not {model_type}{reason}")
     parts = [part for item in configs.load(as_file(json.loads(text))) for part in item.parts()]
     if len(parts) > 1:
         names = " + ".join(part.name for part in parts)

@@ -63,10 +63,9 @@ def prepare_model(settings: Settings, model_config: Any) -> None:
     media.video_pruning_rate = GATE
     if settings.family.one_axis:
         config.mrope_section = [1, 1, 1]  # the runner keeps three rows of positions, the RoPE stays what it is
-        lengthen_rope(settings, model_config)
 
 
-def lengthen_rope(settings: Settings, model_config: Any) -> None:
+def lengthen_rope(settings: Settings, model_config: Any, layouts: Sequence[Layout]) -> None:
     """Let the table of RoPE reach the last position of the dense prompt, which may be longer than vLLM's context."""
     text = model_config.hf_text_config
     kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -75,7 +74,7 @@ def lengthen_rope(settings: Settings, model_config: Any) -> None:
             f"RoPE of type {kind!r} changes with the longest position, so kept tokens cannot keep theirs: "
             f"renumber=true makes positions consecutive."
         )
-    longest = settings.longest(model_config.max_model_len, model_config.hf_config)
+    longest = settings.longest(model_config.max_model_len, layouts)
     text.max_position_embeddings = max(text.max_position_embeddings, longest)
 
 
@@ -94,6 +93,8 @@ def prepare_engine(settings: Settings, vllm_config: Any) -> None:
     if lora is not None and lora.enable_tower_connector_lora:
         raise Unsupported("LoRA on the vision tower counts its tokens by placeholders, of which vtok leaves too few.")
     layouts = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).layouts(settings)
+    if settings.original and settings.family.one_axis:
+        lengthen_rope(settings, vllm_config.model_config, layouts)
     largest = max(layouts, key=lambda layout: layout.n_rows)
     scheduler = vllm_config.scheduler_config
     # both alike: what fits into the cache and not into the budget would be taken in and wait for ever
