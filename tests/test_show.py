@@ -335,7 +335,7 @@ def test_the_command_on_a_clip(home):
         (["--keep", "half"], "not 'half'"),
         (["--budget", "2", "--methods", "uniform"], "in (0, 1]"),
         (["--keep", "0.5", "--budget", "0.5"], "not both"),
-        (["--clip", "somewhere"], "not both"),
+        (["--clip", "somewhere"], "Give one of"),
     ],
 )
 def test_bad_options_are_one_line(home, arguments, complaint):
