@@ -283,7 +283,8 @@ def test_a_choice_can_be_spelt():
     tiny, _ = load_all()["llava_next"].tiny()
     what, told = methods.call(tiny, both, keep=0.3)
     assert (what, told) == (composed, {}) and methods.supported(tiny, [both]) == [both]
-    assert "one compressor" in methods.refusal(tiny, both, budget=0.5)
+    assert methods.refusal(tiny, both, budget=0.5) is None  # it is for the one part without a keep of its own
+    assert "one compressor" in methods.refusal(tiny, "aim_merge+aim_prune:start=1,end=3", budget=0.5)
     assert methods.facts(both, vtok.available()["compressors"])["stage"] == "pre_llm+llm"
 
 

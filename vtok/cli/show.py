@@ -38,7 +38,7 @@ def show(
     Examples:
       vtok show --image cat.jpg --question "What is it?" --methods fastv
       vtok show --clip film.mp4 --model vtok-tiny-qwen2.5-vl --frames 8
-      vtok show --text notes.txt --question "Who came?" --model smollm2 --methods snapkv,h2o
+      vtok show --text notes.txt --model smollm2 --methods snapkv,h2o
     """
     if sum(given is not None for given in (image, clip, text)) > 1:
         raise InvalidValue("Give one of --image, --clip and --text.")

@@ -17,7 +17,8 @@ class StreamingLLM(KV):
     """The first `sinks` columns and the latest ones (Section 3.2). While answering, each new column pushes one out.
 
     sinks: columns at the beginning that stay.
-    renumber: count positions within the cache, as the paper does; not for M-RoPE. Else columns keep their own.
+    renumber: count positions within the cache; not for M-RoPE.
+    Differs from the paper: there positions are always counted within the cache. Here columns keep their own by default.
     Not good for: anything that is said in the middle of a prompt.
     """
 
