@@ -26,7 +26,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtok
-from vtok import media
+from vtok import media, zoo
 from vtok.adapter import load_all
 from vtok.cli import app
 from vtok.errors import InvalidValue, UnknownName, Unsupported
@@ -238,6 +238,19 @@ def test_a_batch_answers_as_one_at_a_time(saved, family):
     model.__class__ = VtokChat
     plain = [0, 1, 2, *range(4, len(docs))]  # marks in the text are for simple tasks
     assert ask(model, [DOCS[i] for i in plain]) == [alone[i] for i in plain]
+
+
+def test_a_budget_by_quality():
+    """A calibration's file among the arguments: each picture has a count of its own."""
+    file = Path(__file__).parent.parent / "docs" / "calibration" / "qwen.json"
+    model = VtokSimple(str(zoo.path("vtok-tiny-qwen2.5-vl")), "divprune", keep="auto", calibration=str(file))
+    plain, drawn = Image.new("RGB", (112, 112), "white"), Image.open(vtok.zoo.DEMO_IMAGE).resize((112, 112))
+    kept = []
+    for image in (plain, drawn):
+        model.costs.totals = type(model.costs.totals)()
+        ask(model, [{"text": "What is it?", "visuals": [image]}])
+        kept.append(model.costs.totals["n_kept"])
+    assert 0 < kept[0] < kept[1] < model.costs.totals["n_visual"]
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])

@@ -15,7 +15,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -57,7 +57,7 @@ class _Vtok(lmms):
         self,
         pretrained: str | None = None,
         compressor: str | None = None,
-        keep: float | int | None = None,
+        keep: float | int | Literal["auto"] | None = None,
         budget: float | None = None,
         config: str | None = None,
         dtype: str | None = None,
