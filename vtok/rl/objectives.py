@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vtok.errors import InvalidValue
+from vtok.text.align.logo import logo
 from vtok.text.align.rrpo import rrpo
 from vtok.text.align.sparsepo import MaskHead, activation_mask, sparsepo
 from vtok.text.align.stats import TokenStats
@@ -24,12 +25,17 @@ Result = tuple[Tensor, dict[str, Tensor]]  # losses [B], and metrics [B] each
 
 
 class Objective:
-    """A loss of pairs. Subclasses are called with (stats, columns, beta) and give the losses and what to log."""
+    """A loss of pairs. Subclasses are called with (stats, columns, beta) and give the losses and what to log.
+
+    rejected: answers that each row rejects. reference: whether `ref_logp` and `kl` of the statistics are read; where
+    not, no reference is run."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    rejected: int = 1
+    reference: bool = True
 
     def __call__(self, stats: TokenStats, columns: Mapping[str, Tensor], beta: float) -> Result:
-        """stats: of 2B rows, chosen answers first. columns: [2B, T] each, of tokens."""
+        """stats: of (1 + rejected) B rows, chosen answers first. columns: as many rows [T] each, of tokens."""
 
     def attach(self, model: nn.Module) -> None:
         """Put what is to be learnt besides the model into it, so that it is optimised and saved with it."""
@@ -91,6 +97,20 @@ class TREG(Objective):
         return treg(stats, scores, alpha=self.alpha, beta=beta, simpo_margin=self.simpo_margin)
 
 
+@dataclass(frozen=True)
+class LOGO(Objective):
+    """LOGO, see `vtok.text.align.logo`; with rejected=1 and sft=0 SimPO. It has no reference, and wants a `beta` of 2
+    to 10. Rows have as many rejected answers: the columns `rejected`, `rejected_2`, ..."""
+
+    gap: float = 0.3
+    sft: float = 0.1
+    rejected: int = 2
+    reference: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __call__(self, stats: TokenStats, columns: Mapping[str, Tensor], beta: float) -> Result:
+        return logo(stats, beta=beta, gap=self.gap, sft=self.sft, rejected=self.rejected)
+
+
 @dataclass
 class SparsePO(Objective):
     """SparsePO. masks: "common" or "independent", learnt by a `MaskHead`, or "activations", not learnt.
@@ -113,6 +133,8 @@ class SparsePO(Objective):
         model.add_module("mask_head", self.head)
 
     def __call__(self, stats: TokenStats, columns: Mapping[str, Tensor], beta: float) -> Result:
+        if "states" not in columns:
+            raise InvalidValue("SparsePO reads the reference's hidden states, and this trainer gives none.")
         states = columns["states"]
         if self.head is None:
             mask = activation_mask(states, columns["labels"])
