@@ -41,7 +41,7 @@ from vtok.eval.bench.resume import begun
 from vtok.eval.results.statistics import Number, redrawn
 from vtok.eval.tasks import task as offline
 from vtok.files import write_json
-from vtok.markdown import percent, table
+from vtok.markdown import table
 from vtok.media import Clip
 from vtok.prompts import ask
 from vtok.rl import AnswerTrainer, PreferenceConfig, PreferenceTrainer
@@ -67,7 +67,6 @@ QUIET = {
 }
 
 app = typer.Typer(help=__doc__)
-app.callback()(lambda: None)
 
 
 @dataclass(frozen=True)
@@ -335,6 +334,60 @@ def told(row: dict[str, Any]) -> list[str]:
         f"{margin.mean():.2f}",
         f"{np.mean(row['kl']):.3f}",
     ]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+HEAD = ["loss", "trained, %", "of seeds", "less DPO", "other, %", "less before", "in order, %", "margin", "KL"]
+QUANTITIES: dict[str, Callable[[dict[str, Any]], Any]] = {  # of a run: [2, items], a sum and what it is a share of
+    "trained": lambda row: np.transpose(row["hits"]["trained"]),
+    "other": lambda row: np.transpose(row["hits"]["other"]),
+    "order": lambda row: [np.array(row["margin"]) > 0, np.ones(len(row["margin"]))],
+    "margin": lambda row: [row["margin"], np.ones(len(row["margin"]))],
+    "kl": lambda row: [row["kl"], np.ones(len(row["kl"]))],
+}
+
+
+def numbers(runs: dict[str, list[dict[str, Any]]], get: Callable[[dict[str, Any]], Any]) -> dict[str, Number]:
+    """Of each loss, over its seeds; items and pairs are redrawn whole, and alike for all losses."""
+    values, counts = np.swapaxes([np.mean([get(row) for row in some], 0) for some in runs.values()], 0, 1)
+    shares = values.sum(1) / counts.sum(1)
+    return {loss: Number(float(at), draws) for loss, at, draws in zip(runs, shares, redrawn(values, counts))}
+
+
+def shown(number: Number, digits: int = 1) -> str:
+    low, high = number.span or (np.nan, np.nan)
+    return f"{number.at:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def of_keep(result: dict[str, Any], keep: float) -> str:
+    """The table of a keep: means over the seeds that there are, with 95 % intervals."""
+    runs: dict[str, list[dict[str, Any]]] = {loss: [] for loss in (BEFORE, *LOSSES)}
+    for name, row in result["rounds"].items():
+        first, rest = name.split(" ", 1)
+        if float(first) == keep:
+            runs[rest.rsplit(" ", 1)[0]].append(row)
+    runs = {loss: some for loss, some in runs.items() if some}
+    found = {name: numbers(runs, get) for name, get in QUANTITIES.items()}
+    points = lambda a, b: shown(Number(100 * (a - b).at, 100 * (a - b).draws))
+    lines = []
+    for loss, some in runs.items():
+        of = {name: each[loss] for name, each in found.items()}
+        seeds = ", ".join(f"{100 * np.divide(*QUANTITIES['trained'](row).sum(1)):.0f}" for row in some)
+        line = [loss, f"{100 * of['trained'].at:.1f}", seeds]
+        line += ["" if loss == "DPO" else points(of["trained"], found["trained"]["DPO"]), f"{100 * of['other'].at:.1f}"]
+        if loss != BEFORE:
+            line += [points(of["other"], found["other"][BEFORE]), f"{100 * of['order'].at:.0f}"]
+            line += [shown(of["margin"], 2), shown(of["kl"], 2)]
+        lines.append(line + [""] * (len(HEAD) - len(line)))
+    return table(HEAD, lines)
+
+
+@app.command(name="table")
+def print_table(out: Annotated[Path, typer.Option(help="JSON file of `run`.")]) -> None:
+    """The tables of the page, in Markdown."""
+    result = json.loads(out.read_text())
+    for keep in sorted({float(name.split()[0]) for name in result["rounds"]}, reverse=True):
+        print(f"{100 * keep:g} % of the visual tokens:\n\n{of_keep(result, keep)}\n")
 
 
 if __name__ == "__main__":
