@@ -101,8 +101,9 @@ def pairs(model: nn.Module, processor: Any, split: str, each: int) -> Dataset:
     rng = np.random.default_rng((SEED, each))
     asked = list(questions(split, each))
     answers: dict[str, set[str]] = defaultdict(set)
-    for _, q in asked:
-        answers[q.category].add(q.answer)
+    for item, _ in asked:
+        for q in item.questions:
+            answers[q.category].add(q.answer)
     says = lambda role, text: [{"role": role, "content": text}]
     heard = own_answers(model, processor, [ask(q.text, *item.images) for item, q in asked], tokens=6, together=24)
     rows = []
