@@ -282,10 +282,10 @@ def held_out(name: str, categories: Categories, items: int) -> list[offline.Item
 
 
 def cells(keeps: Sequence[float], seeds: int) -> Iterator[tuple[float, str, int]]:
-    """(keep, loss, seed): what was before, then all losses with a seed, before the next seed."""
+    """(keep, loss, seed): what was before, the first seed of each keep, then the other seeds."""
     yield from ((keep, BEFORE, 0) for keep in keeps)
-    yield from itertools.product(keeps[:1], LOSSES, [0])
-    yield from ((keep, loss, seed) for seed in range(seeds) for keep in keeps for loss in LOSSES)
+    passes = [(keep, 0) for keep in keeps] + [(keep, seed) for keep in keeps for seed in range(1, seeds)]
+    yield from ((keep, loss, seed) for keep, seed in passes for loss in LOSSES)
 
 
 @app.command()
