@@ -36,7 +36,7 @@ from vtok.prompts import ask, encode
 from vtok.text.align.stats import IGNORE
 from vtok.text.optim.zeroth import ZerothOrder
 
-# The middle of each grid for a training from scratch; `Setting.factors` are multiplied with it.
+# The middle of each grid for a training from scratch, and what it is multiplied with.
 LRS = {
     "adamw": 1e-3,
     "apollo": 1e-2,
@@ -52,6 +52,8 @@ LRS = {
     "forward_gradient": 1e-4,
 }
 
+FACTORS = {"pictures": (1.0, 1 / 3, 3.0), "text": (0.1, 0.02)}
+
 app = typer.Typer(help=__doc__)
 
 
@@ -61,7 +63,7 @@ class Asked:
 
     pictures: int = 60
     batch: int = 8
-    text: int = 10
+    text: int = 6
     passages: int = 2
     tokens: int = 64
 
@@ -73,14 +75,13 @@ class Setting:
     load: Callable[[], nn.Module]
     batches: list[dict[str, Tensor]]
     held: list[dict[str, Tensor]]
-    factors: tuple[float, ...]
     width: int  # of the model, of which ranks are a quarter
 
 
 def pictures(asked: Asked) -> Setting:
     _, processor = zoo.load(NAME)
     train = scenes(processor, "train", asked.pictures, asked.batch)
-    return Setting(fresh, list(train), list(scenes(processor, "val", 4, 16)), (1 / 3, 1.0, 3.0), 192)
+    return Setting(fresh, list(train), list(scenes(processor, "val", 4, 16)), 192)
 
 
 def fresh() -> nn.Module:
@@ -113,11 +114,11 @@ def scenes(processor: Any, split: str, batches: int, size: int) -> Iterator[dict
 def text(asked: Asked) -> Setting:
     tokenizer = models.load(models.SMOLLM2, "cpu")[1]
     count = asked.text * asked.passages
-    ids = torch.tensor(passages(tokenizer, "prose", asked.tokens, count + 8))
+    ids = torch.tensor(passages(tokenizer, "prose", asked.tokens, count + 4))
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
     of = lambda rows: [{"input_ids": part, "labels": part} for part in rows.split(asked.passages)]
     load = lambda: models.load(models.SMOLLM2, "cpu")[0]
-    return Setting(load, of(ids[:count]), of(ids[count:]), (0.02, 0.1), 576)
+    return Setting(load, of(ids[:count]), of(ids[count:]), 576)
 
 
 SETTINGS = {"pictures": pictures, "text": text}
@@ -191,18 +192,22 @@ def run(
     asked, started = Asked(), time.monotonic()
     result = begun(out, asked, machine.describe("cpu", "float32"))
     setting = cache(lambda kind: SETTINGS[kind](asked))
-    for kind in settings.split(","):
-        for name, middle in LRS.items():
-            for factor in {"pictures": (1.0, 1 / 3, 3.0), "text": (0.1, 0.02)}[kind]:
-                lr = float(f"{middle * factor:.1e}")
-                cell = f"{kind} {name} {lr:g}"
-                if cell in result["rounds"]:
-                    continue
-                if time.monotonic() - started > 60 * minutes:
-                    return
-                row = result["rounds"][cell] = trained(setting(kind), name, lr)
-                write_json(out, result)
-                print(cell, row["before"], row["after"], row["seconds"][-1], row["stepping"], row["state"], flush=True)
+    for kind, factor, name in cells(settings.split(",")):
+        lr = float(f"{LRS[name] * factor:.1e}")
+        cell = f"{kind} {name} {lr:g}"
+        if cell in result["rounds"]:
+            continue
+        if time.monotonic() - started > 60 * minutes:
+            return
+        row = result["rounds"][cell] = trained(setting(kind), name, lr)
+        write_json(out, result)
+        print(cell, row["before"], row["after"], row["seconds"][-1], row["stepping"], row["state"], flush=True)
+
+
+def cells(kinds: list[str]) -> Iterator[tuple[str, float, str]]:
+    """(setting, factor of the learning rate, optimiser), all optimisers before another factor."""
+    for kind in kinds:
+        yield from ((kind, factor, name) for factor in FACTORS[kind] for name in LRS)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
