@@ -1,6 +1,9 @@
 """The trainers of token-level losses: text, pictures, patched models; accumulated batches; against slow oracles."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -206,7 +209,7 @@ def test_hidden_states_that_a_reference_drops(tmp_path):
     trainer.ref_model.forward = lambda output_hidden_states, **given: forward(**given)
     with pytest.raises(Unsupported, match="SparsePO reads hidden states, and the reference gives none"):
         loss_of(trainer, batch_of(trainer))
-    with pytest.raises(InvalidValue, match="this trainer gives none"):
+    with pytest.raises(InvalidValue, match="does not give: learnt, states"):
         trainer.objective(None, {}, 0.1)
 
 
@@ -330,6 +333,22 @@ def test_aligndistil_learns_from_models_and_from_adapters(tmp_path):
         adapted.objective = AlignDistil("gone", "", {})
         with pytest.raises(InvalidValue, match="no adapter 'gone'"):
             adapted.compute_loss(adapted.model, dict(batch))
+
+
+def test_two_processes_give_the_step_of_one(tmp_path):
+    """Of pictures of unequal sizes and answers of unequal lengths, on half of the tokens."""
+    from two_processes import steps
+
+    file = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(file), str(tmp_path)]
+    done = subprocess.run(launch, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two, one = torch.load(tmp_path / "two.pt"), steps(tmp_path, 2)
+    start = tiny("qwen2_5_vl", layers=2)[0].lm_head.weight
+    assert len(one) == 4 and not one["tdpo"]["lm_head.weight"].allclose(start)
+    for name, weights in one.items():
+        for key, p in weights.items():
+            torch.testing.assert_close(two[name][key], p, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # ---- GRPO ------------------------------------------------------------------------------------------------------------

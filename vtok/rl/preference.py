@@ -154,12 +154,14 @@ class PreferenceTrainer(DPOTrainer):
         given["answer_logits"] = width
         states = {"output_hidden_states": True} if "states" in self.objective.needs else {}
         reference = self._reference(given | states) if self.objective.reference else None
-        outputs = model(**given)
         columns = {name: value[:, -width:] for name, value in (extra | {"labels": given["labels"]}).items()}
         if states and reference is not None:
             if reference.hidden_states is None:
                 raise Unsupported(f"{type(self.objective).__name__} reads hidden states, and the reference gives none.")
             columns["states"] = reference.hidden_states[-1][:, -width:]
+        outputs = model(**given, **self.objective.asks(columns))
+        if "learnt" in outputs:
+            columns["learnt"] = outputs["learnt"]
         logits = None if reference is None else reference.logits
         return token_stats(outputs.logits, logits, columns["labels"]), columns, outputs
 
