@@ -335,6 +335,19 @@ def test_aligndistil_learns_from_models_and_from_adapters(tmp_path):
             adapted.compute_loss(adapted.model, dict(batch))
 
 
+def test_a_patched_teacher_with_adapters_sees_where_answers_begin(tmp_path):
+    """One whose fresh adapter changes nothing is the student: nothing is to be learnt."""
+    from peft import LoraConfig, get_peft_model
+
+    teacher = apart(tiny("qwen2_5_vl", layers=2)[0])
+    vtok.patch(teacher, "fastv", keep=0.5, layer=1)
+    teacher = get_peft_model(teacher, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    trainer = answer_trainer("picture", AlignDistil(teacher, teacher, {}), tmp_path)
+    vtok.patch(trainer.model, "fastv", keep=0.5, layer=1)
+    with torch.no_grad():
+        assert trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).abs() < 1e-6
+
+
 def test_two_processes_give_the_step_of_one(tmp_path):
     """Of pictures of unequal sizes and answers of unequal lengths, on half of the tokens."""
     from two_processes import steps
