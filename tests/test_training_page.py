@@ -37,20 +37,18 @@ def test_a_tower_looks_at_a_picture_once():
     assert seen == [1, 1]
 
 
-def test_pairs_are_of_the_trained_categories_and_no_answer_is_right_twice(monkeypatch):
-    said = ("3", "yes", "x")
-    monkeypatch.setattr(alignment, "own_answers", lambda _, __, asked, **___: [said[i % 3] for i in range(len(asked))])
+def test_pairs_are_of_the_trained_categories_and_no_wrong_answer_is_right(monkeypatch):
     asked = list(alignment.questions("train", 3))
     categories = [q.category for _, q in asked]
     assert categories == categories[:4] * 3 and {*categories} == {"count", "digit", "reading", "adversarial"}
+    said = [q.answer if number % 2 else "nothing" for number, (_, q) in enumerate(asked)]
+    monkeypatch.setattr(alignment, "own_answers", lambda *_, **__: said)
     rows = alignment.pairs(None, None, "train", 3)
     says = lambda row, column: row[column][0]["content"]
-    for (_, q), row in zip(asked, rows, strict=True):
-        assert says(row, "chosen") == q.answer
+    for (_, q), row, own in zip(asked, rows, said, strict=True):
+        assert says(row, "chosen") == q.answer and row["own"] is (own == "nothing")
         assert q.answer not in (says(row, "rejected"), says(row, "rejected_2"))
-        own = says(row, "rejected") in said
-        assert own or not row["own"]
-    assert {row["own"] for row in rows} == {True, False}
+        assert (says(row, "rejected") == "nothing") is row["own"]
 
 
 def test_held_out_questions_are_those_of_the_categories():
