@@ -121,7 +121,7 @@ class LOGO(Objective):
     gap: float = 0.3
     sft: float = 0.1
     rejected: int = 2
-    reference: ClassVar[bool] = False  # pyright: ignore[reportIncompatibleVariableOverride]
+    reference = False
 
     def __call__(self, stats: TokenStats, columns: Mapping[str, Tensor], beta: float) -> Result:
         return logo(stats, beta=beta, gap=self.gap, sft=self.sft, rejected=self.rejected)
