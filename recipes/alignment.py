@@ -244,13 +244,14 @@ BEFORE = "before"
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
 def measured(place: Place, policy: nn.Module) -> dict[str, Any]:
-    """hits: of each group of categories [right, asked] of each item. margin, kl: of each held-out pair in nats, by how
-    much more than before the right answer is preferred, and the forward KL to the model before, over that answer."""
+    """hits: of each group of categories the right answers and the questions of each item, a digit an item. margin, kl:
+    of each held-out pair in nats, by how much more than before the right answer is preferred, and the forward KL to the
+    model before, over that answer."""
     found: dict[str, Any] = {"hits": {}, "margin": [], "kl": []}
     for group, some in {"trained": TRAINED, "other": OTHER}.items():
-        found["hits"][group] = []
-        for name, categories in some.items():
-            found["hits"][group] += hits(policy, place.processor, offline.get(name), categories, place.asked.held_out)
+        tasks = ((offline.get(name), categories) for name, categories in some.items())
+        each = [hits(policy, place.processor, *task, place.asked.held_out) for task in tasks]
+        found["hits"][group] = ["".join(map(str, column)) for column in zip(*itertools.chain(*each))]
     for start in range(0, len(place.val), 8):
         given, _ = for_models(place.collator([place.val[i] for i in range(start, min(start + 8, len(place.val)))]))
         with torch.no_grad():
@@ -258,8 +259,8 @@ def measured(place: Place, policy: nn.Module) -> dict[str, Any]:
             with policy.disable_adapter():
                 stats = token_stats(logits, policy(**given).logits, given["labels"])
         chosen, rejected = stats.margin.sum(1).view(2, -1)
-        found["margin"] += [round(x, 4) for x in (chosen - rejected).tolist()]
-        found["kl"] += [round(x, 4) for x in stats.kl.sum(1).view(2, -1)[0].tolist()]
+        found["margin"] += [round(x, 3) for x in (chosen - rejected).tolist()]
+        found["kl"] += [round(x, 3) for x in stats.kl.sum(1).view(2, -1)[0].tolist()]
     return found
 
 
@@ -326,7 +327,7 @@ def quiet() -> None:
 
 def told(row: dict[str, Any]) -> list[str]:
     """A run in short."""
-    share = lambda group: "{:.3f}".format(np.divide(*np.sum(row["hits"][group], 0)))
+    share = lambda group: f"{np.divide(*np.sum(QUANTITIES[group](row), 1)):.3f}"
     margin = np.array(row["margin"])
     return [
         share("trained"),
@@ -340,8 +341,8 @@ def told(row: dict[str, Any]) -> list[str]:
 # ---- the table -------------------------------------------------------------------------------------------------------
 HEAD = ["loss", "trained, %", "of seeds", "less DPO", "other, %", "less before", "in order, %", "margin", "KL"]
 QUANTITIES: dict[str, Callable[[dict[str, Any]], Any]] = {  # of a run: [2, items], a sum and what it is a share of
-    "trained": lambda row: np.transpose(row["hits"]["trained"]),
-    "other": lambda row: np.transpose(row["hits"]["other"]),
+    "trained": lambda row: [[*map(int, digits)] for digits in row["hits"]["trained"]],
+    "other": lambda row: [[*map(int, digits)] for digits in row["hits"]["other"]],
     "order": lambda row: [np.array(row["margin"]) > 0, np.ones(len(row["margin"]))],
     "margin": lambda row: [row["margin"], np.ones(len(row["margin"]))],
     "kl": lambda row: [row["kl"], np.ones(len(row["kl"]))],
@@ -361,20 +362,23 @@ def shown(number: Number, digits: int = 1) -> str:
 
 
 def of_keep(result: dict[str, Any], keep: float) -> str:
-    """The table of a keep: means over the seeds that there are, with 95 % intervals."""
-    runs: dict[str, list[dict[str, Any]]] = {loss: [] for loss in (BEFORE, *LOSSES)}
+    """The table of a keep: means over the seeds that all losses have, with 95 % intervals."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {loss: {} for loss in (BEFORE, *LOSSES)}
     for name, row in result["rounds"].items():
         first, rest = name.split(" ", 1)
         if float(first) == keep:
-            runs[rest.rsplit(" ", 1)[0]].append(row)
-    runs = {loss: some for loss, some in runs.items() if some}
+            loss, seed = rest.rsplit(" ", 1)
+            rows[loss][seed] = row
+    rows = {loss: some for loss, some in rows.items() if some}
+    seeds = sorted(set.intersection(*(set(some) for loss, some in rows.items() if loss != BEFORE)))
+    runs = {loss: [*some.values()] if loss == BEFORE else [some[seed] for seed in seeds] for loss, some in rows.items()}
     found = {name: numbers(runs, get) for name, get in QUANTITIES.items()}
     points = lambda a, b: shown(Number(100 * (a - b).at, 100 * (a - b).draws))
     lines = []
     for loss, some in runs.items():
         of = {name: each[loss] for name, each in found.items()}
-        seeds = ", ".join(f"{100 * np.divide(*QUANTITIES['trained'](row).sum(1)):.0f}" for row in some)
-        line = [loss, f"{100 * of['trained'].at:.1f}", seeds]
+        each = ", ".join(f"{100 * np.divide(*np.sum(QUANTITIES['trained'](row), 1)):.0f}" for row in some)
+        line = [loss, f"{100 * of['trained'].at:.1f}", each]
         line += ["" if loss == "DPO" else points(of["trained"], found["trained"]["DPO"]), f"{100 * of['other'].at:.1f}"]
         if loss != BEFORE:
             line += [points(of["other"], found["other"][BEFORE]), f"{100 * of['order'].at:.0f}"]

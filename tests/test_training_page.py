@@ -61,12 +61,13 @@ def test_held_out_questions_are_those_of_the_categories():
 
 def test_the_table_of_losses():
     run = lambda right, margin: {
-        "hits": {"trained": [[r, 2] for r in right], "other": [[1, 1]] * 4},
+        "hits": {"trained": ["".join(map(str, right)), "2222"], "other": ["1111", "1111"]},
         "margin": margin,
         "kl": [0.5, 1.5],
     }
     rounds = {"1 before 0": run([1, 1, 1, 1], [0, 0]), "1 DPO 0": run([2, 1, 1, 1], [1, -1])}
-    rounds |= {"1 DPO 1": run([2, 2, 2, 1], [3, 1]), "1 LOGO 0": run([2, 2, 2, 2], [1, 1])}
+    rounds |= {"1 DPO 1": run([2, 2, 2, 1], [3, 1]), "1 DPO 2": run([0, 0, 0, 0], [0, 0])}  # of a seed that LOGO lacks
+    rounds |= {f"1 LOGO {seed}": run([2, 2, 2, 2], [1, 1]) for seed in (0, 1)}
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in alignment.of_keep({"rounds": rounds | {"0.5 DPO 0": run([0, 0, 0, 0], [0, 0])}}, 1.0).splitlines()
