@@ -186,9 +186,8 @@ def checked(dataset: Any, pairs: PairCollator) -> Any:
     if not isinstance(dataset, Dataset):
         return dataset
     good, bad = [], Counter()
-    text = dataset.select_columns(
-        [name for name in (*TEXT, *pairs.said[2:]) if name in names]
-    )  # pictures would be decoded
+    told = [name for name in (*TEXT, *pairs.said[2:]) if name in names]
+    text = dataset.select_columns(told)  # pictures would be decoded
     for number, row in enumerate(text):
         try:
             reason = pairs.usable(row)
