@@ -186,6 +186,7 @@ def run(
     out: Annotated[Path, typer.Option(help="JSON file to write, and to go on from.")],
     minutes: Annotated[float, typer.Option(help="No training begins later than this.")] = 1e9,
     settings: Annotated[str, typer.Option(metavar="NAME,...")] = "pictures,text",
+    names: Annotated[str, typer.Option(metavar="NAME,...", help="Optimisers; left out: all.")] = "",
 ) -> None:
     """Train and measure what `out` has not yet: each optimiser at each learning rate of its grid."""
     quiet()
@@ -195,7 +196,7 @@ def run(
     for kind, factor, name in cells(settings.split(",")):
         lr = float(f"{LRS[name] * factor:.1e}")
         cell = f"{kind} {name} {lr:g}"
-        if cell in result["rounds"]:
+        if cell in result["rounds"] or (names and name not in names.split(",")):
             continue
         if time.monotonic() - started > 60 * minutes:
             return
