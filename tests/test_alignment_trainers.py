@@ -1,6 +1,9 @@
 """The trainers of token-level losses: text, pictures, patched models; accumulated batches; against slow oracles."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -15,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig
 
 from vtok.rl import AnswerTrainer, PreferenceConfig, PreferenceTrainer, RRPOConfig, RRPOTrainer
 from vtok.rl.advantages import rto
-from vtok.rl.objectives import DPO, TDPO, TREG, SparsePO, WeightedDPO
+from vtok.rl.objectives import DPO, LOGO, TDPO, TREG, SparsePO, WeightedDPO
 from vtok.rl.preferences import PairCollator
 from vtok.rl.scores import contrast, critical
 from vtok.rl.supervised import IFT, AlignDistil, WeightedNLL
@@ -171,6 +174,45 @@ def test_pairs_that_are_one_answer_are_left_out(tmp_path, caplog):
     assert len(trainer.train_dataset) == 1 and "one answer twice" in caplog.text
 
 
+@pytest.mark.parametrize(("kind", "method"), [("text", None), ("picture", "divprune")])
+def test_several_rejected_answers(kind, method, tmp_path):
+    """LOGO: its formula on the log-probabilities of each answer alone, and no reference is run."""
+    more = {"rejected_2": [says("assistant", "up"), says("assistant", "a man who throws a red ball")]}
+    trainer = trainer_on(kind, LOGO(gap=0.2, sft=0.5), tmp_path, method, data=pairs(kind, **more), beta=2.0)
+    assert trainer.ref_model is None
+    batch = batch_of(trainer)
+    assert len(batch["input_ids"]) == 6
+    with torch.no_grad():
+        given = {k: v for k, v in batch.items() if k not in ("completion_mask", "signs")}
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        logits = trainer.model(**given, labels=labels).logits.log_softmax(-1)
+    mean = []
+    for row, mask, p in zip(batch["input_ids"], batch["completion_mask"].bool(), logits):
+        mean.append(sum(p[t - 1, row[t]] for t in mask.nonzero()[:, 0].tolist()) / mask.sum())
+    wanted = []
+    for w, x, y in zip(mean[:2], mean[2:4], mean[4:]):
+        wanted.append(-torch.nn.functional.logsigmoid(2 * (w - (x + y) / 2 - 0.2)) - 0.5 * w)
+    assert len({round(x.item(), 3) for x in mean}) == 6
+    torch.testing.assert_close(loss_of(trainer, batch), sum(wanted) / 2)
+    with pytest.raises(InvalidValue, match="no column 'rejected_2'"):
+        trainer_on(kind, LOGO(), tmp_path, data=pairs(kind))
+    with pytest.raises(InvalidValue, match="of 3 use"):
+        trainer_on(kind, LOGO(), tmp_path, data=pairs(kind, **more), phrases="words")
+    trainer.objective = TDPO()
+    with pytest.raises(InvalidValue, match="TDPO compares with a reference, and this trainer has none"):
+        loss_of(trainer, batch)
+
+
+def test_hidden_states_that_a_reference_drops(tmp_path):
+    trainer = trainer_on("text", SparsePO(), tmp_path)
+    forward = trainer.ref_model.forward
+    trainer.ref_model.forward = lambda output_hidden_states, **given: forward(**given)
+    with pytest.raises(Unsupported, match="SparsePO reads hidden states, and the reference gives none"):
+        loss_of(trainer, batch_of(trainer))
+    with pytest.raises(InvalidValue, match="does not give: learnt, states"):
+        trainer.objective(None, {}, 0.1)
+
+
 # ---- supervised ------------------------------------------------------------------------------------------------------
 def answers(kind):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs("text")]
@@ -291,6 +333,35 @@ def test_aligndistil_learns_from_models_and_from_adapters(tmp_path):
         adapted.objective = AlignDistil("gone", "", {})
         with pytest.raises(InvalidValue, match="no adapter 'gone'"):
             adapted.compute_loss(adapted.model, dict(batch))
+
+
+def test_a_patched_teacher_with_adapters_sees_where_answers_begin(tmp_path):
+    """One whose fresh adapter changes nothing is the student: nothing is to be learnt."""
+    from peft import LoraConfig, get_peft_model
+
+    teacher = apart(tiny("qwen2_5_vl", layers=2)[0])
+    vtok.patch(teacher, "fastv", keep=0.5, layer=1)
+    teacher = get_peft_model(teacher, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    trainer = answer_trainer("picture", AlignDistil(teacher, teacher, {}), tmp_path)
+    vtok.patch(trainer.model, "fastv", keep=0.5, layer=1)
+    with torch.no_grad():
+        assert trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).abs() < 1e-6
+
+
+def test_two_processes_give_the_step_of_one(tmp_path):
+    """Of pictures of unequal sizes and answers of unequal lengths, on half of the tokens."""
+    from two_processes import steps
+
+    file = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(file), str(tmp_path)]
+    done = subprocess.run(launch, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two, one = torch.load(tmp_path / "two.pt"), steps(tmp_path, 2)
+    start = tiny("qwen2_5_vl", layers=2)[0].lm_head.weight
+    assert len(one) == 4 and not one["tdpo"]["lm_head.weight"].allclose(start)
+    for name, weights in one.items():
+        for key, p in weights.items():
+            torch.testing.assert_close(two[name][key], p, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # ---- GRPO ------------------------------------------------------------------------------------------------------------

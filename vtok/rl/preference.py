@@ -107,7 +107,11 @@ class PreferenceTrainer(DPOTrainer):
             processing_class = AutoProcessor.from_pretrained(
                 model if isinstance(model, str) else get_config_model_id(model.config)
             )
-        pairs = PairCollator(processing_class, args.phrases, args.sampling, args.max_length, args.pad_to_multiple_of)
+        rejected = self.objective.rejected
+        pairs = PairCollator(
+            processing_class, args.phrases, args.sampling, args.max_length, args.pad_to_multiple_of, rejected
+        )
+        self._answers = pairs.said
         train_dataset = checked(train_dataset, pairs)
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: checked(some, pairs) for name, some in eval_dataset.items()}
@@ -120,6 +124,8 @@ class PreferenceTrainer(DPOTrainer):
         add_answer_logits(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.ref_model is not None:
             add_answer_logits(self.accelerator.unwrap_model(self.ref_model))
+        if not self.objective.reference:
+            self.ref_model = None  # DPOTrainer loads one
         self.objective.attach(self.model)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +134,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Columns that stay: DPOTrainer would drop clips, and of text keep the ids alone."""
-        self._signature_columns = [*TEXT, *COLUMNS, *WEIGHTS, "fps"]
+        self._signature_columns = [*TEXT, *self._answers[2:], *COLUMNS, *WEIGHTS, "fps"]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """The objective's. DPOTrainer's own has log-probabilities alone, and KLs are over the whole vocabulary."""
@@ -136,7 +142,7 @@ class PreferenceTrainer(DPOTrainer):
         losses, metrics = self.objective(stats, columns, self.beta)
         chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
         metrics |= {"rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float()}
-        logps = stats.logp.detach().sum(1).view(2, -1)
+        logps = stats.logp.detach().sum(1).view(1 + self.objective.rejected, -1)
         metrics |= dict(zip(("logps/chosen", "logps/rejected"), logps))
         log_means(self, metrics)
         return (losses.mean(), outputs) if return_outputs else losses.mean()
@@ -147,12 +153,17 @@ class PreferenceTrainer(DPOTrainer):
         width = answer_width(given["labels"])
         given["answer_logits"] = width
         states = {"output_hidden_states": True} if "states" in self.objective.needs else {}
-        reference = self._reference(given | states)
-        outputs = model(**given)
+        reference = self._reference(given | states) if self.objective.reference else None
         columns = {name: value[:, -width:] for name, value in (extra | {"labels": given["labels"]}).items()}
-        if states:
+        if states and reference is not None:
+            if reference.hidden_states is None:
+                raise Unsupported(f"{type(self.objective).__name__} reads hidden states, and the reference gives none.")
             columns["states"] = reference.hidden_states[-1][:, -width:]
-        return token_stats(outputs.logits, reference.logits, columns["labels"]), columns, outputs
+        outputs = model(**given, **self.objective.asks(columns))
+        if "learnt" in outputs:
+            columns["learnt"] = outputs["learnt"]
+        logits = None if reference is None else reference.logits
+        return token_stats(outputs.logits, logits, columns["labels"]), columns, outputs
 
     def _reference(self, given: Mapping[str, Any]) -> Any:
         """What the reference gives: `ref_model`, or with LoRA the policy without its adapter, or with the one it began
@@ -160,6 +171,11 @@ class PreferenceTrainer(DPOTrainer):
         context, reference = nullcontext(), self.ref_model
         if reference is None:
             reference, policy = self.model, self.accelerator.unwrap_model(self.model)
+            if not is_peft_model(policy):
+                name = type(self.objective).__name__
+                raise InvalidValue(
+                    f"{name} compares with a reference, and this trainer has none: give ref_model or LoRA."
+                )
             context = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         else:
             self._check_reference()

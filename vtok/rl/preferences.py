@@ -44,11 +44,13 @@ class PairCollator:
     """Rows to a batch: tokens, media and signs, the chosen answers first. Text is tokenised here too, as pictures are.
 
     Gives `input_ids`, `attention_mask`, `completion_mask` and `signs`, each [2B, T], padded on the right, and what the
-    processor makes of pictures and clips. Rows with `chosen_weights` or `rejected_weights`, a number for each token of
-    the answer, give `weights` [2B, T], too, in which the answer without numbers weighs 1 and the prompt 0.
+    processor makes of pictures and clips; of more rejected answers more rows, the first ones before the second. Rows
+    with `chosen_weights` or `rejected_weights`, a number for each token of the answer, give `weights` [2B, T], too, in
+    which the answer without numbers weighs 1 and the prompt 0.
 
     processor: of the model, or a tokenizer. phrases: what the signs are made by, see `RRPOConfig`. sampling: which
         frames of a clip are taken. max_length: tokens of prompt and answer, beyond which a pair is not `usable`.
+    rejected: answers that a row rejects: `rejected`, `rejected_2`, ...
     """
 
     processor: Any
@@ -56,6 +58,16 @@ class PairCollator:
     sampling: Sampling = SPREAD
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    rejected: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rejected > 1 and self.phrases != "all":
+            raise InvalidValue(f'Phrases are those of two answers: of {1 + self.rejected} use phrases="all".')
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The columns of answers."""
+        return ("chosen", "rejected", *(f"rejected_{n}" for n in range(2, self.rejected + 1)))
 
     @property
     def tokenizer(self) -> Any:
@@ -63,21 +75,23 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [maybe_extract_prompt(dict(row)) for row in rows]
-        seen = [conversation(row, self.sampling) for row in rows if has_media(row)] * 2
+        seen = [conversation(row, self.sampling) for row in rows if has_media(row)]
         if seen:
             rows = [row | {"prompt": one.turns} for row, one in zip(rows, seen)]
-        prompts, chosen, rejected = zip(*map(self.answers, rows))
+        prompts, *said = zip(*map(self.answers, rows))  # of chosen answers, of rejected ones, ...
+        times = len(said)
         # what a chat template wrote has its special tokens
         how = {"add_special_tokens": not is_conversational(rows[0]), "padding": True, "padding_side": "left"}
-        batch = self.processor(text=[*prompts, *prompts], return_tensors="pt", **how, **media(seen))
-        return {**batch, **self._joined(batch, [*chosen, *rejected], self._weights(rows, chosen, rejected))}
+        batch = self.processor(text=[*prompts] * times, return_tensors="pt", **how, **media(seen * times))
+        return {**batch, **self._joined(batch, [one for some in said for one in some], self._weights(rows, said))}
 
-    def _weights(self, rows: Sequence[Mapping[str, Any]], *said: Sequence[Signed]) -> list[Tensor] | None:
+    def _weights(self, rows: Sequence[Mapping[str, Any]], said: Sequence[Sequence[Signed]]) -> list[Tensor] | None:
         """Of each answer, the chosen ones first; None where no row has weights."""
         if not any(row.get(name) is not None for row in rows for name in WEIGHTS):
             return None
         made = []
-        for name, answers in zip(WEIGHTS, said):
+        for column, answers in zip(self.said, said):
+            name = f"{column}_weights"
             for row, (ids, _) in zip(rows, answers):
                 given = [1.0] * len(ids) if row.get(name) is None else row[name]
                 if len(given) != len(ids):
@@ -85,15 +99,18 @@ class PairCollator:
                 made.append(torch.tensor(given, dtype=torch.float32))
         return made
 
-    def answers(self, row: Mapping[str, Any]) -> tuple[str, Signed, Signed]:
-        """The prompt's text, and the chosen and the rejected answer, each as token ids and their signs."""
+    def answers(self, row: Mapping[str, Any]) -> tuple[str, *tuple[Signed, ...]]:
+        """The prompt's text, and the chosen and the rejected answers, each as token ids and their signs."""
         if is_conversational(row):
             if self.processor is not self.tokenizer:  # templates of vision-language models want parts
-                row = row | {key: as_parts(row[key]) for key in ("prompt", "chosen", "rejected")}
-            texts = apply_chat_template(row, self.processor, row.get("tools"))
-            return texts["prompt"], *self._signed(texts["chosen"], texts["rejected"])
+                row = row | {key: as_parts(row[key]) for key in ("prompt", *self.said)}
+            told = [
+                apply_chat_template(row | {"rejected": row[key]}, self.processor, row.get("tools"))
+                for key in self.said[1:]
+            ]
+            return told[0]["prompt"], *self._signed(told[0]["chosen"], *(texts["rejected"] for texts in told))
         end = self.tokenizer.eos_token
-        return row["prompt"], *self._signed(*(row[key].removesuffix(end) + end for key in ("chosen", "rejected")))
+        return row["prompt"], *self._signed(*(row[key].removesuffix(end) + end for key in self.said))
 
     def _signed(self, *texts: str) -> list[Signed]:
         how, spans = self.phrases, None
@@ -131,7 +148,7 @@ class PairCollator:
     def usable(self, row: Mapping[str, Any]) -> str | None:
         """Why a pair teaches nothing or cannot be used whole, or None. Looks at its text alone."""
         prompt, *answers = self.answers(maybe_extract_prompt(dict(row)))
-        if self.phrases == "all" and answers[0][0] == answers[1][0]:
+        if self.phrases == "all" and any(answers[0][0] == ids for ids, _ in answers[1:]):
             return "are one answer twice"
         if not all(any(signs) for _, signs in answers):
             return "have no phrase in which both answers differ"
@@ -148,7 +165,8 @@ def checked(dataset: Any, pairs: PairCollator) -> Any:
         raise InvalidValue("There is no train_dataset.")
     first = next(iter(dataset), {})
     names = list(dataset.column_names or first)
-    if missing := [name for name in ("chosen", "rejected") if name not in names]:
+    wanted = (*pairs.said, "prompt")[: None if pairs.rejected > 1 else 2]  # a pair can tell its prompt
+    if missing := [name for name in wanted if name not in names]:
         raise InvalidValue(
             f"A preference loss learns from pairs, and the data set has no column {missing[0]!r}, but {names}."
         )
@@ -168,7 +186,8 @@ def checked(dataset: Any, pairs: PairCollator) -> Any:
     if not isinstance(dataset, Dataset):
         return dataset
     good, bad = [], Counter()
-    text = dataset.select_columns([name for name in TEXT if name in names])  # pictures would be decoded
+    told = [name for name in (*TEXT, *pairs.said[2:]) if name in names]
+    text = dataset.select_columns(told)  # pictures would be decoded
     for number, row in enumerate(text):
         try:
             reason = pairs.usable(row)

@@ -45,7 +45,8 @@ class AnswerTrainer(SFTTrainer):
         self.vlm = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_answer_logits(self.vlm)
         for teacher in getattr(objective, "models", ()):
-            add_answer_logits(teacher.to(self.accelerator.device).eval())
+            teacher.to(self.accelerator.device).eval()
+            add_answer_logits(teacher.get_base_model() if is_peft_model(teacher) else teacher)
 
     def compute_loss(
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
