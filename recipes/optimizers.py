@@ -237,29 +237,27 @@ def of_kind(result: dict[str, Any], kind: str) -> str:
 
 @app.command(name="table")
 def print_table(out: Annotated[Path, typer.Option(help="JSON file of `run`; the drawing is beside it.")]) -> None:
-    """The tables of the page, in Markdown; and the drawing of losses against steps and time."""
+    """The tables of the page, in Markdown; and the drawing of the losses of `pictures` against steps and time."""
     result = json.loads(out.read_text())
-    kinds = [kind for kind in SETTINGS if "adamw" in best(result, kind)]
-    for kind in kinds:
-        before = best(result, kind)["adamw"][1]["before"]
-        print(f"{kind}, {before:.3f} before:\n\n{of_kind(result, kind)}\n")
-    draw(result, kinds, out.with_suffix(".png"))
+    for kind in SETTINGS:
+        if "adamw" in (found := best(result, kind)):
+            print(f"{kind}, {found['adamw'][1]['before']:.3f} before:\n\n{of_kind(result, kind)}\n")
+    draw(best(result, "pictures"), out.with_suffix(".png"))
 
 
-def draw(result: dict[str, Any], kinds: list[str], file: Path) -> None:
+def draw(runs: dict[str, tuple[str, dict[str, Any]]], file: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6 * len(kinds)), layout="constrained")
-    panels = figure.subplots(len(kinds), 2, squeeze=False, sharey="row")
-    for row, kind in zip(panels, kinds):
-        for number, (name, (lr, found)) in enumerate(best(result, kind).items()):
-            smooth = np.convolve(found["losses"], np.ones(3) / 3, "valid")
-            how = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": f"{name}, {lr}"}
-            row[0].plot(np.arange(len(smooth)) + 2, smooth, **how)
-            row[1].plot(found["seconds"][2:], smooth, **how)
-        row[0].set(title=kind, xlabel="step", ylabel="loss, mean of three steps")
-        row[1].set(xlabel="CPU seconds")
-        row[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, (name, (lr, found)) in enumerate(runs.items()):
+        smooth = np.convolve(found["losses"], np.ones(3) / 3, "valid")
+        how = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": f"{name}, {lr}"}
+        left.plot(np.arange(len(smooth)) + 2, smooth, **how)
+        right.plot(found["seconds"][2:], smooth, **how)
+    left.set(xlabel="step", ylabel="loss, mean of three steps")
+    right.set(xlabel="CPU seconds")
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(file, dpi=110)
 
 
