@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vtok.adapter import Adapter, class_of, stretch
+from vtok.adapter import Adapter, modelling_file, stretch
 from vtok.engine.accounting import VisionShape
 from vtok.tower import OF_PATCHES, Tower, received
 from vtok.types import Layout, Plane
@@ -132,7 +131,7 @@ class QwenTower(Tower):
     def encoder_attention(self, attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Tensor:
         """[S] fp32; in a layer with windows tokens get nothing from outside of theirs. Waits for the device once."""
         split = lambda x: x.unflatten(-1, (attention.num_heads, -1))  # [S, H, d]
-        rotate = sys.modules[class_of(attention).__module__].apply_rotary_pos_emb_vision
+        rotate = modelling_file(attention).apply_rotary_pos_emb_vision
         query, key = (split(project(attention, hidden)) for project in (self.query, self.key))
         query, key = (x.float().transpose(0, 1) for x in rotate(query, key, *kwargs["position_embeddings"]))
         lengths = kwargs["cu_seqlens"].diff().tolist()

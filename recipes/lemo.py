@@ -69,34 +69,19 @@ def sparse(model: nn.Module, way: str) -> AbstractContextManager:
     return nullcontext() if options is None else lemo.sparsify(model, **options)
 
 
-def kept(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The loss, and the bytes that its forward keeps."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, tuple[torch.Tensor, int]] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = x, storage.nbytes()  # held, so that no other takes its place
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return loss, sum(size for _, size in storages.values())
-
-
 def measured(length: int, asked: Asked) -> dict[str, dict[str, Any]]:
     """way -> bytes and seconds of a step, the ways in turns."""
     model, tokenizer = loaded()
     ids = torch.tensor(passages(tokenizer, "prose", length, 1))
     found: dict[str, dict[str, Any]] = {way: {"seconds": []} for way in WAYS}
+    forward = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
     for _ in range(asked.repeats):
         for way in WAYS:
             if way == "checkpointing":
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             with sparse(model, way):
                 began = time.process_time()
-                loss, found[way]["bytes"] = kept(model, ids)
+                found[way]["bytes"], loss = machine.kept_for_backward(model, forward)
                 loss.backward()
                 found[way]["seconds"].append(round(time.process_time() - began, 2))
             model.zero_grad()

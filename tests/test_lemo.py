@@ -10,6 +10,7 @@ from test_training import PROMPTS, SIZES, with_completion
 
 import vtok
 import vtok.errors
+from vtok.eval.bench.machine import kept_for_backward
 from vtok.text import lemo
 
 BLOCK = 8
@@ -144,19 +145,8 @@ def test_choose():
 
 
 def saved(model, inputs, labels):
-    """Bytes of the tensors that a forward keeps for its backward pass, each storage once; parameters left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def pack(x):
-        if x.untyped_storage().data_ptr() not in weights:
-            storages[x.untyped_storage().data_ptr()] = x, x.untyped_storage().nbytes()
-        return x
-
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(**inputs, labels=labels)
-    return sum(size for _, size in storages.values())
+    return kept_for_backward(model, lambda: model(**inputs, labels=labels))[0]
 
 
 def test_less_is_kept_for_the_backward_pass():
@@ -192,6 +182,7 @@ def test_lora_and_a_patch_before_the_decoder():
         _, grads = learned(model, inputs, labels)
     assert all(grad.abs().sum() > 0 for grad in grads.values()) and len(grads) == 8
     assert max(int(kept.max()) for kept in sparse.kept.values()) < max(patch.trace.n_kept_at(1)) + labels.shape[1]
+    vtok.unpatch(model)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +196,6 @@ def test_values_out_of_range(options, complaint):
 
 def test_methods_in_the_same_layers_are_refused():
     model, inputs, labels = given("llava_next")
-    vtok.patch(model, "fastv")
-    with lemo.sparsify(model, 0.5, block=BLOCK, layers=[1]), pytest.raises(vtok.errors.Unsupported, match="same"):
-        learned(model, inputs, labels)
+    with vtok.patch(model, "fastv"), lemo.sparsify(model, 0.5, block=BLOCK, layers=[1]):
+        with pytest.raises(vtok.errors.Unsupported, match="same"):
+            learned(model, inputs, labels)

@@ -59,6 +59,8 @@ def test_a_sharded_model(mesh, family, method, order):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5)
     texts = [model.generate(**inputs, max_new_tokens=4, do_sample=False) for model in (whole, sharded)]
     assert torch.equal(*texts)
+    for model in (whole, sharded):  # and not whenever they are collected: tests look at what patches leave behind
+        vtok.unpatch(model)
 
 
 def test_what_works_on_the_weights_of_neurons_is_patched_first(mesh):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -280,6 +282,11 @@ def _families() -> str:
 def class_of(module: nn.Module) -> type:
     """The class that a module was written as: FSDP gives each module that it shards a class of torch's."""
     return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
+def modelling_file(module: nn.Module) -> ModuleType:
+    """The Python file in which a module's class is written."""
+    return sys.modules[class_of(module).__module__]
 
 
 def find(model: nn.Module) -> tuple[nn.Module, Adapter]:

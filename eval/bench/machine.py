@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 def describe(device: str, dtype: str) -> dict[str, str]:
@@ -89,6 +90,23 @@ class PeakMemory:
         if self.before is None:
             return None
         return (torch.cuda.max_memory_allocated() if self.cuda else _resident("VmHWM")) - self.before
+
+
+def kept_for_backward(model: nn.Module, work: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes of the tensors that forwards in `work` keep for their backward pass, each storage once, the model's weights
+    left out; and what `work` returned."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = x, storage.nbytes()  # held, so that no other takes its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = work()
+    return sum(size for _, size in kept.values()), result
 
 
 def peak_memory(device: str, work: Callable[[], Any]) -> tuple[int | None, Any]:

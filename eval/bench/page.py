@@ -56,9 +56,13 @@ def _about(run: dict[str, Any]) -> str:
     )
 
 
-def _workload(file: Path, run: dict[str, Any]) -> str:
+def _head(run: dict[str, Any]) -> str:
     title = run["machine"]["workload"]
-    text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n"
+    return f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}"
+
+
+def _workload(file: Path, run: dict[str, Any]) -> str:
+    text = f"{_head(run)}\n"
     for result in run["results"]:
         picture = f"{file.parent.name}/{file.stem}-{result['visual_tokens']}.png"
         dense = result["variants"][DENSE]
@@ -101,8 +105,7 @@ def _kernels(file: Path, run: dict[str, Any]) -> str:
 
 
 def _rl(file: Path, run: dict[str, Any]) -> str:
-    title = run["machine"]["workload"]
-    text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n"
+    text = f"{_head(run)}\n"
     text += (
         "\nMilliseconds, medians; variants take turns. *Of dense*: the median of a step's time over the dense step's "
         "of the same round. *Ideal*: the same of the language model's operations.\n"
@@ -118,8 +121,8 @@ def _rl(file: Path, run: dict[str, Any]) -> str:
 
 
 def _serve(file: Path, run: dict[str, Any]) -> str:
-    title, told = run["machine"]["workload"], run["serve"]
-    text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n\n"
+    told = run["serve"]
+    text = f"{_head(run)}\n\n"
     text += (
         "Two servers take turns; medians of rounds. *First*: seconds to the first token. *Between*: from a token to "
     )
@@ -137,8 +140,7 @@ def _fleet(told: dict[str, Any]) -> str:
 
 
 def _split(file: Path, run: dict[str, Any]) -> str:
-    title = run["machine"]["workload"]
-    text = f"\n## {title[0].upper()}{title[1:]}\n\n{_about(run)}\n\n"
+    text = f"{_head(run)}\n\n"
     text += (
         "One server reads a prompt (*read*, encoder included) and writes its cache into files (*handed over*); another "
         "answers with these, and encodes no picture that lies in whole blocks: *first* to its first token, "

@@ -9,14 +9,13 @@ handed down likewise (vtok/text/decoding), so other models pass through untouche
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 from collections import Counter
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtok.adapter import class_of
+from vtok.adapter import modelling_file
 
 KEYWORD, TREE = "vtok_pass", "vtok_tree"
 _lock = threading.Lock()
@@ -28,7 +27,7 @@ def _wrapper(implementation: str, original):
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
         forward = original
         if forward is None:  # "eager" is not in the registry: each modelling file has its own
-            forward = sys.modules[class_of(module).__module__].eager_attention_forward
+            forward = modelling_file(module).eager_attention_forward
         if (tree := kwargs.pop(TREE, None)) is not None:
             forward = functools.partial(tree, forward)
         if (carried := kwargs.pop(KEYWORD, None)) is None:

@@ -7,14 +7,13 @@ so that rounding does not add up.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtok.adapter import class_of
+from vtok.adapter import modelling_file
 from vtok.engine.cache import CompressedCache, take
 from vtok.errors import Unsupported
 
@@ -39,7 +38,7 @@ def refuse(name: str, config: Any, layers: nn.ModuleList) -> None:
 
 def _turn(attention: nn.Module | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The function by which a family turns queries and keys."""
-    return attention and getattr(sys.modules[class_of(attention).__module__], "apply_rotary_pos_emb", None)
+    return attention and getattr(modelling_file(attention), "apply_rotary_pos_emb", None)
 
 
 def move_up(

@@ -116,6 +116,17 @@ class Payoff:
         """Whether a loss of so much is still within what trying may cost."""
         return self.lost + seconds <= self.slack * (self.clock() - self.began)
 
+    def once(self, share: float, work: Callable[[], None]) -> float | None:
+        """Do what takes about `share` of the prefill's time, where that is affordable. Returns the share that it took;
+        None where it waits."""
+        if not self.affords(share * self.prefill):
+            return None
+        began = self.clock()
+        work()
+        took = self.clock() - began
+        self.spent(took)
+        return took / self.prefill if self.prefill else share
+
     def start(self) -> None:
         """A step begins."""
         self.started = self.clock()

@@ -96,13 +96,8 @@ class Ahead:
             return
         if payoff is None:
             self._start()
-        elif payoff.affords(self.reading.share * payoff.prefill):
-            began = payoff.clock()
-            self._start()
-            took = payoff.clock() - began
-            payoff.spent(took)
-            if payoff.prefill:
-                self.reading.share = took / payoff.prefill
+        elif (share := payoff.once(self.reading.share, self._start)) is not None:
+            self.reading.share = share
 
     def _start(self) -> None:
         self.started = True

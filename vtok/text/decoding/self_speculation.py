@@ -100,11 +100,8 @@ class View(Drafter):
             return
         if payoff is None:
             self._choose()
-        elif payoff.affords(self.learned.choosing * payoff.prefill):
-            began = payoff.clock()
-            self._choose()
-            payoff.spent(payoff.clock() - began)
-            self.learned.choosing = (payoff.clock() - began) / payoff.prefill
+        elif (share := payoff.once(self.learned.choosing, self._choose)) is not None:
+            self.learned.choosing = share
 
     def _choose(self) -> None:
         """Take the part of the prompt's cache that the compressor leaves, and put the answer so far behind it."""
