@@ -196,6 +196,6 @@ def test_values_out_of_range(options, complaint):
 
 def test_methods_in_the_same_layers_are_refused():
     model, inputs, labels = given("llava_next")
-    with vtok.patch(model, "fastv"), lemo.sparsify(model, 0.5, block=BLOCK, layers=[1]):
-        with pytest.raises(vtok.errors.Unsupported, match="same"):
-            learned(model, inputs, labels)
+    sparse = lemo.sparsify(model, 0.5, block=BLOCK, layers=[1])
+    with vtok.patch(model, "fastv"), sparse, pytest.raises(vtok.errors.Unsupported, match="same"):
+        learned(model, inputs, labels)
