@@ -6,7 +6,6 @@ vLLM's processor sees pictures one by one, so ours notes how the tiles of each l
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
@@ -16,11 +15,11 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_t
 from vllm.model_executor.models import interns1 as vllm
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+from vllm.multimodal.processing import PromptUpdateDetails
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vtok.adapters.internvl import tile_grid
-from vtok.serving.processing import CountingProcessor, SaltedInfo
+from vtok.serving.processing import ReplacingProcessor, SaltedInfo
 from vtok.serving.served import OneAxis, keep_rows, of_pictures, reading
 from vtok.serving.settings import Settings
 from vtok.types import Layout
@@ -60,7 +59,7 @@ class Info(SaltedInfo, vllm.InternS1ProcessingInfo):
         return settings.layouts(self.get_hf_config(), "image", {GRIDS: torch.tensor(grids)})
 
 
-class Processor(CountingProcessor, vllm.InternS1MultiModalProcessor):
+class Processor(ReplacingProcessor, vllm.InternS1MultiModalProcessor):
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
         made = super()._apply_hf_processor_main(mm_items, hf_kwargs)
         config = self.info.get_hf_config()
@@ -74,28 +73,13 @@ class Processor(CountingProcessor, vllm.InternS1MultiModalProcessor):
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         return {**fields, GRIDS: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
-    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+    def replacement(self, settings: Settings, update: Any, i: int, item: Any) -> PromptUpdateDetails:
         """vLLM's own, with as many placeholders as tokens stay."""
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        config = self.info.get_hf_config()
-        settings = Settings.of(config)
-        if settings is None:
-            return updates
-
-        def shorter(i: int, update: Any) -> PromptUpdateDetails:
-            dense, item = update.replacement(i).full, out_mm_kwargs[update.modality][i]
-            (placeholder,) = update.target
-            runs = 1 if update.modality == "image" else int(item["video_num_patches"].data)
-            kept = settings.kept_rows(config, update.modality, item) // runs
-            made = list(cut_runs(dense, placeholder, kept))
-            return PromptUpdateDetails.select_token_id(made, placeholder)
-
-        return [
-            PromptReplacement(
-                modality=update.modality, target=update.target, replacement=partial(shorter, update=update)
-            )
-            for update in updates
-        ]
+        (placeholder,) = update.target
+        runs = 1 if update.modality == "image" else int(item["video_num_patches"].data)
+        kept = settings.kept_rows(self.info.get_hf_config(), update.modality, item) // runs
+        made = list(cut_runs(update.replacement(i).full, placeholder, kept))
+        return PromptUpdateDetails.select_token_id(made, placeholder)
 
 
 def cut_runs(tokens: Iterable[int], which: int, kept: int) -> Iterable[int]:

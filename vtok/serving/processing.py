@@ -6,9 +6,10 @@ compresses if and only if these classes run, and counting here counts it all.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from vtok.errors import InvalidValue
@@ -60,6 +61,28 @@ class CountingProcessor:
                 _counter().labels("dense", modality).inc(dense)
                 _counter().labels("kept", modality).inc(kept)
         return made
+
+
+class ReplacingProcessor(CountingProcessor, ABC):
+    """Ahead of a processor whose placeholders do not go by the counts of its processing info alone: it is told of the
+    pictures and clips that were made."""
+
+    @abstractmethod
+    def replacement(self, settings: Settings, update: Any, i: int, item: Any) -> Any:
+        """What stands for the i-th picture or clip, `item`, in vLLM's `update` of the prompt."""
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        from vllm.multimodal.processing import PromptReplacement
+
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        settings = Settings.of(self.info.get_hf_config())
+        if settings is None:
+            return updates
+        made = lambda i, update: self.replacement(settings, update, i, out_mm_kwargs[update.modality][i])
+        return [
+            PromptReplacement(modality=update.modality, target=update.target, replacement=partial(made, update=update))
+            for update in updates
+        ]
 
 
 def check_prompt(prompt: Any, counts: Mapping[str, int], config: Any) -> None:

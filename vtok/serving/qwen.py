@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import PlaceholderRange
-from vllm.multimodal.processing import PromptReplacement
 
 from vtok.serving.positions import Run, base_of, dense_prompt
-from vtok.serving.processing import CountingProcessor, SaltedInfo
+from vtok.serving.processing import ReplacingProcessor, SaltedInfo
 from vtok.serving.served import Served, keep_rows
 from vtok.serving.settings import Settings
 from vtok.types import Layout
@@ -55,30 +53,13 @@ def layout_of(settings: Settings, config: Any, modality: str, frames: int, size:
     return settings.layouts(config, modality, {f"{modality}_grid_thw": grid})[0]
 
 
-class ProcessorOfQwen(CountingProcessor):
+class ProcessorOfQwen(ReplacingProcessor):
     """As many placeholders as tokens stay."""
 
-    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        config = self.info.get_hf_config()
-        settings = Settings.of(config)
-        if settings is None:
-            return updates
-
-        def placeholders(i: int, modality: str, token: int) -> list[int]:
-            item = out_mm_kwargs[modality][i]
-            return [token] * (settings.kept_rows(config, modality, item) + self.between(modality, item))
-
-        return [
-            PromptReplacement(
-                modality=update.modality,
-                target=update.target,
-                replacement=partial(
-                    placeholders, modality=update.modality, token=getattr(config, f"{update.modality}_token_id")
-                ),
-            )
-            for update in updates
-        ]
+    def replacement(self, settings: Settings, update: Any, i: int, item: Any) -> list[int]:
+        config, modality = self.info.get_hf_config(), update.modality
+        count = settings.kept_rows(config, modality, item) + self.between(modality, item)
+        return [getattr(config, f"{modality}_token_id")] * count
 
     def between(self, modality: str, item: Any) -> int:
         """How many tokens of text stand between the placeholders of a picture or clip."""
