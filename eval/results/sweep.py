@@ -76,17 +76,22 @@ def run_cell(
     """Ask about this process's share of the items that are not answered yet; append a line for each to its file."""
     done = read(path)
     own = path if share.world == 1 else path.with_suffix(f".{share.rank}{path.suffix}")
+    mine = items[share.rank :: share.world]
+    left = [item for item in mine if item.index not in done]
+    for _ in range(len(mine) - len(left)):
+        step()
+    if not left:  # to make the model as wanted may cost more than to ask it
+        return
     with _as_wanted(cell, model, processor, items, instruction) as spared:
-        for item in items[share.rank :: share.world]:
-            if item.index not in done:
-                began = time.perf_counter()
-                said = say(model, processor, item, instruction)
-                line: dict[str, Any] = {"item": item.index, "seconds": time.perf_counter() - began}
-                line["answers"] = [[q.category, q.answer, one.text] for q, one in zip(item.questions, said)]
-                line["right"] = [task.score(q.answer, one.text) for q, one in zip(item.questions, said)]
-                line["logprobs"] = [one.logprob for one in said]
-                with own.open("a") as file:
-                    file.write(json.dumps(line | spared(item)) + "\n")
+        for item in left:
+            began = time.perf_counter()
+            said = say(model, processor, item, instruction)
+            line: dict[str, Any] = {"item": item.index, "seconds": time.perf_counter() - began}
+            line["answers"] = [[q.category, q.answer, one.text] for q, one in zip(item.questions, said)]
+            line["right"] = [task.score(q.answer, one.text) for q, one in zip(item.questions, said)]
+            line["logprobs"] = [one.logprob for one in said]
+            with own.open("a") as file:
+                file.write(json.dumps(line | spared(item)) + "\n")
             step()
 
 
@@ -114,6 +119,14 @@ def _traced(trace: Trace) -> dict[str, Any]:
         "cache": trace.kv_bytes()["compressed"] / trace.kv_bytes()["dense"],
         "flops": sums["compressed"] / sums["dense"],
     }
+
+
+def _refusal(cell: Cell, model: Any, processor: Any, items: Sequence[Item], out: Path) -> str | None:
+    """Why a cell cannot be asked, or None."""
+    if cell.method != OWN_LIMIT:
+        return cell.refusal(model)
+    answered = len(read(out / cell.file)) >= len(items)  # to fit a limit takes all items
+    return None if answered else own_limit.refusal(model, processor, items, cell.budget)
 
 
 def untouched(cell: Cell, lines: dict[int, dict[str, Any]]) -> int:
@@ -195,12 +208,7 @@ def run(
     about = _claim(model, name, task, out, instruction)
     items = list(task.held_out(count))
     asked = cells(methods, budgets, task.media != "text")
-    reasons = {
-        cell: own_limit.refusal(model, processor, items, cell.budget)
-        if cell.method == OWN_LIMIT
-        else cell.refusal(model)
-        for cell in asked
-    }
+    reasons = {cell: _refusal(cell, model, processor, items, out) for cell in asked}
     wanted = [cell for cell, reason in reasons.items() if reason is None]
     if share.rank == 0:
         (out / "about.json").write_text(json.dumps(about) + "\n")
