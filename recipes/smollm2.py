@@ -238,7 +238,7 @@ def train(
         ),
         loop.Stage(
             "questions", settings.steps, settings.parts, tuned, data[1],
-            partial(question_loss, settings=settings, **known), partial(recipe.accuracy, family, net, held), 100,
+            partial(question_loss, settings=settings, **known), partial(recipe.accuracy, family, net, held), 200,
         ),
     ]  # fmt: skip
     how = partial(optimisers, settings=settings), partial(recipe.rate, recipe=settings)
