@@ -34,6 +34,6 @@ def softmax_rows(query: Tensor, key: Tensor, rows: Tensor, scaling: float, valid
     chosen = query.gather(2, index).float()  # [B, H, R, d]
     chosen = chosen.view(batch, groups, -1, width)  # heads of one group share their keys: [B, Hkv, H/Hkv * R, d]
     with torch.autocast(key.device.type, enabled=False):
-        logits = (chosen @ key.float().transpose(2, 3)).view(batch, heads, rows.shape[1], length) * scaling
+        logits = (chosen @ key.float().transpose(2, 3)).mul_(scaling).view(batch, heads, rows.shape[1], length)
     seen = valid[:, None, :] & (torch.arange(length, device=key.device) <= rows[..., None])  # [B, R, L]
-    return logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    return logits.masked_fill_(~seen[:, None], -torch.inf).softmax(-1)  # in place: memory is what takes time here

@@ -1,6 +1,7 @@
 """Decoding with drafts gives what plain `generate` gives; trees, caches, processors, sampling, and when drafts stop."""
 
 import itertools
+import math
 import threading
 from types import SimpleNamespace
 
@@ -449,7 +450,7 @@ def test_placeholders_are_not_drafted():
 def test_the_prompt_teaches():
     """Behind a token comes what followed it at its last place in the prompt, then what the model found likely there."""
     model, hot = text_model(), decoder(seed=5)
-    model.generate(prompt(), max_new_tokens=1, do_sample=False, custom_generate=hot)
+    model.generate(prompt(), max_new_tokens=2, do_sample=False, custom_generate=hot)
     with torch.no_grad():
         best = model(prompt()).logits[0].topk(8, -1).indices.tolist()
     tokens, rows = prompt()[0].tolist(), hot._learned.table.rows.tolist()
@@ -459,7 +460,7 @@ def test_the_prompt_teaches():
         real = tokens[place + 1 : place + 2]
         expected = [*real, *(other for other in known if other not in real)]
         assert rows[token] == (expected + [-1] * 8)[:8]
-    assert sum(row[0] >= 0 for row in rows) == 12
+    assert sum(row[0] >= 0 for row in rows) == 13  # and the answer's first token
 
 
 def test_a_prompt_puts_what_follows_first():
@@ -507,6 +508,37 @@ def test_drafts_that_do_not_pay_are_switched_off():
     for a, b, rate in itertools.product((1.0, 0.01), (2.0, 0.5), (0.0, 0.2, 0.4)):
         time, _ = simulate(a, b * a, rate)
         assert time < 1.05, (a, b, rate, time)
+
+
+def test_what_is_wrongly_believed_in_is_switched_off():
+    """A former call accepted all drafts, this one accepts none: what it loses counts, whatever was expected."""
+    payoff, cost = Payoff(clock=Clock()), {0: 1.0, 8: 2.0}
+    payoff.begin()
+    tokens = 100
+    for step in range(2 * tokens):
+        payoff.start()
+        drafts = payoff.choose([(8, 8.0)] if step < tokens else [(8, 4.0)])
+        payoff.clock.now += cost[drafts]
+        payoff.stop(drafts, 1 + drafts * (step < tokens))
+        if step == tokens:
+            payoff.begin()
+            began = payoff.clock.now
+    assert payoff.clock.now - began < 1.05 * (tokens - 1)
+
+
+def test_drafts_that_take_long_to_make_are_tried_late():
+    """Half a step each: one is not tried before it would be a loss of 3 %, where one that costs nothing is at once."""
+    for making, first in ((0.5, 0.5625 / 0.03), (0.0, 0.0625 / 0.03)):
+        payoff, steps = Payoff(clock=Clock()), 0
+        payoff.begin()
+        while True:
+            payoff.start()
+            if payoff.choose([(1, 0.5)], making=making):
+                break
+            payoff.clock.now += 1.0
+            payoff.stop(0, 1)
+            steps += 1
+        assert steps == math.ceil(first)
 
 
 def test_drafts_that_pay_are_used():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import kvpress_kept
@@ -276,6 +277,22 @@ def test_kvzip_golden():
     assert best[0, 0, 20:].nonzero().flatten().tolist() == [0, 1, 4, 6, 12]
     even = chosen(score, torch.ones(1, 2, 20, dtype=torch.bool), torch.tensor([[6]]))[0]
     assert [row.nonzero().flatten().tolist() for row in even] == [[0, 1, 5, 7, 13, 14], [0, 1, 4, 6, 12, 15]]
+
+
+def test_kvzip_scores_are_the_best_of_all_rows():
+    """Against the whole matrix: more rows than are in memory at a time, columns that none sees, and padding behind."""
+    groups, queries, length, padding = 2, 150, 260, 70
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, queries, 8), torch.randn(2, groups, length, 8)
+    valid = torch.ones(2, groups, length, dtype=torch.bool)
+    valid[:, :, 2:60] = valid[0, 1, 60:80] = False
+    rows = torch.arange(length - queries, length).repeat(2, 1)
+    rows[1, -padding:], valid[1, :, -padding:] = -1, False
+    seen = replace(seen_of(query, key, 0), valid=valid, rows=rows)
+    logits = query.unflatten(1, (groups, 2)) @ key[:, :, None].transpose(-1, -2) / 8**0.5  # [B, G, H / G, Q, L]
+    sees = valid[:, :, None, None] & (torch.arange(length) <= rows[:, None, None, :, None])
+    attention = logits.masked_fill(~sees, -torch.inf).softmax(-1).nan_to_num(0.0)  # a row of padding sees none
+    torch.testing.assert_close(vtok.KVzip().score(seen), attention.amax((2, 3)), atol=1e-6, rtol=0)
 
 
 def test_h2o_by_hand():

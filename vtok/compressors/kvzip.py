@@ -37,10 +37,15 @@ class KVzip(Rereading):
 
     def score(self, seen: Columns) -> Tensor:
         query, key, rows, valid = seen.apart
+        queries, length = query.shape[2], key.shape[2]
+        repeated = torch.arange(length, device=key.device) >= length - queries
+        used = (valid.any(0) | repeated).nonzero()[:, 0]  # a chunk sees few of a long prompt's columns
+        key, valid, past = key[:, :, used], valid[:, used], len(used) - queries
+        rows = (rows - (length - len(used))).clamp(min=past)  # in the place of padding the first row, once more
         best = torch.zeros(valid.shape, device=key.device)
-        for part in rows.split(BLOCK, 1):
-            held = part.clamp(min=key.shape[2] - query.shape[2])
-            attention = attention_rows(query, key, held, seen.scaling, valid)  # [B * G, H / G, r, L]
-            attention = attention.masked_fill((part < 0)[:, None, :, None], 0.0)
-            best = torch.maximum(best, attention.amax((1, 2)))
-        return best.view(seen.valid.shape)
+        for start in range(0, queries, BLOCK):
+            end = min(start + BLOCK, queries)
+            there = slice(past + end)  # what is behind the block's last row is not seen by any of it
+            part = query[:, :, :end], key[:, :, there], rows[:, start:end], seen.scaling, valid[:, there]
+            best[:, there] = torch.maximum(best[:, there], attention_rows(*part).amax((1, 2)))
+        return best.new_zeros(len(best), length).index_copy(1, used, best).view(seen.valid.shape)

@@ -182,6 +182,7 @@ class Growing(Drafter):
         self.how, self.ahead, self.chance, self.accepted = how, ahead, chance, how._accepted
         self.p: dict[int, Tensor] = {}
         self.asked = 0
+        self.making = ahead.step
 
     def prepare(self, payoff: Payoff | None) -> None:
         self.ahead.prepare(payoff)

@@ -67,6 +67,7 @@ class Drafter(ABC):
     """Drafts for one call of `generate`."""
 
     kind: str = ""  # of what is on offer: drafts of one kind take one time each
+    making: float = 0.0  # what it takes to make a draft, about, in plain steps
 
     def prepare(self, payoff: Payoff | None) -> None:
         """Before each step: what costs time once may be done now, if payoff affords it, or is None."""
@@ -219,7 +220,10 @@ class Run:
         ids = self.target.ids
         room = self.max_length - ids.shape[1] - 1  # drafts that may be emitted before the last token
         sizes = drafter.sizes() if room > 0 else []
-        nodes = self.payoff.choose(sizes, drafter.kind) if self.decoder.adapt else max((n for n, _ in sizes), default=0)
+        if self.decoder.adapt:
+            nodes = self.payoff.choose(sizes, drafter.kind, drafter.making)
+        else:
+            nodes = max((n for n, _ in sizes), default=0)
         return drafter.draft(ids, room, nodes).upto(room) if nodes else self._root()
 
     def _root(self) -> Tree:

@@ -68,6 +68,8 @@ class Payoff:
         self.known: dict[str, dict[int, float]] = {}  # the same of former calls, in plain steps
         self.since_plain = 0
         self.began = self.lost = self.prefill = 0.0
+        self.hope = 0.0  # how many of the drafts that were chosen last are expected to be accepted
+        self.hoped = self.accepted = 0.0  # of the drafts in this call, old steps less and less
 
     def begin(self) -> None:
         """A call of `generate` begins. Former calls were of other lengths: of their times only ratios are taken on."""
@@ -76,6 +78,7 @@ class Payoff:
         self.plain.clear()
         self.drafted.clear()
         self.began, self.lost = self.clock(), 0.0
+        self.hoped = self.accepted = 0.0
 
     def prefilled(self) -> None:
         """The prefill is done."""
@@ -96,21 +99,24 @@ class Payoff:
             costs[n] = statistics.median([before, *(seconds / self.step for seconds in times.get(n, ()))])
         return costs
 
-    def choose(self, sizes: Sequence[tuple[int, float]], kind: str = "") -> int:
+    def choose(self, sizes: Sequence[tuple[int, float]], kind: str = "", making: float = 0.0) -> int:
         """How many drafts to check now, 0 for none.
 
         sizes: (drafts, how many of them are expected to be accepted), of what can be had. kind: those of one kind take
-        one time each."""
+        one time each. making: what it takes to make one draft, about, in plain steps."""
         if len(self.plain) < (1 if self.known else 2) or self.since_plain >= AGAIN or not sizes:
             return 0
         costs = self.costs(kind)
-        taken = {n: costs[n] if n in costs else guess(n, costs) for n, _ in sizes}
-        gains = sorted(((1 + accepted) / taken[n], n) for n, accepted in sizes)
-        for gain, n in reversed(gains):
-            if gain > 1 and (n in costs or self.affords((taken[n] - 1) * self.step)):
-                return n
+        taken = {n: costs[n] if n in costs else guess(n, costs) + (0.0 if costs else n * making) for n, _ in sizes}
+        right = min(1.0, (self.accepted + TRUST) / (self.hoped + TRUST))  # of what is expected: texts differ
+        gains = [((1 + right * accepted) / taken[n], n) for n, accepted in sizes]
+        sure = max((taken[n] for gain, n in gains if gain > 1 and n in costs), default=1.0)  # to try more costs less
+        affordable = lambda n: self.affords((taken[n] - sure) * self.step)
+        pay = [(gain, n) for gain, n in gains if gain > 1 and (n in costs or affordable(n))]
         trial = min(taken)
-        return trial if self.affords((taken[trial] - 1) * self.step) else 0
+        best = max(pay)[1] if pay else trial if affordable(trial) else 0
+        self.hope = dict(sizes).get(best, 0.0)
+        return best
 
     def affords(self, seconds: float) -> bool:
         """Whether a loss of so much is still within what trying may cost."""
@@ -140,6 +146,8 @@ class Payoff:
             return
         self.drafted.setdefault(kind, {}).setdefault(drafts, deque(maxlen=STEPS)).append(seconds)
         self.since_plain += 1
+        self.hoped = FORGET * self.hoped + self.hope
+        self.accepted = FORGET * self.accepted + emitted - 1
         if self.plain:  # gains pay losses back, and are not saved up
             self.lost = max(0.0, self.lost + seconds - emitted * self.step)
 

@@ -6,8 +6,6 @@ of several float32 rows go to a library that prepares the weights first. oneDNN'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,19 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-@contextmanager
-def quick_products(model: nn.Module) -> Iterator[None]:
-    """Within, products of several rows with plain float32 weights on a CPU are oneDNN's, elsewhere what they were. They
-    are rounded otherwise, as those of more rows ever are; a single row's stay bit for bit. Layers whose forward is
-    replaced already keep theirs."""
-    found = [module for module in model.modules() if type(module) is nn.Linear and _plain(module)]
-    for module in found:
-        module.forward = partial(product, module)
-    try:
-        yield
-    finally:
-        for module in found:
-            vars(module).pop("forward", None)  # another thread may have been here, too
+class QuickProducts:
+    """Within it, products of several rows with a model's plain float32 weights on a CPU are oneDNN's, elsewhere what
+    they were. They are rounded otherwise, as those of more rows ever are; a single row's stay bit for bit. Layers whose
+    forward is replaced already keep theirs. It may be entered again and again, which takes little time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [module for module in model.modules() if type(module) is nn.Linear and _plain(module)]
+        self.forwards = [(vars(module), partial(product, module)) for module in found]
+
+    def __enter__(self) -> None:
+        for held, forward in self.forwards:
+            held.setdefault("forward", forward)
+
+    def __exit__(self, *error: object) -> None:
+        for held, forward in self.forwards:
+            if held.get("forward") is forward:  # another thread may have been here, too
+                held.pop("forward", None)
 
 
 def _plain(module: nn.Linear) -> bool:

@@ -87,6 +87,7 @@ class Ahead:
         self.prompt, self.reading = self.own.ids.shape[1], reading
         if reading.share is None:
             reading.share = weights(model) / weights(target.model)
+        self.step = weights(model, head=True) / weights(target.model, head=True)  # of one, in the target's
         banned = torch.tensor(sorted(placeholders(model.config) | target.placeholders), dtype=torch.long)
         self.vocabulary, self.banned = vocabulary, banned[banned < vocabulary].to(self.device)
 
@@ -141,9 +142,10 @@ class Ahead:
         return torch.where(none, 0.0, logits).index_fill(1, self.banned, -torch.inf).softmax(-1)
 
 
-def weights(model: nn.Module) -> int:
-    """How many of a model's weights work on each token of a prompt."""
-    return sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
+def weights(model: nn.Module, head: bool = False) -> int:
+    """How many of a model's weights work on each token of a prompt; with the `head`, of an answer."""
+    layers = sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
+    return layers + (model.get_output_embeddings().weight.numel() if head else 0)
 
 
 class Accepted:

@@ -70,6 +70,7 @@ class Chains(Drafter):
         self.ahead, self.chains, self.length, self.chance, self.rates = ahead, chains, length, chance, rates
         self.nodes: list[list[int]] = []
         self.p: dict[int, Tensor] = {}
+        self.making = ahead.step / chains
 
     def prepare(self, payoff: Payoff | None) -> None:
         self.ahead.prepare(payoff)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from vtok.engine.probe import TREE
 from vtok.errors import Unsupported
 from vtok.patching import patches_on
 from vtok.text.decoding.attention import TreeAttention
-from vtok.text.decoding.products import quick_products
+from vtok.text.decoding.products import QuickProducts
 from vtok.text.decoding.tree import Tree, Verdict
 
 MASKED = ("sdpa", "eager")  # attention implementations that take a 4-D mask
@@ -47,7 +47,9 @@ class Target:
         self.model, self.ids, self.config, self.kwargs, self.given = model, ids, config, kwargs, given or {}
         self.placeholders, self.processors = placeholders(model.config), LogitsProcessorList()
         self.prompt: Tensor | None = None  # [R, D] hidden states of the last tokens of the prompt
+        self.prompt_length = ids.shape[1]
         self._outputs: Any = None
+        self._products: AbstractContextManager = nullcontext()  # of a check
         parameters = inspect.signature(model.forward).parameters.values()
         self.hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters)  # keywords that it does not know
         refuse_model(model)
@@ -62,10 +64,11 @@ class Target:
         """Within, trees are checked with an attention and with products of their own where these are quicker."""
         implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
         probe.acquire(implementation)
+        self._products = QuickProducts(self.model)
         try:
-            with quick_products(self.model):
-                yield
+            yield
         finally:
+            self._products = nullcontext()
             probe.release(implementation)
 
     def prefill(self, rows: int = 0) -> Tensor:
@@ -89,9 +92,8 @@ class Target:
         Pictures are left out."""
         if self.prompt is None:
             return
-        head = self.model.get_output_embeddings()
-        length = min(len(self.prompt), self.ids.shape[1])
-        tokens = self.ids[0, -length:].tolist()
+        head, length = self.model.get_output_embeddings(), min(len(self.prompt), self.prompt_length)
+        tokens = self.ids[0, self.prompt_length - length : self.prompt_length].tolist()
         rows = [i for i, token in enumerate(tokens) if token not in self.placeholders]
         for start in range(0, len(rows), CHUNK):
             some = rows[start : start + CHUNK]
@@ -122,7 +124,8 @@ class Target:
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
             embeds[0, tokens < 0] = tree.embeds.to(embeds.dtype)
             inputs |= {"input_ids": None, "inputs_embeds": embeds}
-        self._outputs = self.model(**inputs, return_dict=True)
+        with self._products if n > 1 else nullcontext():
+            self._outputs = self.model(**inputs, return_dict=True)
         return self._outputs.logits[0, -n:]
 
     def _mask(self, tree: Tree) -> Tensor:

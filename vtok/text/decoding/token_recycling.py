@@ -15,6 +15,8 @@ from vtok import options
 from vtok.errors import InvalidValue, Unsupported
 from vtok.options import AtLeast0, AtLeast1
 from vtok.text.decoding.loop import Decoder, Drafter, Running
+from vtok.text.decoding.payoff import Payoff
+from vtok.text.decoding.second import weights
 from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Shape, Tree, Verdict, shape
 
@@ -151,7 +153,7 @@ class TokenRecycling(Decoder):
     k: how many followers are remembered of a token.
     nodes: at most so many drafts a step, those of the template that were accepted most often.
     seed: of how many of the prompt's last tokens the likely followers are remembered too, which takes as many rows of
-        the output head; 0 for nothing of the prompt at all.
+        the output head; 0 for nothing of the prompt at all. With `adapt` it waits until that is little.
     adapt: whether the number of drafts follows from measured times, down to none where drafts do not pay. False checks
         `nodes` at each step.
     Differs from the paper: `seed` and `adapt`; the table has the followers of pairs of tokens too, of the latest
@@ -183,12 +185,7 @@ class TokenRecycling(Decoder):
 
     @contextmanager
     def drafting(self, target: Target) -> Iterator[Drafter]:
-        recycler = Recycler(self, target)
-        for tokens, logits in target.prompt_logits():
-            recycler.write(tokens, logits)
-        if self._learned.table is not None and self.seed:
-            self._learned.table.follow(target.ids[0].tolist(), target.placeholders)
-        yield recycler
+        yield Recycler(self, target)
 
 
 class Recycler(Drafter):
@@ -204,6 +201,37 @@ class Recycler(Drafter):
         self.before = int(target.ids[0, -2]) if target.ids.shape[1] > 1 else NONE
         self.found: dict[int, int] = {}
         self.places: list[int] = [0]
+        self.unread = [self.follow, self.read] if decoder.seed else []  # what of the prompt is not learned yet
+
+    def prepare(self, payoff: Payoff | None) -> None:
+        """Learn from the prompt: what stands in it, then what was likely in it. The latter takes rows of the head, and
+        waits until that is little."""
+        while self.unread:
+            work = self.unread[0]
+            share = self.share if work == self.read else 0.0
+            if payoff is None:
+                work()
+            elif payoff.once(share, work) is None:
+                return
+            del self.unread[0]
+
+    @property
+    def share(self) -> float:
+        """About how much of the prefill's time `read` takes."""
+        model, rows = self.target.model, 0 if self.target.prompt is None else len(self.target.prompt)
+        head = model.get_output_embeddings().weight.numel()
+        return rows * head / (max(1, self.target.prompt_length) * weights(model))
+
+    def follow(self) -> None:
+        """Learn what stands in the text so far."""
+        if self.learned.table is not None:
+            self.learned.table.follow(self.target.ids[0].tolist(), self.target.placeholders)
+
+    def read(self) -> None:
+        """Learn what was likely behind the prompt's tokens."""
+        for tokens, logits in self.target.prompt_logits():
+            self.write(tokens, logits)
+        self.follow()  # what really followed comes first
 
     def sizes(self) -> list[tuple[int, float]]:
         if self.learned.table is None:
