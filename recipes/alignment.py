@@ -1,7 +1,7 @@
 """The page of losses: preference losses against DPO at equal steps, on a bundled model that sees and on SmolLM2.
 
     python -m recipes.alignment run --out docs/training/alignment.json [--minutes 11]     # again to go on
-    python -m recipes.alignment run --setting records --out docs/training/records.json --keeps 1 --lrs 0.001,0.0003
+    python -m recipes.alignment run --setting records --out docs/training/records.json --keeps 1 --lrs 0.0003,0.0001
     python -m recipes.alignment table --out docs/training/alignment.json
 
 The models and their pairs are in `recipes.pairs`. Trained are LoRA adapters of the decoder. Measured are held-out
