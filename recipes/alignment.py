@@ -1,16 +1,16 @@
-"""The page of losses: every preference loss against DPO at equal steps, on a bundled model that sees.
+"""The page of losses: preference losses against DPO at equal steps, on a bundled model that sees and on SmolLM2.
 
     python -m recipes.alignment run --out docs/training/alignment.json [--minutes 11]     # again to go on
+    python -m recipes.alignment run --setting records --out docs/training/records.json --keeps 1 --lrs 0.0003,0.0001
     python -m recipes.alignment table --out docs/training/alignment.json
 
-Pairs come from the offline tasks: the right answer to a question about a picture, and a wrong one, which is the model's
-own where it errs. Trained are LoRA adapters of the decoder. Measured are held-out questions of the categories that were
-trained and of others, and on held-out pairs the order, the margin and the KL to the model before.
+The models and their pairs are in `recipes.pairs`. Trained are LoRA adapters of the decoder. Measured are held-out
+questions like those that were trained, what else the model could (other questions, or the loss of English prose), and
+on held-out pairs the order, the margin and the KL to the model before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import tempfile
@@ -19,7 +19,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,12 +30,11 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from trl import SFTConfig
 
-import vtok
-from vtok import zoo
+from recipes.pairs import LORA, QUIET, SEED, SETTINGS, prose, task
+from vtok.errors import UnknownName
 from vtok.eval.bench import machine
 from vtok.eval.bench.resume import begun
 from vtok.eval.results.statistics import Number, redrawn
@@ -52,133 +51,78 @@ from vtok.rl.scores import contrast, critical
 from vtok.rl.supervised import IFT, AlignDistil
 from vtok.text.align.stats import token_stats
 
-NAME, SEED = "vtok-tiny-qwen2.5-vl", 77  # a seed that the model was not trained with
-TRAINED = {"scenes": ("count", "digit", "reading"), "existence": ("adversarial",)}
-OTHER = {"scenes": ("colour", "shape", "position", "trend"), "charts": None, "video": None}  # None: all categories
-Categories = tuple[str, ...] | None
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": r".*language_model.*(q|k|v|o|gate|up|down)_proj"}
-QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "logging_strategy": "no",
-}
-
 app = typer.Typer(help=__doc__)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """beta: of all losses but LOGO and SimPO. held_out: items a task. pairs: held-out ones, a category."""
+    """beta: of all losses but LOGO and SimPO. held_out: items a task. pairs: held-out ones."""
 
+    setting: str = "pictures"
     steps: int = 40
     batch: int = 4
-    lr: float = 3e-3
     beta: float = 0.1
     held_out: int = 60
-    pairs: int = 12
+    pairs: int = 48
 
 
-# ---- pairs -----------------------------------------------------------------------------------------------------------
-def questions(split: str, each: int) -> Iterator[tuple[offline.Item, offline.Question]]:
-    """The first so many of each trained category, categories taking turns, one question a picture."""
-    found: dict[str, list] = defaultdict(list)
-    for name, categories in TRAINED.items():
-        task, index = offline.get(name), itertools.count()
-        while any(len(found[c]) < each for c in categories):
-            item = task.item(split, SEED, next(index))
-            open_ = [q for q in item.questions if q.category in categories and len(found[q.category]) < each]
-            if open_:
-                q = min(open_, key=lambda q: len(found[q.category]))
-                found[q.category].append((item, q))
-    yield from itertools.chain.from_iterable(zip(*found.values()))
-
-
-def pairs(model: nn.Module, processor: Any, split: str, each: int) -> Dataset:
-    """Rows of a question, the right answer, a wrong one, and another wrong one if the category has it."""
-    rng = np.random.default_rng((SEED, each))
-    asked = list(questions(split, each))
-    answers: dict[str, set[str]] = defaultdict(set)
-    for item, _ in asked:
-        for q in item.questions:
-            answers[q.category].add(q.answer)
-    says = lambda role, text: [{"role": role, "content": text}]
-    heard = own_answers(model, processor, [ask(q.text, *item.images) for item, q in asked], tokens=6, together=24)
-    rows = []
-    for (item, q), said in zip(asked, heard, strict=True):
-        own = offline.normal(said) != offline.normal(q.answer)
-        others = rng.permutation(sorted(answers[q.category] - {q.answer, said})).tolist()
-        wrong = [*([said] if own else []), *others][:2]
-        row = {"prompt": says("user", q.text), "chosen": says("assistant", q.answer), "image": item.images[0]}
-        row |= {"rejected": says("assistant", wrong[0]), "rejected_2": says("assistant", wrong[-1]), "own": own}
-        rows.append(row)
-    return Dataset.from_list(rows)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
-FEATURES: dict[bytes, torch.Tensor] = {}  # of each picture that a tower has seen
-
-
-def see_once(tower: nn.Module) -> None:
-    """Let Qwen's tower, which nothing trains, look at a picture once: a pair shows it four times a step."""
-    forward, size = tower.forward, tower.spatial_merge_size**2
-
-    def remembered(pixels: torch.Tensor, grid_thw: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        parts = pixels.split(grid_thw.prod(1).tolist())
-        names = [hashlib.blake2b(part.numpy().tobytes()).digest() for part in parts]
-        new = {name: i for i, name in enumerate(names) if name not in FEATURES}
-        if new:
-            with torch.inference_mode(False), torch.no_grad():
-                some = grid_thw[[*new.values()]].clone()
-                made = forward(torch.cat([parts[i] for i in new.values()]), grid_thw=some).pooler_output
-            FEATURES.update(zip(new, made.split((some.prod(1) // size).tolist())))
-        return BaseModelOutputWithPooling(pooler_output=torch.cat([FEATURES[name] for name in names]))
-
-    tower.forward = remembered
+ASKED = {"pictures": Asked(), "records": Asked("records", steps=16, batch=2, held_out=48, pairs=16)}
 
 
 # ---- one keep: the model, its pairs, and what losses need beside them ------------------------------------------------
-class Place:
-    """A keep's model and pairs, and what teachers made of them, which is done once and kept in the folder `work`."""
+@cache
+def prepared(keep: float, asked: Asked, work: Path) -> tuple[Any, Dataset, Dataset]:
+    """The processor, and the pairs to train on and to hold out, which the model makes once."""
+    setting, found = SETTINGS[asked.setting], []
+    model, processor = setting.load(keep, work)
+    for split, count in {"train": asked.steps * asked.batch, "val": asked.pairs}.items():
+        folder = work / f"{split}-{count}-{keep:g}"
+        if not folder.exists():
+            setting.pairs(model, processor, split, count).save_to_disk(folder)
+        found.append(Dataset.load_from_disk(folder))
+    return processor, *found
 
-    def __init__(self, keep: float, asked: Asked, work: Path) -> None:
-        self.keep, self.asked, self.work = keep, asked, work
-        model, self.processor = self.loaded()
-        self.train = pairs(model, self.processor, "train", asked.steps * asked.batch // 4)
-        self.val = pairs(model, self.processor, "val", asked.pairs)
+
+class Place:
+    """A keep's and a learning rate's model and pairs, and what teachers made of them, which is done once and kept in
+    the folder `work`."""
+
+    def __init__(self, keep: float, lr: float, asked: Asked, work: Path) -> None:
+        self.keep, self.lr, self.asked, self.work = keep, lr, asked, work / asked.setting
+        self.setting = SETTINGS[asked.setting]
+        self.processor, self.train, self.val = prepared(keep, asked, self.work)
         self.collator = PairCollator(self.processor, phrases="all")
 
-    def loaded(self) -> tuple[nn.Module, Any]:
-        model, processor = zoo.load(NAME)
-        see_once(model.model.visual)
-        if self.keep < 1:
-            vtok.patch(model, "divprune", keep=self.keep)
-        return model, processor
+    def loaded(self) -> nn.Module:
+        return self.setting.load(self.keep, self.work)[0]
+
+    @property
+    def adapter(self) -> LoraConfig:
+        return LoraConfig(target_modules=self.setting.lora, **LORA)
 
     def policy(self, seed: int) -> nn.Module:
         set_seed(seed)
-        return get_peft_model(self.loaded()[0], LoraConfig(**LORA)).eval()
+        return get_peft_model(self.loaded(), self.adapter).eval()
 
     def by_pairs(self, seed: int, objective: Any, data: Dataset | None = None, **given: Any) -> nn.Module:
         """A policy trained on pairs. given: options of `PreferenceConfig`."""
         set_seed(seed)
         args = PreferenceConfig(tempfile.mkdtemp(), **self._how(seed) | {"beta": self.asked.beta} | given)
         trainer = PreferenceTrainer(
-            self.loaded()[0],
+            self.loaded(),
             args=args,
             train_dataset=self.train if data is None else data,
             processing_class=self.processor,
             objective=objective,
-            peft_config=LoraConfig(**LORA),
+            peft_config=self.adapter,
         )
         trainer.train()
         return trainer.model.eval()
 
     def by_answers(self, seed: int, objective: Any, column: str = "chosen") -> nn.Module:
         """A policy trained on one answer of each pair."""
-        rows = [{"prompt": r["prompt"], "completion": r[column], "images": [r["image"]]} for r in self.train]
+        seen = lambda r: {"images": [r["image"]]} if "image" in r else {}
+        rows = [{"prompt": r["prompt"], "completion": r[column], **seen(r)} for r in self.train]
         trainer = AnswerTrainer(
             self.policy(seed),
             args=SFTConfig(tempfile.mkdtemp(), max_length=None, **self._how(seed)),
@@ -191,13 +135,13 @@ class Place:
 
     def _how(self, seed: int) -> dict[str, Any]:
         how = {"max_steps": self.asked.steps, "per_device_train_batch_size": self.asked.batch, "seed": seed}
-        return QUIET | how | {"learning_rate": self.asked.lr, "gradient_checkpointing": False}
+        return QUIET | how | {"learning_rate": self.lr, "gradient_checkpointing": False}
 
     # ---- made once ---------------------------------------------------------------------------------------------------
     @cached_property
     def contrasted(self) -> Dataset:
         """The pairs with T-REG's scores."""
-        return self._scored("contrast", lambda: contrast(self.loaded()[0], self.collator, self.train))
+        return self._scored("contrast", lambda: contrast(self.loaded(), self.collator, self.train))
 
     @cached_property
     def criticised(self) -> Dataset:
@@ -210,15 +154,15 @@ class Place:
         """By DPO, and by DPO of swapped pairs."""
         made = []
         for name, columns in {"dpo": {}, "swapped": {"chosen": "rejected", "rejected": "chosen"}}.items():
-            folder = self.work / f"{name}-{self.keep:g}"
+            folder = self.work / f"{name}-{self.keep:g}-{self.lr:g}"
             if not folder.exists():
                 data = Dataset.from_list([r | {new: r[old] for new, old in columns.items()} for r in self.train])
                 self.by_pairs(SEED, DPO(), data).save_pretrained(folder)
-            made.append(PeftModel.from_pretrained(self.loaded()[0], folder))
+            made.append(PeftModel.from_pretrained(self.loaded(), folder))
         return made
 
     def _scored(self, name: str, make: Callable[[], Iterable[dict[str, list[float]]]]) -> Dataset:
-        file = self.work / f"{name}-{self.keep:g}.json"
+        file = self.work / f"{name}-{self.keep:g}-{self.lr:g}.json"
         if not file.exists():
             write_json(file, list(make()))
         return Dataset.from_list([row | more for row, more in zip(self.train, json.loads(file.read_text()))])
@@ -246,11 +190,10 @@ BEFORE = "before"
 def measured(place: Place, policy: nn.Module) -> dict[str, Any]:
     """hits: of each group of categories the right answers and the questions of each item, a digit an item. margin, kl:
     of each held-out pair in nats, by how much more than before the right answer is preferred, and the forward KL to the
-    model before, over that answer."""
+    model before, over that answer. prose: of language models, the loss of each passage in nats a token."""
     found: dict[str, Any] = {"hits": {}, "margin": [], "kl": []}
-    for group, some in {"trained": TRAINED, "other": OTHER}.items():
-        tasks = ((offline.get(name), categories) for name, categories in some.items())
-        each = [hits(policy, place.processor, *task, place.asked.held_out) for task in tasks]
+    for group in place.setting.groups:
+        each = [hits(policy, place, *one) for one in held_out(place.asked.setting, group, place.asked.held_out)]
         found["hits"][group] = ["".join(map(str, column)) for column in zip(*itertools.chain(*each))]
     for start in range(0, len(place.val), 8):
         given, _ = for_models(place.collator([place.val[i] for i in range(start, min(start + 8, len(place.val)))]))
@@ -261,14 +204,18 @@ def measured(place: Place, policy: nn.Module) -> dict[str, Any]:
         chosen, rejected = stats.margin.sum(1).view(2, -1)
         found["margin"] += [round(x, 3) for x in (chosen - rejected).tolist()]
         found["kl"] += [round(x, 3) for x in stats.kl.sum(1).view(2, -1)[0].tolist()]
+    if "other" not in place.setting.groups:
+        with torch.no_grad():
+            found["prose"] = [round(policy(ids, labels=ids).loss.item(), 4) for ids in prose(place.processor).split(1)]
     return found
 
 
-def hits(policy: nn.Module, processor: Any, task: offline.Task, categories: Categories, items: int) -> list[list[int]]:
-    """[right, asked] of each of the first held-out items; questions of several go through the model together."""
-    asked = [(item, q) for item in held_out(task.name, categories, items) for q in item.questions]
+def hits(policy: nn.Module, place: Place, task: offline.Task, items: Sequence[offline.Item]) -> list[list[int]]:
+    """[right, asked] of each of these items; questions of several go through the model together."""
+    asked = [(item, q) for item in items for q in item.questions]
     seen = lambda item: [Clip(item.images, item.fps)] if item.media == "video" else item.images
-    said = own_answers(policy, processor, [ask(q.text, *seen(item)) for item, q in asked], tokens=6, together=24)
+    told = [ask(q.text, *seen(item)) for item, q in asked]
+    said = own_answers(policy, place.processor, told, tokens=place.setting.tokens, together=24)
     found: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for (item, q), text in zip(asked, said, strict=True):
         found[item.index][0] += task.score(q.answer, text)
@@ -277,40 +224,53 @@ def hits(policy: nn.Module, processor: Any, task: offline.Task, categories: Cate
 
 
 @cache
-def held_out(name: str, categories: Categories, items: int) -> list[offline.Item]:
-    task = offline.get(name)
-    return list(replace(task, chances={c: task.chances[c] for c in categories or task.categories}).held_out(items))
+def held_out(setting: str, group: str, items: int) -> list[tuple[offline.Task, list[offline.Item]]]:
+    """The tasks of a group and of each the first held-out items, with questions of its categories alone."""
+    made = []
+    for name, categories in SETTINGS[setting].groups[group].items():
+        whole = task(name)
+        some = replace(whole, chances={c: whole.chances[c] for c in categories or whole.categories})
+        made.append((some, list(some.held_out(items))))
+    return made
 
 
-def cells(keeps: Sequence[float], seeds: int) -> Iterator[tuple[float, str, int]]:
-    """(keep, loss, seed): what was before, the first seed of each keep, then the other seeds."""
-    yield from ((keep, BEFORE, 0) for keep in keeps)
+Cell = tuple[float, str, float, int]
+
+
+def cells(losses: Sequence[str], keeps: Sequence[float], lrs: Sequence[float], seeds: int) -> Iterator[Cell]:
+    """(keep, loss, learning rate, seed): what was before, the first seed of each keep, then the other seeds."""
+    yield from ((keep, BEFORE, 0.0, 0) for keep in keeps)
     passes = [(keep, 0) for keep in keeps] + [(keep, seed) for keep in keeps for seed in range(1, seeds)]
-    yield from ((keep, loss, seed) for keep, seed in passes for loss in LOSSES)
+    yield from ((keep, loss, lr, seed) for keep, seed in passes for lr in lrs for loss in losses)
 
 
 @app.command()
 def run(
     out: Annotated[Path, typer.Option(help="JSON file to write, and to go on from.")],
-    work: Annotated[Path, typer.Option(help="Folder for what teachers make.")] = Path("out/alignment"),
+    work: Annotated[Path, typer.Option(help="Folder for what is made once.")] = Path("out/alignment"),
+    setting: Annotated[str, typer.Option(help=f"One of {', '.join(ASKED)}.")] = "pictures",
     keeps: Annotated[str, typer.Option(metavar="X,...", help="Of the visual tokens, by divprune.")] = "1,0.5",
     seeds: int = 3,
     minutes: Annotated[float, typer.Option(help="No training begins later than this.")] = 1e9,
-    lr: Annotated[float, typer.Option(help="Of all losses.")] = Asked.lr,
-    losses: Annotated[str, typer.Option(metavar="NAME,...", help="Left out: all.")] = "",
+    lrs: Annotated[str, typer.Option(metavar="X,...", help="Learning rates.")] = "0.003",
+    losses: Annotated[str, typer.Option(metavar="NAME,...", help="Left out: all of the setting.")] = "",
 ) -> None:
     """Train and measure what `out` has not yet."""
     quiet()
-    asked, started = Asked(lr=lr), time.monotonic()
+    if setting not in ASKED:
+        raise UnknownName(f"No setting is named {setting!r}. There are: {', '.join(ASKED)}.")
+    asked, started = ASKED[setting], time.monotonic()
     result = begun(out, asked, machine.describe("cpu", "float32"))
-    place = cache(partial(Place, asked=asked, work=work))
-    for keep, loss, seed in cells([float(keep) for keep in keeps.split(",")], seeds):
-        name = f"{keep:g} {loss} {seed}"
-        if name in result["rounds"] or (losses and loss not in losses.split(",")):
+    some = losses.split(",") if losses else SETTINGS[setting].losses or [*LOSSES]
+    if unknown := [name for name in some if name not in LOSSES]:
+        raise UnknownName(f"No loss is named {unknown[0]!r}. There are: {', '.join(LOSSES)}.")
+    for keep, loss, lr, seed in cells(some, [*map(float, keeps.split(","))], [*map(float, lrs.split(","))], seeds):
+        name = f"{keep:g} {loss} {lr:g} {seed}"
+        if name in result["rounds"]:
             continue
         if time.monotonic() - started > 60 * minutes:
             return
-        here, began = place(keep), time.process_time()
+        here, began = Place(keep, lr, asked, work), time.process_time()
         policy = here.policy(seed) if loss == BEFORE else LOSSES[loss](here, seed)
         trained = time.process_time() - began
         result["rounds"][name] = measured(here, policy) | {"cpu_seconds": round(trained, 1)}
@@ -327,26 +287,26 @@ def quiet() -> None:
 
 def told(row: dict[str, Any]) -> list[str]:
     """A run in short."""
-    share = lambda group: f"{np.divide(*np.sum(QUANTITIES[group](row), 1)):.3f}"
-    margin = np.array(row["margin"])
-    return [
-        share("trained"),
-        share("other"),
-        f"{(margin > 0).mean():.2f}",
-        f"{margin.mean():.2f}",
-        f"{np.mean(row['kl']):.3f}",
-    ]
+    return [f"{name} {np.divide(*np.sum(get(row), 1)):.3f}" for name, get in quantities(row).items()]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
-HEAD = ["loss", "trained, %", "of seeds", "less DPO", "other, %", "less before", "in order, %", "margin", "KL"]
+HEAD = ["loss", "lr", "trained, %", "of seeds", "less DPO", "other", "less before", "in order, %", "margin", "KL"]
+OTHERS = {"other": "other, %", "prose": "prose, nats"}
+Row = tuple[str, str]  # of the table: a loss, and its learning rate
 QUANTITIES: dict[str, Callable[[dict[str, Any]], Any]] = {  # of a run: [2, items], a sum and what it is a share of
     "trained": lambda row: [[*map(int, digits)] for digits in row["hits"]["trained"]],
     "other": lambda row: [[*map(int, digits)] for digits in row["hits"]["other"]],
+    "prose": lambda row: [row["prose"], np.ones(len(row["prose"]))],
     "order": lambda row: [np.array(row["margin"]) > 0, np.ones(len(row["margin"]))],
     "margin": lambda row: [row["margin"], np.ones(len(row["margin"]))],
     "kl": lambda row: [row["kl"], np.ones(len(row["kl"]))],
 }
+
+
+def quantities(row: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """Those that a run has: of what it was not trained on, other questions or prose."""
+    return {name: get for name, get in QUANTITIES.items() if name != ("other" if "prose" in row else "prose")}
 
 
 def numbers(runs: dict[str, list[dict[str, Any]]], get: Callable[[dict[str, Any]], Any]) -> dict[str, Number]:
@@ -361,30 +321,43 @@ def shown(number: Number, digits: int = 1) -> str:
     return f"{number.at:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def of_keep(result: dict[str, Any], keep: float) -> str:
-    """The table of a keep: means over the seeds that all losses have, with 95 % intervals."""
-    rows: dict[str, dict[str, dict[str, Any]]] = {loss: {} for loss in (BEFORE, *LOSSES)}
-    for name, row in result["rounds"].items():
+def runs_of(result: dict[str, Any], keep: float) -> dict[Row, list[dict[str, Any]]]:
+    """The runs of a keep by loss and learning rate, in the order of `LOSSES`."""
+    found: dict[Row, list[dict[str, Any]]] = defaultdict(list)
+    for name, run in result["rounds"].items():
         first, rest = name.split(" ", 1)
+        loss, lr, _ = rest.rsplit(" ", 2)
         if float(first) == keep:
-            loss, seed = rest.rsplit(" ", 1)
-            rows[loss][seed] = row
-    rows = {loss: some for loss, some in rows.items() if some}
-    seeds = sorted(set.intersection(*(set(some) for loss, some in rows.items() if loss != BEFORE)))
-    runs = {loss: [*some.values()] if loss == BEFORE else [some[seed] for seed in seeds] for loss, some in rows.items()}
-    found = {name: numbers(runs, get) for name, get in QUANTITIES.items()}
-    points = lambda a, b: shown(Number(100 * (a - b).at, 100 * (a - b).draws))
+            found[loss, lr].append(run)
+    order = [BEFORE, *LOSSES]
+    return dict(sorted(found.items(), key=lambda one: (order.index(one[0][0]), -float(one[0][1]))))
+
+
+def dpo_of(runs: dict[Row, list[dict[str, Any]]], beta: float) -> Row:
+    """DPO at the learning rate at which its loss on the held-out pairs is lowest."""
+    loss = lambda row: np.mean([np.logaddexp(0, -beta * np.array(run["margin"])) for run in runs[row]])
+    return min((row for row in runs if row[0] == "DPO"), key=loss)
+
+
+def of_keep(result: dict[str, Any], keep: float) -> str:
+    """The table of a keep: means over the seeds that a row has, with 95 % intervals."""
+    runs = runs_of(result, keep)
+    before, dpo = (BEFORE, "0"), dpo_of(runs, result["asked"]["beta"])
+    found = {name: numbers(runs, get) for name, get in quantities(runs[before][0]).items()}
+    less = lambda a, b, unit=100, digits=1: shown(Number(unit * (a - b).at, unit * (a - b).draws), digits)
+    other, unit, digits = ("other", 100, 1) if "other" in found else ("prose", 1, 3)
     lines = []
-    for loss, some in runs.items():
-        of = {name: each[loss] for name, each in found.items()}
-        each = ", ".join(f"{100 * np.divide(*np.sum(QUANTITIES['trained'](row), 1)):.0f}" for row in some)
-        line = [loss, f"{100 * of['trained'].at:.1f}", each]
-        line += ["" if loss == "DPO" else points(of["trained"], found["trained"]["DPO"]), f"{100 * of['other'].at:.1f}"]
-        if loss != BEFORE:
-            line += [points(of["other"], found["other"][BEFORE]), f"{100 * of['order'].at:.0f}"]
+    for row, some in runs.items():
+        of = {name: each[row] for name, each in found.items()}
+        each = ", ".join(f"{100 * np.divide(*np.sum(QUANTITIES['trained'](run), 1)):.0f}" for run in some)
+        line = [row[0], "" if row == before else row[1], f"{100 * of['trained'].at:.1f}", each]
+        line += ["" if row == dpo else less(of["trained"], found["trained"][dpo])]
+        line += [f"{unit * of[other].at:.{digits}f}"]
+        if row != before:
+            line += [less(of[other], found[other][before], unit, digits), f"{100 * of['order'].at:.0f}"]
             line += [shown(of["margin"], 2), shown(of["kl"], 2)]
         lines.append(line + [""] * (len(HEAD) - len(line)))
-    return table(HEAD, lines)
+    return table([OTHERS[other] if name == "other" else name for name in HEAD], lines)
 
 
 @app.command(name="table")
@@ -392,7 +365,7 @@ def print_table(out: Annotated[Path, typer.Option(help="JSON file of `run`.")]) 
     """The tables of the page, in Markdown."""
     result = json.loads(out.read_text())
     for keep in sorted({float(name.split()[0]) for name in result["rounds"]}, reverse=True):
-        print(f"{100 * keep:g} % of the visual tokens:\n\n{of_keep(result, keep)}\n")
+        print(f"keep={keep:g}:\n\n{of_keep(result, keep)}\n")
 
 
 if __name__ == "__main__":

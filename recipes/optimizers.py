@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 import vtok
-from recipes.alignment import NAME, SEED, quiet, see_once
+from recipes.alignment import quiet
+from recipes.pairs import NAME, SEED, see_once
 from vtok import models, zoo
 from vtok.eval.bench import machine
 from vtok.eval.bench.resume import begun

