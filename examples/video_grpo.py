@@ -18,7 +18,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_utils import get_last_checkpoint
@@ -115,7 +115,9 @@ def main(
     if not any(part._forward_hooks or part._forward_pre_hooks for part in tower.modules()):
         encoded_once(tower, clips)
     out.mkdir(parents=True, exist_ok=True)
-    start = out / "before.json"  # for a run that goes on
+    start, asked = out / "before.json", out / "questions"  # for a run that goes on
+    if not asked.is_dir():
+        questions("train", steps * clips, categories).save_to_disk(asked)
     if not start.is_file():
         start.write_text(json.dumps([asdict(said) for said in tested(model, processor, held_out, categories)]))
     before = [judge.Record(**said) for said in json.loads(start.read_text())]
@@ -141,7 +143,7 @@ def main(
         model,
         right,
         args=args,
-        train_dataset=questions("train", steps * clips, categories),
+        train_dataset=load_from_disk(asked),
         processing_class=processor,
         sampling=Sampling(nframes=FRAMES),
     )
