@@ -286,7 +286,7 @@ def page(result: dict[str, dict[str, Any]]) -> str:
                 refused.setdefault((name, x), []).append(column)
     head = HEAD.format(tokens=TOKENS)
     told = [f"- `{name}`, {', '.join(columns)}: {reason}" for (name, reason), columns in refused.items()]
-    return "\n".join([head, table(["method", "on", *COLUMNS], lines), "", *told, _against_dense(result), ""])
+    return "\n".join([head, table(["method", "on", *COLUMNS], lines), "", *told, "", _against_dense(result), ""])
 
 
 def _shown(x: Any) -> str:
