@@ -27,12 +27,14 @@ import typer
 from datasets import Dataset
 from PIL import Image
 from rich.progress import track
+from scipy.stats import mannwhitneyu
 from torch import nn
 
 import vtok
 from vtok import adapter as adapters
 from vtok import compressor as compressors
 from vtok.errors import VtokError
+from vtok.eval.results.statistics import holm
 from vtok.markdown import table
 
 FAMILIES = ("qwen2_5_vl", "llava_next")  # the first that gives what a method needs
@@ -90,10 +92,10 @@ def said(*texts: str) -> list[list[dict[str, str]]]:
 
 
 # ---- one function a column: the number of a method ------------------------------------------------------------------
-def agreement(dtype: torch.dtype, rollouts: int, family: str, name: str | None) -> float:
-    """The largest |log-probability in the rollout - in the training forward| of sampled tokens, TOKENS a prompt; the
-    median over so many rollouts."""
-    return statistics.median(_agreement(dtype, family, name, seed) for seed in range(rollouts))
+def agreement(dtype: torch.dtype, rollouts: int, family: str, name: str | None) -> list[float]:
+    """The largest |log-probability in the rollout - in the training forward| of sampled tokens, TOKENS a prompt, of
+    each of so many rollouts."""
+    return [_agreement(dtype, family, name, seed) for seed in range(rollouts)]
 
 
 def _agreement(dtype: torch.dtype, family: str, name: str | None, seed: int) -> float:
@@ -242,9 +244,10 @@ def lora(family: str, name: str) -> float:
     return abs(supervised(family, name, max_steps=1)[0] - supervised(family, name, max_steps=1, peft_config=adapter)[0])
 
 
-COLUMNS: dict[str, Callable[..., float]] = {
+HALF = "rollout, bf16"
+COLUMNS: dict[str, Callable[..., float | list[float]]] = {
     "rollout, fp32": partial(agreement, torch.float32, 1),
-    "rollout, bf16": partial(agreement, torch.bfloat16, 5),
+    HALF: partial(agreement, torch.bfloat16, 10),
     "GRPO": grpo,
     "RLOO": rloo,
     "DPO": dpo,
@@ -262,8 +265,8 @@ run on a tiny random model of four decoder layers, fp32 unless said otherwise, o
 `vtok.rl.prepare(trainer)`. Each number is what must be small:
 
 - *rollout*: the largest |log-probability in the rollout - in the training forward| of {tokens} sampled tokens a prompt,
-  over other batches than the rollout's, what the rollout kept being replayed; in bf16 the median of five rollouts.
-  To be compared with the dense model of the same family.
+  over other batches than the rollout's, what the rollout kept being replayed; in bf16 the median of ten rollouts.
+  To be compared with the dense model of the same family, which the last line does.
 - *GRPO*, *RLOO*: |KL to the reference| in the first step, with `beta=0.1`; for GRPO two iterations of a rollout and two
   accumulated batches.
 - *DPO*, *RRPO*: |loss - ln 2| in the first step.
@@ -275,16 +278,34 @@ run on a tiny random model of four decoder layers, fp32 unless said otherwise, o
 def page(result: dict[str, dict[str, Any]]) -> str:
     """The page of all cells, with what was refused below."""
     lines, refused = [], {}
-    shown = lambda x: f"{x:.1e}" if isinstance(x, float) else "" if x is None else "refused"
     for name, row in result.items():
         numbers = [row.get(column) for column in COLUMNS]
-        lines.append([f"`{name}`", row["family"], *map(shown, numbers)])
+        lines.append([f"`{name}`", row["family"], *map(_shown, numbers)])
         for column, x in zip(COLUMNS, numbers):
             if isinstance(x, str):
                 refused.setdefault((name, x), []).append(column)
     head = HEAD.format(tokens=TOKENS)
     told = [f"- `{name}`, {', '.join(columns)}: {reason}" for (name, reason), columns in refused.items()]
-    return "\n".join([head, table(["method", "on", *COLUMNS], lines), "", *told, ""])
+    return "\n".join([head, table(["method", "on", *COLUMNS], lines), "", *told, "", _against_dense(result), ""])
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, list):
+        x = statistics.median(x)
+    return f"{x:.1e}" if isinstance(x, float) else "" if x is None else "refused"
+
+
+def _against_dense(result: dict[str, dict[str, Any]]) -> str:
+    """Which methods' rollouts in bf16 are farther from training than the dense model's, beyond chance."""
+    tested = {name: row for name, row in result.items() if isinstance(row.get(HALF), list) and "dense" not in name}
+    dense = {name: result[f"dense {row['family']}"][HALF] for name, row in tested.items()}
+    p = holm([mannwhitneyu(row[HALF], dense[name], alternative="greater").pvalue for name, row in tested.items()])
+    more = [f"`{name}` (p = {x:.2g})" for name, x in zip(tested, p) if x < 0.05]
+    return (
+        f"In bf16, farther from the rollout than the dense model of the family (one-sided Mann-Whitney tests of each "
+        f"method's rollouts, {len(tested)} methods, Holm's correction, p below .05): {', '.join(more) or 'none'}. Ten "
+        f"rollouts see large differences alone; `python -m recipes.trainers rollouts METHOD` draws sixty."
+    )
 
 
 @app.command(name="table")
@@ -314,7 +335,22 @@ def write_table(
             row[column] = str(error)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
+    result = dict(sorted(result.items(), key=lambda row: (not row[0].startswith("dense "), row[0])))
+    out.write_text(json.dumps(result, indent=1) + "\n")
     out.parent.with_name("trainers.md").write_text(page(result))
+
+
+@app.command()
+def rollouts(method: str, count: int = 60, first: Annotated[int, typer.Option(help="The first seed.")] = 100) -> None:
+    """How far training is from so many rollouts in bf16, of a method and of the dense model of its family."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    found = vtok.available()["compressors"][method]["families"]
+    family = next(name for name in FAMILIES if name in found)
+    both = [[_agreement(torch.bfloat16, family, name, first + i) for i in range(count)] for name in (None, method)]
+    p = mannwhitneyu(both[1], both[0], alternative="greater").pvalue
+    dense, mine = map(statistics.median, both)
+    print(f"{method}: {mine:.4f}, dense {family}: {dense:.4f}, medians of {count}; one-sided Mann-Whitney p = {p:.2g}")
 
 
 @app.command()
