@@ -157,7 +157,20 @@ def test_training_around_a_language_model_resumes_and_loads(tmp_path, monkeypatc
     monkeypatch.setattr(smollm2, "PROSE", ("wine",))
     trained.set_attn_implementation("zoo_packed")
     assert smollm2.perplexity(trained, kit.tokenizer) == pytest.approx(alone, rel=1e-2)
+    bare = family.model(kit.tokenizer)  # the language model as it is
+    bare.set_attn_implementation("zoo_packed")
+    some = smollm2.passages(kit.tokenizer)[3:5]
+    with torch.no_grad(), loop.autocast(trained.device):
+        before, after = (smollm2.read(model, some).log_softmax(-1) for model in (bare, trained))
+        away = smollm2.text_loss(trained, some).item()
+    assert away == pytest.approx((before.exp() * (before - after)).sum(-1).mean().item(), rel=1e-3) and away > 1e-4
     assert inputs["pixel_values"].shape[0] == 1  # one tile
+
+    result = judge.report(net, kit, {"existence": offline.get("existence")}, count=1, robbed=1, learn=4)
+    (whole / "eval.json").write_text(json.dumps(result))
+    card = cards.write(whole).read_text()
+    assert all(f"`{key}`" in card for key in result["categories"]) and "--items 1 --dtype float32" in card
+    assert f"{made['perplexity']['base']:.1f} without" in card
 
     on = replace(AROUND, start=str(whole), tower_steps=0, steps=1, lr=0.0, projector_lr=0.0)
     smollm2.train(Small(), tmp_path / "on", on, 1, check=1, log=lines.append)

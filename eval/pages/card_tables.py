@@ -60,7 +60,7 @@ print(processor.decode(out, skip_special_tokens=True).strip())  # {said}
 def card(template: str, folder: Path, **facts: Any) -> str:
     """A card of a model folder, from its template and what that asks for."""
     env = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
-    size = (folder / "model.safetensors").stat().st_size / 1e6
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
     helpers = {"front": front, "usage": usage, "percent": percent, "compressed": compressed(folder)}
     return env.get_template(template).render(name=folder.name, megabytes=size, **helpers, **facts)
 

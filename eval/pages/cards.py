@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from vtok.errors import InvalidValue
-from vtok.eval.pages import scene_card, task_card
+from vtok.eval.pages import backbone_card, scene_card, task_card
 
 
 def write(folder: Path) -> Path:
@@ -14,7 +14,10 @@ def write(folder: Path) -> Path:
     files = {part: folder / f"{part}.json" for part in ("eval", "training", "config")}
     if missing := [file.name for file in files.values() if not file.is_file()]:
         raise InvalidValue(f"{folder} lacks {', '.join(missing)}, from which its card is written.")
-    own = "tower_batch" in json.loads(files["training"].read_text())["recipe"]  # from before all models had one recipe
+    recipe = json.loads(files["training"].read_text())["recipe"]
+    kind = backbone_card if "rank" in recipe else task_card
+    if "tower_batch" in recipe:  # from before all models had one recipe
+        kind = scene_card
     path = folder / "README.md"
-    path.write_text((scene_card if own else task_card).text(folder))
+    path.write_text(kind.text(folder))
     return path

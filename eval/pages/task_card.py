@@ -73,9 +73,9 @@ def text(folder: Path) -> str:
         config=config,
         family=family,
         described=described(config["vision_config"], config["text_config"], processor),
-        by_task=_by_task(result),
-        by_category=_by_category(result),
-        errors=_errors(result),
+        by_task=by_task(result),
+        by_category=by_category(result),
+        errors=mistakes_by_category(result),
         weak=", ".join(f"`{c}` ({percent(result['categories'][c]['accuracy'])} %)" for c in weakest),
         listed="\n".join(
             f"- `{key}`: {known[key].title}, version {row['version']}" for key, row in result["tasks"].items()
@@ -84,7 +84,7 @@ def text(folder: Path) -> str:
     )
 
 
-def _by_task(result: dict) -> str:
+def by_task(result: dict) -> str:
     return table(
         ["task", "items", "questions", "exact match %", "95 % interval", "chance", "majority", "question only"],
         [
@@ -94,7 +94,7 @@ def _by_task(result: dict) -> str:
     )
 
 
-def _by_category(result: dict) -> str:
+def by_category(result: dict) -> str:
     return table(
         ["category", "n", "exact match %", "95 % interval", "chance", "majority", "question only", "half res.", "grey"],
         [
@@ -110,7 +110,7 @@ def _by_category(result: dict) -> str:
     )
 
 
-def _errors(result: dict) -> str:
+def mistakes_by_category(result: dict) -> str:
     return table(
         ["category", "answer", "said", "times"],
         [

@@ -108,6 +108,7 @@ def report(
         by_task[name] |= _redrawn(everything[-1]) | {key: blind[""][key] for key in GUESSES}
     return {
         "test_set": {"seed": TEST_SEED, "robbed_items": robbed, "guessers_items": learn},
+        "dtype": str(model.dtype).removeprefix("torch."),
         "overall": _redrawn(np.concatenate(everything)),
         "tasks": by_task,
         "categories": rows,
