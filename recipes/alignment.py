@@ -139,6 +139,11 @@ class Place:
 
     # ---- made once ---------------------------------------------------------------------------------------------------
     @cached_property
+    def marked(self) -> Dataset:
+        """The pairs as RRPO wants them."""
+        return Dataset.from_list([self.setting.marked(row) for row in self.train])
+
+    @cached_property
     def contrasted(self) -> Dataset:
         """The pairs with T-REG's scores."""
         return self._scored("contrast", lambda: contrast(self.loaded(), self.collator, self.train))
@@ -173,7 +178,7 @@ LOSSES: dict[str, Callable[[Place, int], nn.Module]] = {
     "DPO": lambda place, seed: place.by_pairs(seed, DPO()),
     "SFT": lambda place, seed: place.by_answers(seed, SFT),
     "TDPO 2": lambda place, seed: place.by_pairs(seed, TDPO()),
-    "RRPO": lambda place, seed: place.by_pairs(seed, RRPO(alpha=0.05), phrases="words"),
+    "RRPO": lambda place, seed: place.by_pairs(seed, RRPO(alpha=0.05), place.marked, phrases=place.setting.phrases),
     "SimPO": lambda place, seed: place.by_pairs(seed, LOGO(gap=0.25, sft=0.0, rejected=1), beta=2.0),
     "LOGO": lambda place, seed: place.by_pairs(seed, LOGO(), beta=10.0),
     "IFT": lambda place, seed: place.by_answers(seed, IFT()),

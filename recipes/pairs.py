@@ -53,7 +53,8 @@ QUIET = {
 class Setting:
     """load: of a keep and a folder for what is made once; the model in eval mode, and its processor. pairs: of model,
     processor, split and how many. groups: "trained", and "other" questions if there are any, by task, of categories.
-    lora: which matrices. tokens: of an answer at most. losses: left out: all."""
+    lora: which matrices. tokens: of an answer at most. losses: left out: all. phrases: what RRPO compares answers by,
+    see `RRPOConfig`. marked: a pair as it wants them, where these are marked."""
 
     load: Callable[[float, Path], tuple[nn.Module, Any]]
     pairs: Callable[[nn.Module, Any, str, int], Dataset]
@@ -61,6 +62,8 @@ class Setting:
     lora: str
     tokens: int
     losses: tuple[str, ...] = ()
+    phrases: str = "words"
+    marked: Callable[[dict], dict] = dict
 
 
 # ---- pictures: pairs -------------------------------------------------------------------------------------------------
@@ -200,6 +203,18 @@ def sorted_wrong(model: nn.Module, tokenizer: Any, split: str, count: int) -> Da
     return Dataset.from_list(rows[:count])
 
 
+def marked(row: dict) -> dict:
+    """A pair in which the records at places where the answers differ are marked: a diff finds that one was moved, which
+    is no phrase that stands in place of another."""
+    right, wrong = (row[key][0]["content"].split(", ") for key in ("chosen", "rejected"))
+    differ = [i for i, (a, b) in enumerate(zip(right, wrong)) if a != b]
+    said = {}
+    for key, parts in (("chosen", right), ("rejected", wrong)):
+        told = [f"<MASK>{part}</MASK>" if i in differ else part for i, part in enumerate(parts)]
+        said[key] = [{"role": "assistant", "content": ", ".join(told)}]
+    return row | said
+
+
 def prose(tokenizer: Any, tokens: int = 64) -> torch.Tensor:
     """[texts, tokens] ids of English prose out of scikit-learn: the first two passages of each description."""
     from sklearn import datasets
@@ -212,6 +227,13 @@ def prose(tokenizer: Any, tokens: int = 64) -> torch.Tensor:
 SETTINGS = {
     "pictures": Setting(bundled, pairs, {"trained": TRAINED, "other": OTHER}, r".*language_model" + MATRICES, tokens=6),
     "records": Setting(
-        taught, sorted_wrong, {"trained": {"records": None}}, MATRICES, LONGEST, losses=("DPO", "TDPO 2", "RRPO")
+        taught,
+        sorted_wrong,
+        {"trained": {"records": None}},
+        MATRICES,
+        LONGEST,
+        ("DPO", "TDPO 2", "RRPO"),
+        "markup",
+        marked,
     ),
 }
