@@ -181,9 +181,12 @@ def _limits(every: Several, models: Sequence[Several]) -> str:
     ]
     if any(family(model.model) for model in models):
         lines.append(
-            "The bundled models have few layers, which tells against methods that act within the decoder, and see "
-            "drawn pictures, whose redundancy is not that of photos."
+            "The bundled models have eight layers, too few for methods that act within the decoder: where there are "
+            "thirty, `core_tokens`, `fastv` and `schedule` know what to keep, behind a layer that `vtok probe` finds "
+            "safe ([measured](probe.md)). Before the first half of the depth, take a method that acts before the "
+            "decoder."
         )
+        lines.append("The pictures are drawn, and their redundancy is not that of photos.")
     if left:
         lines.append(
             "No recommendation for a task rests on models that are at chance on most of its kinds of question, or were "
