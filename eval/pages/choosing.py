@@ -183,8 +183,8 @@ def _limits(every: Several, models: Sequence[Several]) -> str:
         lines.append(
             "The bundled models have eight layers, too few for methods that act within the decoder: where there are "
             "thirty, `core_tokens`, `fastv` and `schedule` know what to keep, behind a layer that `vtok probe` finds "
-            "safe ([measured](probe.md)). Before the first half of the depth, take a method that acts before the "
-            "decoder."
+            "safe. At the same cost `divprune` kept as much there, and at a quarter of the tokens all but a little "
+            "([measured](probe.md))."
         )
         lines.append("The pictures are drawn, and their redundancy is not that of photos.")
     if left:
