@@ -228,6 +228,7 @@ def write(half: Learned, kit, out: Path, net: nn.Module, settings: Recipe) -> di
     begun = any(pair["lora_B"].weight.any() for pair in half.updates.values())
     weights = {name: w.cpu() for name, w in half.named().items() if begun or name.startswith(backbone.PROJECTOR)}
     save_file(weights, out / backbone.FILE, metadata=how)
+    net.config.text_config.name_or_path = ""  # a place on this machine
     net.config.save_pretrained(out)
     found = {"with": perplexity(net, kit.tokenizer)}
     with without_updates(net):

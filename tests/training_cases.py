@@ -115,6 +115,7 @@ class Small(smollm2.SmolLM2):
         sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=len(tok), **sizes, num_key_value_heads=1, tie_word_embeddings=True)
+        config.name_or_path = "a/place/on/this/machine"
         return LlamaForCausalLM(config), tok
 
 
@@ -135,6 +136,7 @@ def test_training_around_a_language_model_resumes_and_loads(tmp_path, monkeypatc
         torch.testing.assert_close(value, two["model"][name], rtol=0, atol=1e-6)
     assert any(value.abs().max() > 0.01 for name, value in one["model"].items() if "lora_B" in name)  # 0 at first
     assert {file.name for file in whole.iterdir()} == {"config.json", "learned.safetensors", "training.json"}
+    assert not json.loads((whole / "config.json").read_text())["text_config"].get("_name_or_path")
     made = json.loads((whole / "training.json").read_text())
     assert made["curve"][-1]["step"] == 3 and made["curve"][-1]["right"]
     assert made["perplexity"]["with"] != made["perplexity"]["base"]

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 from vtok.eval.pages.card_tables import card
-from vtok.eval.pages.task_card import by_category, by_task, mistakes_by_category
+from vtok.eval.pages.task_card import GUESSES, by_category, by_task, mistakes_by_category, runs_of
 from vtok.markdown import percent, table
 
 CLEAR = 0.20  # above the best guess without the picture: from there on a task's verdicts count
-GUESSES = ("chance", "majority", "question_only")
 
 
 def text(folder: Path) -> str:
@@ -19,9 +18,7 @@ def text(folder: Path) -> str:
         json.loads((folder / f"{part}.json").read_text()) for part in ("eval", "training", "config")
     )
     above = {task: row["accuracy"] - max(row[guess] for guess in GUESSES) for task, row in result["tasks"].items()}
-    runs = [made]  # the last first
-    while "before" in runs[-1]:
-        runs.append(runs[-1]["before"])
+    runs = runs_of(made)
     return card(
         "backbone_card.md.j2",
         folder,

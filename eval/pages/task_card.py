@@ -121,11 +121,17 @@ def mistakes_by_category(result: dict) -> str:
     )
 
 
-def _history(made: dict) -> dict[str, Any]:
-    """What all runs of the training amount to, each of which began with the weights of the one before."""
-    runs = [made]  # the last first
+def runs_of(made: dict) -> list[dict]:
+    """The runs of a training, the last first, each of which began with the weights of the one before."""
+    runs = [made]
     while "before" in runs[-1]:
         runs.append(runs[-1]["before"])
+    return runs
+
+
+def _history(made: dict) -> dict[str, Any]:
+    """What all runs of the training amount to, each of which began with the weights of the one before."""
+    runs = runs_of(made)
     owner = runs[-1]["recipe"]["start"]
     drill = dict.fromkeys(name for run in runs for name in run["recipe"].get("tower_tasks", ()))
     sums = {k: sum(run[k] for run in runs) for k in ("pictures", "questions", "seconds")}
