@@ -10,7 +10,6 @@ where it was if the same command is given again.
 """
 
 import json
-from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,6 @@ import torch
 import typer
 from datasets import Dataset, load_from_disk
 from transformers import set_seed
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
@@ -48,33 +46,6 @@ def questions(split: str, count: int, categories: set[str]) -> Dataset:
 def right(completions: list, answer: list[str], **columns: object) -> list[float]:
     """The reward: 1 for the right answer."""
     return [float(TASK.score(a, said[0]["content"])) for a, said in zip(answer, completions)]
-
-
-def encoded_once(tower: torch.nn.Module, clips: int) -> None:
-    """Let a frozen tower encode each of the last `clips` clips once, not once for every answer in rollout and training.
-
-    Only for methods that neither read nor change the tower."""
-    encode, known = tower.forward, OrderedDict()
-
-    def forward(pixels: torch.Tensor, grid_thw: torch.Tensor, **how: object) -> BaseModelOutputWithPooling:
-        patches = grid_thw.prod(1).tolist()
-        names = [hash(clip.numpy().tobytes()) for clip in pixels.split(patches)]
-        new = {name: i for i, name in enumerate(names) if name not in known}
-        if new:
-            with torch.no_grad():
-                at = list(new.values())
-                given = pixels.split(patches)
-                out = encode(torch.cat([given[i] for i in at]), grid_thw=grid_thw[at], **how)
-            for x in ("last_hidden_state", "pooler_output"):
-                rows = [patches[i] * len(out[x]) // sum(patches[j] for j in at) for i in at]
-                for name, part in zip(new, out[x].split(rows)):
-                    known.setdefault(name, {})[x] = part
-        joined = {x: torch.cat([known[name][x] for name in names]) for x in known[names[0]]}
-        while len(known) > max(clips, len(new)):
-            known.popitem(last=False)
-        return BaseModelOutputWithPooling(**joined)
-
-    tower.forward = forward
 
 
 def tested(model: torch.nn.Module, processor: object, clips: int, categories: set[str]) -> list[judge.Record]:
@@ -112,8 +83,7 @@ def main(
     categories = set(kinds.split(","))
     tower = model.model.visual.requires_grad_(False)  # as with real checkpoints: the decoder is trained
     vtok.patch(model, method, keep=keep)
-    if not any(part._forward_hooks or part._forward_pre_hooks for part in tower.modules()):
-        encoded_once(tower, clips)
+    vtok.rl.encode_once(tower, clips)
     out.mkdir(parents=True, exist_ok=True)
     start, asked = out / "before.json", out / "questions"  # for a run that goes on
     if not asked.is_dir():

@@ -25,7 +25,7 @@ from transformers import set_seed
 
 import vtok
 from recipes.alignment import quiet
-from recipes.pairs import NAME, SEED, see_once
+from recipes.pairs import NAME, SEED
 from vtok import models, zoo
 from vtok.eval.bench import machine
 from vtok.eval.bench.resume import begun
@@ -34,6 +34,7 @@ from vtok.eval.tasks import task as offline
 from vtok.files import write_json
 from vtok.markdown import table
 from vtok.prompts import ask, encode
+from vtok.rl.towers import encode_once
 from vtok.text.align.stats import IGNORE
 from vtok.text.optim.zeroth import ZerothOrder
 
@@ -91,8 +92,7 @@ def fresh() -> nn.Module:
     set_seed(0)
     decoder = type(model)(model.config).model.language_model
     model.model.language_model.load_state_dict(decoder.state_dict())
-    model.model.visual.requires_grad_(False)
-    see_once(model.model.visual)
+    encode_once(model.model.visual.requires_grad_(False))
     return model
 
 

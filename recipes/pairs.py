@@ -6,7 +6,6 @@ sort, whose answers are long. In a file of its own, since `recipes.alignment` ha
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import tempfile
 from collections import defaultdict
@@ -21,7 +20,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import set_seed
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from trl import SFTConfig, SFTTrainer
 
 import vtok
@@ -32,6 +30,7 @@ from vtok.eval.tasks import task as offline
 from vtok.eval.tasks.recall import CITIES
 from vtok.prompts import ask
 from vtok.rl.pairs import own_answers
+from vtok.rl.towers import encode_once
 
 NAME, SEED = "vtok-tiny-qwen2.5-vl", 77  # a seed that the model was not trained with
 TRAINED = {"scenes": ("count", "digit", "reading"), "existence": ("adversarial",)}
@@ -106,31 +105,10 @@ def pairs(model: nn.Module, processor: Any, split: str, count: int) -> Dataset:
 # ---- pictures: the model ---------------------------------------------------------------------------------------------
 def bundled(keep: float, work: Path) -> tuple[nn.Module, Any]:
     model, processor = zoo.load(NAME)
-    see_once(model.model.visual)
+    encode_once(model.model.visual.requires_grad_(False))
     if keep < 1:
         vtok.patch(model, "divprune", keep=keep)
     return model, processor
-
-
-FEATURES: dict[bytes, torch.Tensor] = {}  # of each picture that a tower has seen
-
-
-def see_once(tower: nn.Module) -> None:
-    """Let Qwen's tower, which nothing trains, look at a picture once: a pair shows it four times a step."""
-    forward, size = tower.forward, tower.spatial_merge_size**2
-
-    def remembered(pixels: torch.Tensor, grid_thw: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        parts = pixels.split(grid_thw.prod(1).tolist())
-        names = [hashlib.blake2b(part.numpy().tobytes()).digest() for part in parts]
-        new = {name: i for i, name in enumerate(names) if name not in FEATURES}
-        if new:
-            with torch.inference_mode(False), torch.no_grad():
-                some = grid_thw[[*new.values()]].clone()
-                made = forward(torch.cat([parts[i] for i in new.values()]), grid_thw=some).pooler_output
-            FEATURES.update(zip(new, made.split((some.prod(1) // size).tolist())))
-        return BaseModelOutputWithPooling(pooler_output=torch.cat([FEATURES[name] for name in names]))
-
-    tower.forward = remembered
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

@@ -149,10 +149,15 @@ def projector_loss(batch: Batch, family: SmolLM2, net, words: torch.Tensor, blan
     return loss, {"pictures": len(batch.there), "words": loss.item(), f"cosine {batch.task}": near}
 
 
+def updated(net) -> list[LoraLayer]:
+    """The decoder's matrices that have updates."""
+    return [part for part in net.modules() if isinstance(part, LoraLayer)]
+
+
 @contextmanager
 def without_updates(net) -> Iterator[None]:
     """Within, the decoder is SmolLM2's own."""
-    places = [part for part in net.modules() if isinstance(part, LoraLayer)]
+    places = updated(net)
     for part in places:
         part.enable_adapters(False)
     try:
@@ -258,6 +263,8 @@ def train(
     if settings.start:
         before = begin(learned, Path(models.place(settings.start)))
     net.to(device or "cpu")
+    for part in updated(net):  # of what needs no gradient autocast keeps no copy: it would make one at every call
+        part.base_layer.to(loop.dtype_on(net.device))
     if device is None:
         learned.share_memory()
     words = shown_ids(kit.tokenizer, lexicon).to(net.device)

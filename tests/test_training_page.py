@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import language_model, picture, tiny
+from contract import language_model
 from torch import nn
 
 from vtok.eval.tasks import task as offline
@@ -15,26 +15,6 @@ from recipes import alignment, lemo, optimizers, pairs
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "training.md"
-
-
-def test_a_tower_looks_at_a_picture_once():
-    (model, processor), seen = tiny("qwen2_5_vl", layers=2), []
-    tower, look = model.model.visual, processor.image_processor
-    parts = [look(picture(56, 84 + 28 * i, i), return_tensors="pt") for i in range(2)]
-    first, second = (part["pixel_values"] for part in parts)
-    grids = torch.cat([part["image_grid_thw"] for part in parts])
-    both = torch.cat([first, second, first]), grids[[0, 1, 0]]
-    with torch.no_grad():
-        wanted = tower(both[0], grid_thw=both[1]).pooler_output
-    forward = tower.forward
-    tower.forward = lambda pixels, grid_thw: seen.append(len(grid_thw)) or forward(pixels, grid_thw=grid_thw)
-    pairs.see_once(tower)
-    with torch.inference_mode():
-        tower(first, grid_thw=grids[:1])
-    found = tower(*both).pooler_output
-    torch.testing.assert_close(found, wanted)
-    (found * nn.Parameter(torch.ones(()))).sum().backward()  # what was seen in inference can be trained behind
-    assert seen == [1, 1]
 
 
 def test_pairs_are_of_the_trained_categories_and_no_wrong_answer_is_right(monkeypatch):

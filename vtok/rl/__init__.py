@@ -17,6 +17,7 @@ _HOMES = {
     "RRPOTrainer": "vtok.rl.rrpo",
     "RandomKeep": "vtok.rl.reference",
     "VideoGRPOTrainer": "vtok.rl.video",
+    "encode_once": "vtok.rl.towers",
     "patch_reference": "vtok.rl.reference",
     "prepare": "vtok.rl.reference",
     "replay": "vtok.rl.rollouts",
