@@ -53,7 +53,7 @@ class Recipe:
     )
     tower_tasks: Mapping[str, tuple[float, int]] = field(default_factory=lambda: {"text": (1.0, 2)})
     many: int = 2  # times as many items: with one a fifth of the time is lost, and a GPU is idle
-    tiles: int = 1  # of a picture, of 64 visual tokens each
+    tiles: int = 4  # of a picture at most, of 64 visual tokens each; with one, nothing small is seen
     words: int = 400  # training items of each task, whose words it is taught to see
     tower_steps: int = 400  # stage 1: the projector, on words
     steps: int = 4000  # stage 2: questions
@@ -79,7 +79,7 @@ class SmolLM2(internvl.InternVL):
     # Of all heads behind the first layer these look most, before any training, at what holds the answer.
     watched = ((14, 3), (18, 6))
 
-    def __init__(self, tiles: int = 1):
+    def __init__(self, tiles: int = Recipe.tiles):
         self.tiles = tiles
 
     def processor(self, lexicon: Lexicon | None = None):

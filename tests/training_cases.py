@@ -147,7 +147,7 @@ def test_training_around_a_language_model_resumes_and_loads(tmp_path, monkeypatc
     trained = family.model(family.processor().tokenizer)
     learned = smollm2.Learned(trained, AROUND.rank, AROUND.alpha)
     learned.load_state_dict(one["model"])
-    item = offline.get("existence").test_item(0)
+    item = offline.get("existence").test_item(1)
     inputs = encode(kit, [ask(item.questions[0].text, item.images[0])])
     with torch.no_grad():
         mine, merged = (model(**inputs).logits for model in (trained, net))
@@ -166,7 +166,7 @@ def test_training_around_a_language_model_resumes_and_loads(tmp_path, monkeypatc
         before, after = (smollm2.read(model, some).log_softmax(-1) for model in (bare, trained))
         away = smollm2.text_loss(trained, some).item()
     assert away == pytest.approx((before.exp() * (before - after)).sum(-1).mean().item(), rel=1e-3) and away > 1e-4
-    assert inputs["pixel_values"].shape[0] == 1  # one tile
+    assert inputs["pixel_values"].shape[0] == 3  # two tiles and a thumbnail
 
     result = judge.report(net, kit, {"existence": offline.get("existence")}, count=1, robbed=1, learn=4)
     (whole / "eval.json").write_text(json.dumps(result))

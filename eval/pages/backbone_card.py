@@ -49,7 +49,8 @@ def _curve(runs: list[dict]) -> str:
                 for category, share in point["right"].items():
                     found.setdefault(category.split("/")[0], []).append(share)
                 means = {task: sum(shares) / len(shares) for task, shares in found.items()}
-                rows.append([f"{seen + point['pictures']:,}", *(percent(share) for share in means.values())])
-                head = ["pictures", *(f"`{task}`" for task in means)]
+                told = f"{seen + point['pictures']:,}", str(run["recipe"]["tiles"])
+                rows.append([*told, *(percent(share) for share in means.values())])
+                head = ["pictures", "tiles", *(f"`{task}`" for task in means)]
         seen += run["pictures"]
     return table(head, rows)
