@@ -41,5 +41,4 @@ class H2O(KV):
         return seen.before + seen.attention_sums()
 
     def stays(self, seen: Columns) -> Tensor:
-        latest = seen.last((seen.budget * self.recent).long())
-        return latest | (seen.place < self.sinks)
+        return seen.recent(self.recent, self.sinks) | (seen.place < self.sinks)

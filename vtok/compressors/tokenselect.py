@@ -51,8 +51,9 @@ class TokenSelect(Attend):
             return None, length, None
         place, behind = valid.cumsum(1) - 1, valid.flip(1).cumsum(1).flip(1) - 1
         always = valid & ((place < self.initial) | (behind < self.latest))
-        if before is not None and bool((F.cosine_similarity(query, before[0]) >= self.theta).all()):
-            query, vote = before[0], F.pad(before[1], (0, length - before[1].shape[1]))
+        follows = before is not None and before[1].shape[1] == length - 1  # else columns were evicted since
+        if follows and bool((F.cosine_similarity(query, before[0]) >= self.theta).all()):
+            query, vote = before[0], F.pad(before[1], (0, 1))
         else:
             vote = votes(seen.query, seen.key, valid & ~always)
         total = ends + keep_counts(valid.sum(1), self.keep)  # [B]

@@ -111,6 +111,7 @@ class CompressedCache(DynamicCache):
     and chat loops mean by it; the masks are sized by what each layer holds.
 
     seen: the logical length.
+    cut: the logical length when columns were last dropped from a layer (`keep`). What came since is there whole.
     valid: first layer -> which of the columns of that layer and those up to the next key are not padding: [B, columns]
         bool, or [B, G, columns] where each of G head groups holds columns of its own; None where none is padding.
     states: stage -> what it keeps for the sequence.
@@ -119,6 +120,7 @@ class CompressedCache(DynamicCache):
     """
 
     seen: int
+    cut: int
     valid: dict[int, Tensor | None]
     states: dict[str, State]
     open: bool
@@ -138,7 +140,7 @@ class CompressedCache(DynamicCache):
         cache.__class__ = cls
         cache.seen = DynamicCache.get_seq_length(cache)
         cache.valid = {0: None if past_mask is None else past_mask.bool()}
-        cache.states, cache.open = {}, False
+        cache.states, cache.open, cache.cut = {}, False, 0
         return cache
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -201,7 +203,7 @@ class CompressedCache(DynamicCache):
             if known.ndim < index.ndim:
                 known = known[:, None].expand(-1, heads, -1)
             valid = known.gather(-1, (index if known.ndim == index.ndim else places).to(known.device))
-        self.valid[layer_idx] = valid
+        self.valid[layer_idx], self.cut = valid, self.seen
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -222,6 +224,12 @@ class CompressedCache(DynamicCache):
         self.states = {stage: state.map(change) for stage, state in self.states.items()}
 
     def crop(self, tokens_to_remove: int) -> None:
+        if self.seen + tokens_to_remove < self.cut:
+            raise PatchStateError(
+                f"Of this cache's first {self.cut} tokens some columns were dropped, and cannot come back, so its last "
+                f"{-tokens_to_remove} of {self.seen} tokens cannot be taken off: work on a copy.deepcopy of the cache, "
+                f"or start a new conversation."
+            )
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.seen += tokens_to_remove  # negative
@@ -229,7 +237,7 @@ class CompressedCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.valid, self.states = 0, {0: None}, {}
+        self.seen, self.cut, self.valid, self.states = 0, 0, {0: None}, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -13,6 +13,8 @@ from torch import Tensor
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.types import best
 
+FIRST = 1e30  # above any score
+
 if TYPE_CHECKING:
     from vtok.engine.decoder import Seen
 
@@ -47,6 +49,11 @@ class Columns:
     def last(self, count: Tensor) -> Tensor:
         """[B, G, L] bool: the newest columns of each row, count [B] of them."""
         return self.valid & (self.age < count[:, None, None])
+
+    def recent(self, share: float, others: int = 0) -> Tensor:
+        """[B, G, L] bool: the newest columns, a share of the budget, in which so many `others` stay as well."""
+        count = (self.budget.double() * share + 1e-9).floor().long()
+        return self.last(torch.minimum(count, self.budget - others))
 
     @cached_property
     def apart(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,13 +96,19 @@ class Layer:
 
     def grown(self, valid: Tensor, queries: int) -> Layer:
         """With the columns that came since: valid [B, G, L] of all, the last `queries` of them of this forward."""
-        held = min(self.place.shape[2], valid.shape[2] - queries)  # columns may have been cropped
+        held = min(self.place.shape[2], valid.shape[2] - queries)
+        cropped = self.place.shape[2] - held
         new = valid[:, 0, held:]  # head groups differ in what was dropped alone
-        tokens = self.tokens - (self.place.shape[2] - held)
+        tokens, most = self.tokens - cropped, self.most - cropped + new.shape[1]
         place = (tokens[:, None] + new.cumsum(1) - 1)[:, None].expand(-1, valid.shape[1], -1)
         before = torch.cat([self.before[..., :held], self.before.new_zeros(place.shape)], 2)
         place = torch.cat([self.place[..., :held], place], 2)
-        return replace(self, tokens=tokens + new.sum(1), most=self.most + new.shape[1], place=place, before=before)
+        return replace(self, tokens=tokens + new.sum(1), most=most, place=place, before=before)
+
+    @property
+    def apart(self) -> bool:
+        """Whether pictures and text have budgets of their own."""
+        return self.visual is not None
 
     def pictures(self, valid: Tensor) -> Tensor | None:
         """[B] how many columns of pictures there are, where they have a budget of their own."""
@@ -121,6 +134,12 @@ class Held:
     def map(self, change: Callable[[Tensor], Tensor]) -> Held:
         layers = {i: layer.each(change, change) for i, layer in self.layers.items()}
         return Held(layers, self.steps, {i: change(keys) for i, keys in self.given.items()})
+
+
+def first_of_all(stays: Tensor, score: Tensor, place: Tensor) -> Tensor:
+    """Scores [B, G, L] by which the columns that stay come before all others; and the latest of them first, where a
+    budget has no room for all."""
+    return torch.where(stays, (place + 1) * FIRST, score)
 
 
 def chosen(

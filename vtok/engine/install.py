@@ -91,7 +91,7 @@ def _generate(engine: Engine, vlm: nn.Module, lock: Any) -> Any:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         given = [x for x in (kwargs.get("inputs_embeds"), ids) if x is not None]
         run = previous or types.MethodType(type(vlm).generate, vlm)
-        with engine.generating(given[0].shape[1] if given else None, lock):
+        with engine.generating(given[0].shape[1] if given else 1, lock):  # of none generate makes the text's first
             return run(*args, **kwargs)
 
     return generate
@@ -171,7 +171,10 @@ def refuse_windows(config: Any) -> None:
         kinds = ["sliding_attention"]
     chunked = getattr(text, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds)
     if chunked or (window and "sliding_attention" in (kinds or ())):
-        raise Unsupported("Decoders with sliding-window attention are not supported: a window counts dropped tokens.")
+        raise Unsupported(
+            "Decoders with sliding-window attention are not supported: a window counts dropped tokens. Where all texts "
+            "are shorter than the window none is needed: load the model with sliding_window=None, if its config can."
+        )
 
 
 def refuse_states(config: Any, method: str) -> None:
