@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from contract import language_model, tiny
+from contract import batch, language_model, picture, tiny
 
 import vtok
 from vtok.engine.cache import NAME, cache_in
@@ -55,11 +55,7 @@ def test_the_latest_columns_stay_beside_the_first(model, part, expected):
 def test_a_small_share_of_text_holds_the_latest(name):
     """The latest columns are a part of the whole budget: more than the text's, of which an answer is."""
     model, processor = tiny("llava")
-    ids = processor.tokenizer(["a <image>"], return_tensors="pt")["input_ids"]
-    from contract import batch, picture
-
     inputs = batch(processor, ["a # b"], [picture(56, 84)])
-    del ids
     part = vtok.compressor.build(name, visual=0.9, text=2, recent=0.6)
     with vtok.patch(model, part):
         cache = cache_in(model.generate(**inputs, **GREEDY, return_dict_in_generate=True))
@@ -191,7 +187,10 @@ def test_what_generate_cannot_do_is_named(model, how):
     """A cache that is not there, and drafts that come in one forward with the prompt."""
     if "assistant_model" in how:
         how = {"assistant_model": language_model(96, seed=1)}
-    with vtok.patch(model, "snapkv"), pytest.raises(Unsupported, match="use_cache=False, and assistant_model and prompt"):
+    with (
+        vtok.patch(model, "snapkv"),
+        pytest.raises(Unsupported, match="use_cache=False, and assistant_model"),
+    ):
         generate(model, **how)
 
 
@@ -214,3 +213,55 @@ def test_a_language_model_is_not_told_of_pictures(model):
             patch.trace  # noqa: B018
         run(model, IDS)
         assert "100.0% of the FLOPs, 50.0% of the cache" in repr(patch)
+
+
+# ---- decoders that do not show what a method needs to see --------------------------------------------------------------
+def test_attention_of_a_registry_of_its_own_is_refused():
+    """Doge's is never shown, so that nothing would be dropped; and a language model is not told of divprune."""
+    with pytest.raises(Unsupported, match=r"registry, or is handed no keywords\. No method of vtok works on this"):
+        vtok.patch(language_model(96, kind="Doge"), "h2o")
+
+
+@pytest.mark.parametrize("name", ["h2o", "kvzip"])
+def test_layers_that_attend_twice_are_refused(name):
+    """DiffLlama's; columns would be counted twice."""
+    model = language_model(96, kind="DiffLlama")
+    with vtok.patch(model, name), pytest.raises(Unsupported, match="attend more than once"):
+        run(model, IDS)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_families_with_windows_or_states_are_told_why(family):
+    with pytest.raises(Unsupported, match="windows or states, .* Methods before the language model work here"):
+        vtok.patch(tiny(family)[0], "h2o")
+
+
+# ---- the trace -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "part", [vtok.SnapKV(keep=0.5, window=4), vtok.H2O(visual=0.3, text=0.8), vtok.KVzip(keep=0.5)]
+)
+def test_a_later_trace_is_of_the_later_prompt(part):
+    """Columns of its own alone, as the dense ones that they are held against."""
+    model, processor = tiny("llava")
+    first = batch(processor, ["a # What colour is it?"], [picture(56, 84)])
+    second = batch(processor, ["# b"], [picture(56, 56, 1)])
+    n, new = first["input_ids"].shape[1], second["input_ids"].shape[1]
+    second["attention_mask"] = torch.ones(1, n + new, dtype=torch.long)
+    with vtok.patch(model, part) as patch, torch.no_grad():
+        cache = cache_in(model(**first, use_cache=True))
+        model(**second, use_cache=True, **{NAME: cache})
+        trace = patch.trace
+    held = [(record.place >= n) & there_in(cache, i) for i, record in cache.states["kv"].layers.items()]
+    assert trace.to_dict()["kv_columns"] == {str(i): layer.sum(2).tolist() for i, layer in enumerate(held)}
+    text = model.config.get_text_config()
+    width = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4
+    widest = sum(int(layer.sum(2).max()) for layer in held)
+    assert trace.kv_bytes() == {"dense": width * 4 * new, "compressed": width * widest}
+
+
+def there_in(cache, layer: int) -> torch.Tensor:
+    """[B, G, L] bool, which columns of a layer are no padding."""
+    valid, place = cache.valid_at(layer), cache.states["kv"].layers[layer].place
+    if valid is None:
+        return torch.ones_like(place, dtype=torch.bool)
+    return valid if valid.ndim == 3 else valid[:, None].expand_as(place)

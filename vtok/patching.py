@@ -449,11 +449,15 @@ def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
             same = ", ".join(part.name for part in parts if part.stage == stage)
             raise Unsupported(f"At most one compressor a stage: {same} all act at {stage!r}.")
     available = site.adapter.available(site.config)
+    pictures = " Methods before the language model work here: divprune, for example."
+    hint = pictures if site.adapter.encoders else " No method of vtok works on this language model."
     for part in parts:
         if not site.adapter.encoders and not stages.find(part.stage).on_text:
             raise Unsupported(f"{part.name} acts on pictures, and {type(site.core).__name__} takes none.")
         if missing := sorted(part.needs_now - available):
             hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
+            if "attention" in missing:
+                hints += f" Its layers have windows or states, of which no token can be taken out.{hint}"
             raise Unsupported(
                 f"{part.name} needs {', '.join(missing)}, which this {site.adapter.family} model does not have.{hints}"
             )
@@ -461,8 +465,8 @@ def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
         refuse_windows(site.config)
     for part in site.parts:
         if part.needs_now & {"attention", "ffn"}:
-            refuse_unseen(site.layers, part.name)
-            refuse_states(site.config, part.name)
+            refuse_unseen(site.layers, part.name, hint)
+            refuse_states(site.config, part.name, hint)
 
 
 def _check_transformers(version: str) -> None:

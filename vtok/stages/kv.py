@@ -125,11 +125,12 @@ class Rereading(KV):
 
 @dataclass
 class Cutting:
-    """What it keeps for one forward. part: of the trace of a prompt, None in an answer. scores: layer -> scores and
-    which stay in any case, [B, G, L] each, until the layer is cut."""
+    """What it keeps for one forward. part: of the trace of a prompt, None in an answer. shown: the layers whose
+    attention was. scores: layer -> scores and which stay in any case, [B, G, L] each, until the layer is cut."""
 
     held: Held
     part: Evicted | None
+    shown: set[int] = field(default_factory=set)
     scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -185,6 +186,9 @@ class KVStage(Stage[KV]):
         if not self.watches(p, layer):
             return
         state: Cutting = p.state[self.name]
+        if layer in state.shown:
+            raise Unsupported(f"{self.compressor.name} is not for decoders whose layers attend more than once each.")
+        state.shown.add(layer)
         if (held := p.cache.layers[layer].keys).shape != seen.key.shape:
             raise Unsupported(
                 f"{self.compressor.name} drops columns of keys as attention reads them, {tuple(seen.key.shape[1::2])} "
@@ -354,7 +358,7 @@ def _padding(p: Pass) -> Tensor:
 
 @dataclass
 class Evicted(Part):
-    """The columns of a prompt that each layer holds behind it.
+    """The columns of a prompt that each layer holds behind it. Those of former turns are not among them.
 
     positions: layer -> [B, G, K] their places in the padded input, -1 for padding and for columns of former turns.
     counts: layer -> [B, G] how many there are.
@@ -369,8 +373,9 @@ class Evicted(Part):
         origin = torch.arange(p.length).expand(p.batch, -1) if rows is None else rows.index  # [B, Q] of this forward's
         own = index - (p.cache.columns(layer) - origin.shape[1])
         place = origin.to(index.device)[:, None].expand(-1, index.shape[1], -1).gather(2, own.clamp(min=0))
-        self.positions[layer] = torch.where(there & (own >= 0), place, -1)
-        self.counts[layer] = there.sum(2)
+        mine = there & (own >= 0)
+        self.positions[layer] = torch.where(mine, place, -1)
+        self.counts[layer] = mine.sum(2)
 
     def cached(self, layer: int, sample: int, tokens: float) -> float:
         return self.counts[layer][sample].float().mean().item() if layer in self.counts else tokens
