@@ -215,7 +215,7 @@ def test_a_language_model_is_not_told_of_pictures(model):
         assert "100.0% of the FLOPs, 50.0% of the cache" in repr(patch)
 
 
-# ---- decoders that do not show what a method needs to see --------------------------------------------------------------
+# ---- decoders that do not show what a method needs to see --------------------------------------------------
 def test_attention_of_a_registry_of_its_own_is_refused():
     """Doge's is never shown, so that nothing would be dropped; and a language model is not told of divprune."""
     with pytest.raises(Unsupported, match=r"registry, or is handed no keywords\. No method of vtok works on this"):
