@@ -25,7 +25,8 @@ class TokenSelect(Attend):
     chunk: so many tokens of the prompt choose together, by their mean query, among what is before them, and read that
         and each other; counted from the prompt's end. The paper's is 512. none: the prompt is read whole.
     theta: a choice is used again for the next tokens while the cosine of their query to its own is at least this,
-        for all rows of a batch; to know costs a wait for the device in each layer. none: choose for each token.
+        for all rows of a batch; to know costs a wait for the device in each layer. none: choose for each token, as
+        beside a method that evicts at each token.
     Differs from the paper: the prompt is read whole unless `chunk` is given; columns keep their positions;
         query heads share keys as transformers lays them out, where the official kernel mixes groups up.
     Not good for: memory, as the cache stays whole; short prompts, which are attended to whole.
