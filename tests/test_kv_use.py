@@ -116,17 +116,39 @@ def test_budgets_that_end_apart_are_of_all(model):
             assert cache.columns(0) == 10
 
 
-@pytest.mark.parametrize(("name", "removed"), [("h2o", 2), ("snapkv", 6)])
-def test_what_was_evicted_cannot_be_cropped(model, name, removed):
-    """The last columns are not the last tokens then; a copy of the cache can be gone back to."""
+@pytest.mark.parametrize(("name", "whole"), [("h2o", 4), ("snapkv", 4 + 4), ("kvzip", 4)])
+def test_what_was_evicted_cannot_be_cropped(model, name, whole):
+    """The last columns are not those of the last tokens then. An answer of four tokens, and windows of four."""
     with vtok.patch(model, name, keep=0.3):
         cache = cache_in(generate(model))
-        with pytest.raises(PatchStateError, match=f"its last {removed} of 34 tokens cannot be taken off"):
-            cache.crop(-removed)
-        if name == "snapkv":  # answers are whole
-            before = copy.deepcopy(cache)
-            cache.crop(-4)
-            assert cache.get_seq_length() == 30 and cache.columns(1) == before.columns(1) - 4 == 9
+        held = cache.columns(1)
+        with pytest.raises(PatchStateError, match="evicted already"):
+            cache.crop(-20)
+        assert (cache.get_seq_length(), cache.columns(1)) == (34, held)
+        cache.crop(-whole)
+        assert (cache.get_seq_length(), cache.columns(1)) == (34 - whole, held - whole)
+
+
+def test_a_cropped_cache_goes_on(model):
+    """What stays are the columns that would have been there, and they are known by their places."""
+    part = vtok.StreamingLLM(keep=12, sinks=2)
+    with vtok.patch(model, part):
+        cache = cache_in(run(model, IDS))
+        cache.crop(-3)
+        for token in IDS[0, :2]:
+            run(model, token.view(1, 1), cache)
+        assert places(cache) == [0, 1, *range(20, 29)]
+        run(model, IDS[:, :7], cache)
+        assert places(cache) == [0, 1, *range(26, 36)]
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_a_smaller_cache_assists(model, name):
+    """transformers lets the assistant draft anew from each text, and crops what was not accepted."""
+    helper = language_model(96)
+    plain = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    with vtok.patch(helper, name, keep=0.3):
+        assert torch.equal(model.generate(IDS, max_new_tokens=12, do_sample=False, assistant_model=helper), plain)
 
 
 def test_votes_are_not_used_again_behind_an_eviction(model, monkeypatch):
@@ -234,6 +256,18 @@ def test_layers_that_attend_twice_are_refused(name):
 def test_families_with_windows_or_states_are_told_why(family):
     with pytest.raises(Unsupported, match="windows or states, .* Methods before the language model work here"):
         vtok.patch(tiny(family)[0], "h2o")
+
+
+@pytest.mark.parametrize(
+    "part", [vtok.H2O(), vtok.SnapKV(), vtok.GemFilter(), vtok.TokenSelect(keep=2, initial=1, latest=1)]
+)
+def test_another_attention_implementation_is_another_patch(model, part):
+    with vtok.patch(model, part):
+        model.set_attn_implementation("eager")
+        with pytest.raises(Unsupported, match="Patch again after changing the attention"):
+            generate(model)
+    with vtok.patch(model, part):
+        generate(model)
 
 
 # ---- the trace -------------------------------------------------------------------------------------------------------

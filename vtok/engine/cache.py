@@ -7,10 +7,11 @@ sees or caches. Compacting keeps the order, and puts the padding that ragged bat
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,11 +98,17 @@ def with_cache(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
     return {**{k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}, NAME: cache}
 
 
-class State(Protocol):
+class State(ABC):
     """What a stage keeps for a sequence. It lives in the sequence's cache, and follows it."""
 
+    @abstractmethod
     def map(self, change: Callable[[Tensor], Tensor]) -> State:
         """The same where the batch has other rows: `change` picks them of a tensor [B, ...]."""
+
+    def cropped(self, count: int, columns: Callable[[int], int]) -> State:
+        """The same without the last `count` tokens, where layer i holds columns(i) columns with theirs. Raises
+        `PatchStateError` where some of these are gone already."""
+        return self
 
 
 class CompressedCache(DynamicCache):
@@ -111,7 +118,6 @@ class CompressedCache(DynamicCache):
     and chat loops mean by it; the masks are sized by what each layer holds.
 
     seen: the logical length.
-    cut: the logical length when columns were last dropped from a layer (`keep`). What came since is there whole.
     valid: first layer -> which of the columns of that layer and those up to the next key are not padding: [B, columns]
         bool, or [B, G, columns] where each of G head groups holds columns of its own; None where none is padding.
     states: stage -> what it keeps for the sequence.
@@ -120,7 +126,6 @@ class CompressedCache(DynamicCache):
     """
 
     seen: int
-    cut: int
     valid: dict[int, Tensor | None]
     states: dict[str, State]
     open: bool
@@ -140,7 +145,7 @@ class CompressedCache(DynamicCache):
         cache.__class__ = cls
         cache.seen = DynamicCache.get_seq_length(cache)
         cache.valid = {0: None if past_mask is None else past_mask.bool()}
-        cache.states, cache.open, cache.cut = {}, False, 0
+        cache.states, cache.open = {}, False
         return cache
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -203,7 +208,7 @@ class CompressedCache(DynamicCache):
             if known.ndim < index.ndim:
                 known = known[:, None].expand(-1, heads, -1)
             valid = known.gather(-1, (index if known.ndim == index.ndim else places).to(known.device))
-        self.valid[layer_idx], self.cut = valid, self.seen
+        self.valid[layer_idx] = valid
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -224,12 +229,8 @@ class CompressedCache(DynamicCache):
         self.states = {stage: state.map(change) for stage, state in self.states.items()}
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.seen + tokens_to_remove < self.cut:
-            raise PatchStateError(
-                f"Of this cache's first {self.cut} tokens some columns were dropped, and cannot come back, so its last "
-                f"{-tokens_to_remove} of {self.seen} tokens cannot be taken off: work on a copy.deepcopy of the cache, "
-                f"or start a new conversation."
-            )
+        if tokens_to_remove < 0:  # others are refused
+            self.states = {name: s.cropped(-tokens_to_remove, self.columns) for name, s in self.states.items()}
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.seen += tokens_to_remove  # negative
@@ -237,7 +238,7 @@ class CompressedCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.cut, self.valid, self.states = 0, 0, {0: None}, {}
+        self.seen, self.valid, self.states = 0, {0: None}, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtok.engine.cache import State
+from vtok.errors import PatchStateError
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.types import best
 
 FIRST = 1e30  # above any score
+GONE = (
+    "Of the tokens that are to be cropped some columns were evicted already, so that others would go in their place. "
+    "Work on a copy.deepcopy of the cache, made before they came, or start a new conversation."
+)
 
 if TYPE_CHECKING:
     from vtok.engine.decoder import Seen
@@ -92,18 +98,26 @@ class Layer:
         """Of a layer that was given its first columns, valid [B, G, L]."""
         none = torch.zeros(len(valid), 0, dtype=torch.long, device=valid.device)
         empty = none[:, None].expand(-1, valid.shape[1], -1)
-        return Layer(none.sum(1), 0, empty, empty.float(), none, 0).grown(valid, valid.shape[2])
+        return Layer(none.sum(1), 0, empty, empty.float(), none, 0).grown(valid)
 
-    def grown(self, valid: Tensor, queries: int) -> Layer:
-        """With the columns that came since: valid [B, G, L] of all, the last `queries` of them of this forward."""
-        held = min(self.place.shape[2], valid.shape[2] - queries)
-        cropped = self.place.shape[2] - held
-        new = valid[:, 0, held:]  # head groups differ in what was dropped alone
-        tokens, most = self.tokens - cropped, self.most - cropped + new.shape[1]
-        place = (tokens[:, None] + new.cumsum(1) - 1)[:, None].expand(-1, valid.shape[1], -1)
-        before = torch.cat([self.before[..., :held], self.before.new_zeros(place.shape)], 2)
-        place = torch.cat([self.place[..., :held], place], 2)
-        return replace(self, tokens=tokens + new.sum(1), most=most, place=place, before=before)
+    def grown(self, valid: Tensor) -> Layer:
+        """With the columns that came since: valid [B, G, L] of all."""
+        new = valid[:, 0, self.place.shape[2] :]  # head groups differ in what was dropped alone
+        place = (self.tokens[:, None] + new.cumsum(1) - 1)[:, None].expand(-1, valid.shape[1], -1)
+        before = torch.cat([self.before, self.before.new_zeros(place.shape)], 2)
+        tokens, most, place = self.tokens + new.sum(1), self.most + new.shape[1], torch.cat([self.place, place], 2)
+        return replace(self, tokens=tokens, most=most, place=place, before=before)
+
+    def cropped(self, count: int) -> Layer:
+        """Without the last `count` tokens. Raises `PatchStateError` where they are not what the last columns are of.
+        Waits for the device."""
+        if count <= 0:
+            return self
+        last = self.tokens[:, None, None] - count + torch.arange(count, device=self.place.device)
+        if count > self.place.shape[2] or not bool((self.place[..., -count:] == last).all()):
+            raise PatchStateError(GONE)
+        shorter = self.each(lambda x: x, lambda x: x[..., :-count])
+        return replace(shorter, tokens=self.tokens - count, most=self.most - count)
 
     @property
     def apart(self) -> bool:
@@ -123,13 +137,17 @@ class Layer:
 
 
 @dataclass
-class Held:
+class Held(State):
     """What the stage keeps for a sequence. steps: tokens of the answer so far. given: layer -> keys of the first
     columns, where these move (`renumber.move_up`)."""
 
     layers: dict[int, Layer] = field(default_factory=dict)
     steps: int = 0
     given: dict[int, Tensor] = field(default_factory=dict)
+
+    def cropped(self, count: int, columns: Callable[[int], int]) -> Held:
+        late = {i: columns(i) - layer.place.shape[2] for i, layer in self.layers.items()}  # came since, and are whole
+        return replace(self, layers={i: layer.cropped(count - late[i]) for i, layer in self.layers.items()})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Held:
         layers = {i: layer.each(change, change) for i, layer in self.layers.items()}

@@ -17,6 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtok.adapter import modelling_file
 
+UNSEEN = (
+    "Decoder layer {layer} was not observed: its attention did not run as when the model was patched. Patch again "
+    "after changing the attention implementation."
+)
 KEYWORD, TREE = "vtok_pass", "vtok_tree"
 _lock = threading.Lock()
 _users: Counter[str] = Counter()

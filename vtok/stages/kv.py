@@ -17,6 +17,7 @@ from vtok.engine.cache import Rows, gather
 from vtok.engine.columns import Columns, Held, Layer, chosen, columns, first_of_all
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
+from vtok.engine.probe import UNSEEN
 from vtok.engine.trace import Part
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.kernels.compact_sequence import kept_last
@@ -156,9 +157,10 @@ class KVStage(Stage[KV]):
             if len(site.parts) > 1:
                 raise Unsupported(f"{compressor.name}(renumber=True) goes with no other method: leave renumber off.")
             renumber.refuse(compressor.name, site.config, site.layers)
-        words = site.config.get_text_config().vocab_size
-        if compressor.rereads and (unknown := [token for token in compressor.ask if token >= words]):
-            raise InvalidValue(f"ask must be ids of the model's {words} tokens, got {unknown}: use its tokenizer.")
+        if compressor.rereads and compressor.ask:
+            words = site.config.get_text_config().vocab_size
+            if unknown := [token for token in compressor.ask if token >= words]:
+                raise InvalidValue(f"ask must be ids of the model's {words} tokens, got {unknown}: use its tokenizer.")
 
     # ---- a forward begins ------------------------------------------------------------------------------------------
     def begin(self, prefill: Prefill, p: Pass) -> None:
@@ -211,7 +213,7 @@ class KVStage(Stage[KV]):
     def _record(self, p: Pass, state: Cutting, layer: int, valid: Tensor, queries: int) -> Layer:
         """The layer's record, with the columns that came since the last eviction."""
         old = state.held.layers.get(layer)
-        record = Layer.of(valid) if old is None else old.grown(valid, queries)
+        record = Layer.of(valid) if old is None else old.grown(valid)
         apart = old.apart if state.answering else self.compressor.apart
         record = replace(record, visual=self._visual(p, layer, valid, queries, old) if apart else None)
         if state.answering:
@@ -231,7 +233,7 @@ class KVStage(Stage[KV]):
                     f"{self.compressor.name} has budgets for pictures and for text, and this cache was filled when all "
                     f"columns had one, so that it does not tell them apart. Start a new conversation."
                 )
-            there[..., : old.visual.shape[2]] = old.visual[..., : valid.shape[2]]
+            there[..., : old.visual.shape[2]] = old.visual
         rows = p.rows_at(layer)
         if p.prompts is not None and rows.visual is not None:
             there[..., valid.shape[2] - queries :] = rows.visual.to(valid.device)[:, None]
@@ -269,6 +271,9 @@ class KVStage(Stage[KV]):
     # ---- behind the layers -----------------------------------------------------------------------------------------
     def finished(self, engine: Engine, module: nn.Module, p: Pass) -> None:
         state: Cutting | None = p.state.get(self.name)
+        unseen = [layer for layer in self.layers if self.watches(p, layer) and layer not in state.shown]
+        if unseen:
+            raise Unsupported(UNSEEN.format(layer=unseen[0]))
         if state is not None and self.compressor.moves:
             self._move_up(module, p, state.held)
         if state is None or state.answering or not self.compressor.rereads:
@@ -329,7 +334,7 @@ class KVStage(Stage[KV]):
                 record, mine = layers[i], self._in_chunk(p, i, layers[i], start, end)
                 sees = (mine | (record.place < method.sinks)) & valid[i]
                 sees = F.pad(sees, (0, seen.query.shape[2]), value=True) & self._valid(p, i, seen.key)
-                told = columns(seen, sees, record.grown(sees, seen.query.shape[2]), i, 0)
+                told = columns(seen, sees, record.grown(sees), i, 0)
                 scores[i] = torch.where(mine, method.score(told)[..., : mine.shape[2]], scores[i])
                 stays[i] = method.stays(told)[..., : mine.shape[2]]
 

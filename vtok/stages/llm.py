@@ -18,6 +18,7 @@ from vtok.engine.columns import uniform
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
+from vtok.engine.probe import UNSEEN
 from vtok.engine.trace import Part
 from vtok.errors import Unsupported
 from vtok.stages.stage import Site, Stage
@@ -212,10 +213,7 @@ class InLLMStage(Stage[InLLM]):
             p.narrow(layer, None, [])
             return
         if layer - 1 not in state.scores and layer - 1 not in state.replayed:
-            raise Unsupported(
-                f"Decoder layer {layer - 1} was not observed: its attention did not run as when the model was patched. "
-                f"Patch again after changing the attention implementation."
-            )
+            raise Unsupported(UNSEEN.format(layer=layer - 1))
         with p.stopwatch, torch.no_grad():
             rows = p.rows[max(p.rows)]
             kept, lengths = self._ranked(p, state, layer - 1, rows, hidden)
