@@ -142,6 +142,14 @@ def test_a_cropped_cache_goes_on(model):
         assert places(cache) == [0, 1, *range(26, 36)]
 
 
+def test_a_cache_that_was_reset_begins_anew(model):
+    with vtok.patch(model, vtok.GemFilter(keep=0.4, first=1, last=2)):
+        cache = cache_in(run(model, IDS))
+        cache.reset()
+        run(model, IDS, cache)
+        assert cache.columns(0) == 12
+
+
 @pytest.mark.parametrize("name", ["h2o", "snapkv"])
 def test_a_smaller_cache_assists(model, name):
     """transformers lets the assistant draft anew from each text, and crops what was not accepted."""

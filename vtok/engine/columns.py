@@ -15,14 +15,14 @@ from vtok.errors import PatchStateError
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.types import best
 
+if TYPE_CHECKING:
+    from vtok.engine.decoder import Seen
+
 FIRST = 1e30  # above any score
 GONE = (
     "Of the tokens that are to be cropped some columns were evicted already, so that others would go in their place. "
     "Work on a copy.deepcopy of the cache, made before they came, or start a new conversation."
 )
-
-if TYPE_CHECKING:
-    from vtok.engine.decoder import Seen
 
 
 @dataclass(frozen=True)

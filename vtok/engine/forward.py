@@ -257,16 +257,14 @@ class Engine:
     # ---- language model ----------------------------------------------------------------------------------------
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         call, cache = self.local.call, cache_in(kwargs)
+        begins = cache is None or (type(cache) in (DynamicCache, CompressedCache) and not cache.get_seq_length())
+        on_text = call is not None and any(stage.on_text for stage in self.stages)
         brings = call is not None and any(encoded.layouts for encoded in call.encoded.values())
-        if not brings and not isinstance(cache, CompressedCache):
-            if call is None:
-                return None
-            begins = cache is None or (type(cache) is DynamicCache and not cache.get_seq_length())
-            if not any(stage.on_text for stage in self.stages):
-                if begins:
-                    self._note_text({**kwargs, "attention_mask": call.mask_in(kwargs)})
-                return None
-            brings = begins
+        brings = brings or (begins and on_text)
+        if not brings and not on_text and not isinstance(cache, CompressedCache):
+            if begins and call is not None:
+                self._note_text({**kwargs, "attention_mask": call.mask_in(kwargs)})
+            return None
         kwargs = embedded(module, args, kwargs)
         cache = self._cache(module, kwargs)
         run = prefill(self, module, call, kwargs, cache) if brings else self._continue(module, kwargs, cache)

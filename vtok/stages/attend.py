@@ -14,7 +14,7 @@ from vtok.compressor import Compressor
 from vtok.engine.cache import State, take
 from vtok.engine.decoder import Pass, Reads, Seen
 from vtok.engine.prefill import Prefill
-from vtok.engine.probe import UNSEEN
+from vtok.engine.probe import check_shown
 from vtok.engine.trace import Part
 from vtok.errors import Unsupported
 from vtok.kernels.compact_sequence import kept_last
@@ -129,9 +129,8 @@ class AttendStage(Stage[Attend]):
         return [(seen.query, *_columns(seen, index), _of_columns(seen.mask, index, chosen))]
 
     def finished(self, engine: Engine, module: nn.Module, p: Pass) -> None:
-        unseen = [layer for layer in self.layers if self.watches(p, layer) and layer not in p.state[self.name].shown]
-        if unseen:
-            raise Unsupported(UNSEEN.format(layer=unseen[0]))
+        if (state := p.state.get(self.name)) is not None:
+            check_shown(self.layers, state.shown)
 
     def _by_chunks(self, p: Pass, seen: Seen, valid: Tensor) -> list[Reads] | None:
         """What the chunks of a prompt read: themselves, and what their mean query chooses of all before them, or all of

@@ -17,7 +17,7 @@ from vtok.engine.cache import Rows, gather
 from vtok.engine.columns import Columns, Held, Layer, chosen, columns, first_of_all
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
-from vtok.engine.probe import UNSEEN
+from vtok.engine.probe import check_shown
 from vtok.engine.trace import Part
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.kernels.compact_sequence import kept_last
@@ -271,9 +271,8 @@ class KVStage(Stage[KV]):
     # ---- behind the layers -----------------------------------------------------------------------------------------
     def finished(self, engine: Engine, module: nn.Module, p: Pass) -> None:
         state: Cutting | None = p.state.get(self.name)
-        unseen = [layer for layer in self.layers if self.watches(p, layer) and layer not in state.shown]
-        if unseen:
-            raise Unsupported(UNSEEN.format(layer=unseen[0]))
+        if self.watches(p, self.layers[0]):
+            check_shown(self.layers, state.shown)
         if state is not None and self.compressor.moves:
             self._move_up(module, p, state.held)
         if state is None or state.answering or not self.compressor.rereads:

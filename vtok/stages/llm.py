@@ -18,9 +18,8 @@ from vtok.engine.columns import uniform
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
-from vtok.engine.probe import UNSEEN
+from vtok.engine.probe import check_shown
 from vtok.engine.trace import Part
-from vtok.errors import Unsupported
 from vtok.stages.stage import Site, Stage
 from vtok.types import Activations, Attention, Entered, mean_of_members, ranks
 
@@ -212,8 +211,8 @@ class InLLMStage(Stage[InLLM]):
         if layer - 1 in state.idle:  # a group of its own all the same: a later turn on the cache may drop here
             p.narrow(layer, None, [])
             return
-        if layer - 1 not in state.scores and layer - 1 not in state.replayed:
-            raise Unsupported(UNSEEN.format(layer=layer - 1))
+        if layer - 1 not in state.replayed:
+            check_shown([layer - 1], state.scores)
         with p.stopwatch, torch.no_grad():
             rows = p.rows[max(p.rows)]
             kept, lengths = self._ranked(p, state, layer - 1, rows, hidden)
