@@ -122,11 +122,27 @@ def test_what_was_evicted_cannot_be_cropped(model, name, whole):
     with vtok.patch(model, name, keep=0.3):
         cache = cache_in(generate(model))
         held = cache.columns(1)
-        with pytest.raises(PatchStateError, match="evicted already"):
+        with pytest.raises(PatchStateError, match="dropped already"):
             cache.crop(-20)
         assert (cache.get_seq_length(), cache.columns(1)) == (34, held)
         cache.crop(-whole)
         assert (cache.get_seq_length(), cache.columns(1)) == (34 - whole, held - whole)
+
+
+@pytest.mark.parametrize("method", ["divprune", vtok.FastV(keep=0.5, layer=1), vtok.GemFilter(keep=0.5, last=2)])
+def test_what_did_not_enter_cannot_be_cropped(method):
+    """The text behind a picture is there, of the picture a part."""
+    model, processor = tiny("llava")
+    inputs = batch(processor, ["a # What colour is it?"], [picture(56, 84)])
+    visual = inputs["input_ids"][0] == model.config.image_token_id
+    behind = 2 if isinstance(method, vtok.GemFilter) else int((~visual).flip(0).long().cumprod(0).sum())
+    with vtok.patch(model, method):
+        cache = cache_in(model.generate(**inputs, **GREEDY, return_dict_in_generate=True))
+        with pytest.raises(PatchStateError, match="dropped already"):
+            cache.crop(-(4 + behind + 6))
+        held = cache.columns(3)
+        cache.crop(-(4 + behind))
+        assert cache.columns(3) == held - 4 - behind
 
 
 def test_a_cropped_cache_goes_on(model):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtok.engine.cache import State
+from vtok.engine.cache import GONE, State
 from vtok.errors import PatchStateError
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.types import best
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from vtok.engine.decoder import Seen
 
 FIRST = 1e30  # above any score
-GONE = (
-    "Of the tokens that are to be cropped some columns were evicted already, so that others would go in their place. "
-    "Work on a copy.deepcopy of the cache, made before they came, or start a new conversation."
-)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ class Prefill:
         keep = self.kept.view(self.batch, self.length) & self.valid
         droppable = self.countable.view(self.batch, self.length) & ~self.prompts.needed
         self.ask("lengths", keep.sum(1))
+        self.ask("stays", (keep & ~droppable).flip(1).long().cumprod(1).sum(1).amin()[None])  # of the last tokens
         first = [picture.tokens[0] for picture in self.pictures]
         self.ask("owners", torch.stack(first) // self.length if first else self.prompts.turns.new_empty(0))
         self.ask("unclear", self.prompts.unclear)
@@ -194,6 +195,8 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
         stage.begin(seen, p)
     if cache is not None:
         engine.check_cache(p)
+        if (stays := seen.told["stays"][0]) < seen.length:
+            cache.firm = cache.seen + seen.length - stays
     call.passing = p
     return engine.run_on(p, {**kwargs, "inputs_embeds": embeds, "position_ids": positions})
 
