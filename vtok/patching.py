@@ -46,12 +46,14 @@ def patch(
     config: str | PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Patch:
-    """Make a vision-language model run on fewer visual tokens, in place.
+    """Make a vision-language model run on fewer visual tokens, or a language model on a smaller cache, in place.
 
-    model: a `...ForConditionalGeneration` of a supported family, or a wrapper around one (PEFT). For methods that act
-        in the blocks of a vision transformer ("tome") also one alone, of transformers, timm or open_clip, or its owner.
+    model: a `...ForConditionalGeneration` of a supported family, or a wrapper around one (PEFT). For methods of the
+        cache and the prompt also a `...ForCausalLM` with a plain dynamic cache. For methods that act in the blocks of a
+        vision transformer ("tome") also one alone, of transformers, timm or open_clip, or its owner.
     method: the name of a compressor, a compressor object, or several, one a stage. None takes the family's default.
     budget: instead of `keep`: the mean over decoder layers of kept over all visual tokens is at most this, in (0, 1].
+        Of a language model: of the columns of the cache to which a token attends (`Trace.mean_attended`).
     config: instead of a method: a file that `Patch.save` wrote, or what is in it.
     options: of a compressor given by name, such as `keep`.
 
@@ -160,7 +162,7 @@ class Patch(Handle):
     def trace(self) -> Trace:
         """The record of the last prefill, of this thread if it has run one. Raises `NothingToReport` before one."""
         if self._engine.trace is None:
-            raise NothingToReport("Nothing to report yet: run the patched model on a picture first.")
+            raise NothingToReport("Nothing to report yet: run the patched model on a prompt first.")
         return self._engine.trace
 
     def swap(self, method: Method | None = None, *, budget: float | None = None, **options: Any) -> Patch:
@@ -284,10 +286,12 @@ class Patch(Handle):
         """What the last prefill saved, in words."""
         trace = self._engine.trace
         if trace is None:
-            return "no picture yet"
-        if not trace.pictures:
-            return "no picture in the last prompt"
+            return "no picture yet" if self._adapter.encoders else "no prompt yet"
         tokens = f"{trace.mean_keep:.1%} of {sum(trace.n_visual)} visual tokens kept in the last prefill"
+        if not trace.pictures:
+            if not any(stage.on_text for stage in self._engine.installed):
+                return "no picture in the last prompt"
+            tokens = "in the last prefill"
         try:
             flops, cache = trace.flops(), trace.kv_bytes()
         except Unsupported:
@@ -445,11 +449,15 @@ def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
             same = ", ".join(part.name for part in parts if part.stage == stage)
             raise Unsupported(f"At most one compressor a stage: {same} all act at {stage!r}.")
     available = site.adapter.available(site.config)
+    pictures = " Methods before the language model work here: divprune, for example."
+    hint = pictures if site.adapter.encoders else " No method of vtok works on this language model."
     for part in parts:
         if not site.adapter.encoders and not stages.find(part.stage).on_text:
             raise Unsupported(f"{part.name} acts on pictures, and {type(site.core).__name__} takes none.")
         if missing := sorted(part.needs_now - available):
             hints = "".join(f" {part.hints[need]}" for need in missing if need in part.hints)
+            if "attention" in missing:
+                hints += f" Its layers have windows or states, of which no token can be taken out.{hint}"
             raise Unsupported(
                 f"{part.name} needs {', '.join(missing)}, which this {site.adapter.family} model does not have.{hints}"
             )
@@ -457,8 +465,8 @@ def _check_parts(parts: tuple[Compressor, ...], site: Site) -> None:
         refuse_windows(site.config)
     for part in site.parts:
         if part.needs_now & {"attention", "ffn"}:
-            refuse_unseen(site.layers, part.name)
-            refuse_states(site.config, part.name)
+            refuse_unseen(site.layers, part.name, hint)
+            refuse_states(site.config, part.name, hint)
 
 
 def _check_transformers(version: str) -> None:

@@ -17,7 +17,7 @@ class H2O(KV):
     (Section 4). While answering, each new column pushes out the one with the lowest.
 
     keep: of the prompt's columns, heavy hitters and latest together; the paper's 0.1 and 0.1.
-    recent: how much of that are the latest columns, a fraction.
+    recent: how much of that are the latest columns, a fraction. Less where `sinks` leave less.
     sinks: first columns that stay in any case. The paper has none.
     Differs from the paper: scores are each row's own, where the official code sums them over the batch; a group of
         query heads that shares keys has one set of columns.
@@ -41,5 +41,4 @@ class H2O(KV):
         return seen.before + seen.attention_sums()
 
     def stays(self, seen: Columns) -> Tensor:
-        latest = seen.last((seen.budget * self.recent).long())
-        return latest | (seen.place < self.sinks)
+        return seen.recent(self.recent, self.sinks) | (seen.place < self.sinks)

@@ -79,4 +79,4 @@ class Keyformer(KV):
         return -(-u.log()).log()
 
     def stays(self, seen: Columns) -> Tensor:
-        return seen.last((seen.budget * self.recent).long())
+        return seen.recent(self.recent)

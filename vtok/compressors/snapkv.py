@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vtok.engine.columns import Columns
 from vtok.errors import InvalidValue
 from vtok.kernels.attention_rows import attention_rows
+from vtok.kernels.compact_sequence import kept_last
 from vtok.options import AtLeast1, In, Keep
 from vtok.stages.kv import KV
 
@@ -67,7 +69,9 @@ class SnapKV(KV):
         sums = attention.masked_fill(~counted, 0.0).sum(2).view(*seen.valid.shape[:2], -1, seen.valid.shape[2])
         sums = sums.masked_fill((self.stays(seen) | ~seen.valid)[:, :, None], 0.0).flatten(0, 1)  # [B * G, H / G, L]
         pool = F.avg_pool1d if self.pooling == "average" else F.max_pool1d
-        pooled = pool(sums, self.kernel, stride=1, padding=self.kernel // 2)
+        order = kept_last(valid, valid.shape[1])[:, None].expand_as(sums)  # padding between two prompts is no neighbour
+        pooled = pool(sums.gather(2, order), self.kernel, stride=1, padding=self.kernel // 2)
+        pooled = torch.empty_like(pooled).scatter_(2, order, pooled)
         return pooled.mean(1).view(seen.valid.shape)
 
     def stays(self, seen: Columns) -> Tensor:

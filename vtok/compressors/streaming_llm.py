@@ -34,8 +34,9 @@ class StreamingLLM(KV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.keep, int) and self.keep <= self.sinks:
-            raise InvalidValue(f"keep must be above sinks, {self.sinks}, got {self.keep}: the window would be empty.")
+        name, share = ("keep", self.keep) if self.text is None else ("text", self.text)
+        if isinstance(share, int) and share <= self.sinks:
+            raise InvalidValue(f"{name} must be above sinks, {self.sinks}, got {share}: the window would be empty.")
         if self.renumber and self.apart:
             raise InvalidValue("renumber counts all columns as one: give keep, not visual and text.")
 

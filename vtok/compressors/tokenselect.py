@@ -25,7 +25,8 @@ class TokenSelect(Attend):
     chunk: so many tokens of the prompt choose together, by their mean query, among what is before them, and read that
         and each other; counted from the prompt's end. The paper's is 512. none: the prompt is read whole.
     theta: a choice is used again for the next tokens while the cosine of their query to its own is at least this,
-        for all rows of a batch; to know costs a wait for the device in each layer. none: choose for each token.
+        for all rows of a batch; to know costs a wait for the device in each layer. none: choose for each token, as
+        beside a method that evicts at each token.
     Differs from the paper: the prompt is read whole unless `chunk` is given; columns keep their positions;
         query heads share keys as transformers lays them out, where the official kernel mixes groups up.
     Not good for: memory, as the cache stays whole; short prompts, which are attended to whole.
@@ -51,8 +52,9 @@ class TokenSelect(Attend):
             return None, length, None
         place, behind = valid.cumsum(1) - 1, valid.flip(1).cumsum(1).flip(1) - 1
         always = valid & ((place < self.initial) | (behind < self.latest))
-        if before is not None and bool((F.cosine_similarity(query, before[0]) >= self.theta).all()):
-            query, vote = before[0], F.pad(before[1], (0, length - before[1].shape[1]))
+        follows = before is not None and before[1].shape[1] == length - 1  # else columns were evicted since
+        if follows and bool((F.cosine_similarity(query, before[0]) >= self.theta).all()):
+            query, vote = before[0], F.pad(before[1], (0, 1))
         else:
             vote = votes(seen.query, seen.key, valid & ~always)
         total = ends + keep_counts(valid.sum(1), self.keep)  # [B]

@@ -7,10 +7,11 @@ sees or caches. Compacting keeps the order, and puts the padding that ragged bat
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ from vtok.kernels.compact_sequence import kept_last
 # What transformers calls the cache in keywords and outputs: `past_key_values` up to 5.23, then `cache`.
 NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 OTHER_PATCH = "This cache was made under another patch, whose layers hold different tokens. Start a new conversation."
+
+GONE = (
+    "Of the tokens that are to be cropped some columns were dropped already, so that others would go in their place. "
+    "Work on a copy.deepcopy of the cache, made before they came, or start a new conversation."
+)
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,17 @@ def with_cache(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
     return {**{k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}, NAME: cache}
 
 
-class State(Protocol):
+class State(ABC):
     """What a stage keeps for a sequence. It lives in the sequence's cache, and follows it."""
 
+    @abstractmethod
     def map(self, change: Callable[[Tensor], Tensor]) -> State:
         """The same where the batch has other rows: `change` picks them of a tensor [B, ...]."""
+
+    def cropped(self, count: int, columns: Callable[[int], int]) -> State:
+        """The same without the last `count` tokens, where layer i holds columns(i) columns with theirs. Raises
+        `PatchStateError` where some of these are gone already."""
+        return self
 
 
 class CompressedCache(DynamicCache):
@@ -111,6 +123,7 @@ class CompressedCache(DynamicCache):
     and chat loops mean by it; the masks are sized by what each layer holds.
 
     seen: the logical length.
+    firm: the logical length behind which each token that came has a column in each layer, but for what `states` say.
     valid: first layer -> which of the columns of that layer and those up to the next key are not padding: [B, columns]
         bool, or [B, G, columns] where each of G head groups holds columns of its own; None where none is padding.
     states: stage -> what it keeps for the sequence.
@@ -119,6 +132,7 @@ class CompressedCache(DynamicCache):
     """
 
     seen: int
+    firm: int
     valid: dict[int, Tensor | None]
     states: dict[str, State]
     open: bool
@@ -138,7 +152,7 @@ class CompressedCache(DynamicCache):
         cache.__class__ = cls
         cache.seen = DynamicCache.get_seq_length(cache)
         cache.valid = {0: None if past_mask is None else past_mask.bool()}
-        cache.states, cache.open = {}, False
+        cache.states, cache.open, cache.firm = {}, False, 0
         return cache
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -222,6 +236,11 @@ class CompressedCache(DynamicCache):
         self.states = {stage: state.map(change) for stage, state in self.states.items()}
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove < 0:  # others are refused
+            whole = all(self.columns(i) == self.seen for i in range(len(self.layers)))
+            if self.seen + tokens_to_remove < self.firm and not whole:
+                raise PatchStateError(GONE)
+            self.states = {name: s.cropped(-tokens_to_remove, self.columns) for name, s in self.states.items()}
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self.seen += tokens_to_remove  # negative
@@ -229,7 +248,7 @@ class CompressedCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.valid, self.states = 0, {0: None}, {}
+        self.seen, self.firm, self.valid, self.states = 0, 0, {0: None}, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtok.engine.cache import GONE, State
+from vtok.errors import PatchStateError
 from vtok.kernels.attention_column_sums import attention_column_sums
 from vtok.types import best
 
 if TYPE_CHECKING:
     from vtok.engine.decoder import Seen
+
+FIRST = 1e30  # above any score
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Columns:
     def last(self, count: Tensor) -> Tensor:
         """[B, G, L] bool: the newest columns of each row, count [B] of them."""
         return self.valid & (self.age < count[:, None, None])
+
+    def recent(self, share: float, others: int = 0) -> Tensor:
+        """[B, G, L] bool: the newest columns, a share of the budget, in which so many `others` stay as well."""
+        count = (self.budget.double() * share + 1e-9).floor().long()
+        return self.last(torch.minimum(count, self.budget - others))
 
     @cached_property
     def apart(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,17 +94,31 @@ class Layer:
         """Of a layer that was given its first columns, valid [B, G, L]."""
         none = torch.zeros(len(valid), 0, dtype=torch.long, device=valid.device)
         empty = none[:, None].expand(-1, valid.shape[1], -1)
-        return Layer(none.sum(1), 0, empty, empty.float(), none, 0).grown(valid, valid.shape[2])
+        return Layer(none.sum(1), 0, empty, empty.float(), none, 0).grown(valid)
 
-    def grown(self, valid: Tensor, queries: int) -> Layer:
-        """With the columns that came since: valid [B, G, L] of all, the last `queries` of them of this forward."""
-        held = min(self.place.shape[2], valid.shape[2] - queries)  # columns may have been cropped
-        new = valid[:, 0, held:]  # head groups differ in what was dropped alone
-        tokens = self.tokens - (self.place.shape[2] - held)
-        place = (tokens[:, None] + new.cumsum(1) - 1)[:, None].expand(-1, valid.shape[1], -1)
-        before = torch.cat([self.before[..., :held], self.before.new_zeros(place.shape)], 2)
-        place = torch.cat([self.place[..., :held], place], 2)
-        return replace(self, tokens=tokens + new.sum(1), most=self.most + new.shape[1], place=place, before=before)
+    def grown(self, valid: Tensor) -> Layer:
+        """With the columns that came since: valid [B, G, L] of all."""
+        new = valid[:, 0, self.place.shape[2] :]  # head groups differ in what was dropped alone
+        place = (self.tokens[:, None] + new.cumsum(1) - 1)[:, None].expand(-1, valid.shape[1], -1)
+        before = torch.cat([self.before, self.before.new_zeros(place.shape)], 2)
+        tokens, most, place = self.tokens + new.sum(1), self.most + new.shape[1], torch.cat([self.place, place], 2)
+        return replace(self, tokens=tokens, most=most, place=place, before=before)
+
+    def cropped(self, count: int) -> Layer:
+        """Without the last `count` tokens. Raises `PatchStateError` where they are not what the last columns are of.
+        Waits for the device."""
+        if count <= 0:
+            return self
+        last = self.tokens[:, None, None] - count + torch.arange(count, device=self.place.device)
+        if count > self.place.shape[2] or not bool((self.place[..., -count:] == last).all()):
+            raise PatchStateError(GONE)
+        shorter = self.each(lambda x: x, lambda x: x[..., :-count])
+        return replace(shorter, tokens=self.tokens - count, most=self.most - count)
+
+    @property
+    def apart(self) -> bool:
+        """Whether pictures and text have budgets of their own."""
+        return self.visual is not None
 
     def pictures(self, valid: Tensor) -> Tensor | None:
         """[B] how many columns of pictures there are, where they have a budget of their own."""
@@ -110,7 +133,7 @@ class Layer:
 
 
 @dataclass
-class Held:
+class Held(State):
     """What the stage keeps for a sequence. steps: tokens of the answer so far. given: layer -> keys of the first
     columns, where these move (`renumber.move_up`)."""
 
@@ -118,9 +141,19 @@ class Held:
     steps: int = 0
     given: dict[int, Tensor] = field(default_factory=dict)
 
+    def cropped(self, count: int, columns: Callable[[int], int]) -> Held:
+        late = {i: columns(i) - layer.place.shape[2] for i, layer in self.layers.items()}  # came since, and are whole
+        return replace(self, layers={i: layer.cropped(count - late[i]) for i, layer in self.layers.items()})
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Held:
         layers = {i: layer.each(change, change) for i, layer in self.layers.items()}
         return Held(layers, self.steps, {i: change(keys) for i, keys in self.given.items()})
+
+
+def first_of_all(stays: Tensor, score: Tensor, place: Tensor) -> Tensor:
+    """Scores [B, G, L] by which the columns that stay come before all others; and the latest of them first, where a
+    budget has no room for all."""
+    return torch.where(stays, (place + 1) * FIRST, score)
 
 
 def chosen(

@@ -24,12 +24,13 @@ from vtok.adapter import Adapter, Encoded
 from vtok.engine import encode, ffn
 from vtok.engine.cache import OTHER_PATCH, CompressedCache, Rows, cache_in, causal_mask, with_cache
 from vtok.engine.decoder import Carried, Pass
-from vtok.engine.prefill import prefill
+from vtok.engine.prefill import check_mask, prefill
 from vtok.engine.probe import KEYWORD
 from vtok.engine.prompt import IGNORE, Told
 from vtok.engine.replay import Recorded
 from vtok.engine.trace import Shapes, Trace
 from vtok.errors import PatchStateError, Unsupported
+from vtok.kernels.compact_sequence import compact_sequence
 
 if TYPE_CHECKING:
     from vtok.stages.stage import Stage
@@ -212,7 +213,7 @@ class Engine:
         if told.labels is not None and inputs is not None and told.labels.shape == inputs.shape[:2]:
             return told
         if local.generating is not None:
-            return Told(length=local.generating.length)
+            return Told(length=local.generating.length, generating=True)
         if local.prompt is not None:
             return local.prompt
         return Told(whole=told.whole or kwargs.get("use_cache") is True or cache_in(kwargs) is not None)
@@ -256,16 +257,14 @@ class Engine:
     # ---- language model ----------------------------------------------------------------------------------------
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         call, cache = self.local.call, cache_in(kwargs)
+        begins = cache is None or (type(cache) in (DynamicCache, CompressedCache) and not cache.get_seq_length())
+        on_text = call is not None and any(stage.on_text for stage in self.stages)
         brings = call is not None and any(encoded.layouts for encoded in call.encoded.values())
-        if not brings and not isinstance(cache, CompressedCache):
-            if call is None:
-                return None
-            begins = cache is None or (type(cache) is DynamicCache and not cache.get_seq_length())
-            if not any(stage.on_text for stage in self.stages):
-                if begins:
-                    self._note_text({**kwargs, "attention_mask": call.mask_in(kwargs)})
-                return None
-            brings = begins
+        brings = brings or (begins and on_text)
+        if not brings and not on_text and not isinstance(cache, CompressedCache):
+            if begins and call is not None:
+                self._note_text({**kwargs, "attention_mask": call.mask_in(kwargs)})
+            return None
         kwargs = embedded(module, args, kwargs)
         cache = self._cache(module, kwargs)
         run = prefill(self, module, call, kwargs, cache) if brings else self._continue(module, kwargs, cache)
@@ -341,9 +340,14 @@ class Engine:
             new = mask[:, -length:].bool()
         p = Pass(module.config, self.stages or self.installed, cache, batch, length, tree=tree)
         p.told = call.told if call is not None else Told()
-        if new is not None:
-            p.rows[0] = Rows(torch.arange(length, device=hidden.device).expand(batch, -1), new, padded=True)
         positions = self.positions(kwargs.get("position_ids"), cache, length, hidden.device)
+        if new is not None and call is None:  # nobody would put the output back
+            p.rows[0] = Rows(torch.arange(length, device=hidden.device).expand(batch, -1), new, padded=True)
+        elif new is not None:  # padding goes left
+            most = int(new.sum(1).max())
+            index, there, hidden, positions, _ = compact_sequence(new, most, hidden, positions, new)
+            p.rows[0], call.passing = Rows(index, there, padded=True), p
+            kwargs = {**kwargs, "inputs_embeds": hidden}
         for stage in p.stages:
             positions = stage.resume(p, positions)
         self.check_cache(p)
@@ -459,12 +463,3 @@ def embedded(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     if kwargs.get("inputs_embeds") is None:
         kwargs["inputs_embeds"] = module.get_input_embeddings()(ids)
     return kwargs
-
-
-def check_mask(mask: Any) -> None:
-    """Raise `Unsupported` for a mask that is no [batch, length] tensor."""
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise Unsupported(
-            "A prepared attention mask (4-D or a dict, as static caches and packing make it) cannot be compacted. "
-            "Pass a [batch, length] mask or none, and use the default dynamic cache."
-        )

@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtok.adapter import Adapter
 from vtok.engine.forward import Engine
@@ -91,7 +92,7 @@ def _generate(engine: Engine, vlm: nn.Module, lock: Any) -> Any:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         given = [x for x in (kwargs.get("inputs_embeds"), ids) if x is not None]
         run = previous or types.MethodType(type(vlm).generate, vlm)
-        with engine.generating(given[0].shape[1] if given else None, lock):
+        with engine.generating(given[0].shape[1] if given else 1, lock):  # of none generate makes the text's first
             return run(*args, **kwargs)
 
     return generate
@@ -133,22 +134,24 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def refuse_unseen(layers: nn.ModuleList, method: str) -> None:
-    """Raise `Unsupported` where decoder layers hand no keywords on to an attention of transformers' registry."""
+def refuse_unseen(layers: nn.ModuleList, method: str, hint: str) -> None:
+    """Raise `Unsupported` where decoder layers hand no keywords on to an attention of transformers' registry. hint:
+    what works instead."""
     for kind in dict.fromkeys(type(layer) for layer in layers):
         layer = next(layer for layer in layers if type(layer) is kind)
         seen = [name for name, part in layer.named_children() if _by_registry(part)]
         if not seen or not _hands_keywords_on(kind, seen):
             raise Unsupported(
                 f"{method} looks into decoder layers, and {kind.__name__} does not show its attention: that goes past "
-                f"transformers' registry, or is handed no keywords. Methods before the language model work here: "
-                f"divprune, for example."
+                f"transformers' registry, or is handed no keywords.{hint}"
             )
 
 
 def _by_registry(attention: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
+    """Whether a part of a layer takes its attention from transformers' registry. Some have their own."""
+    forward, name = inspect.unwrap(type(attention).forward), "ALL_ATTENTION_FUNCTIONS"
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return name in names and getattr(forward, "__globals__", {}).get(name) is ALL_ATTENTION_FUNCTIONS
 
 
 def _hands_keywords_on(layer: type[nn.Module], names: list[str]) -> bool:
@@ -171,16 +174,20 @@ def refuse_windows(config: Any) -> None:
         kinds = ["sliding_attention"]
     chunked = getattr(text, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds)
     if chunked or (window and "sliding_attention" in (kinds or ())):
-        raise Unsupported("Decoders with sliding-window attention are not supported: a window counts dropped tokens.")
+        raise Unsupported(
+            "Decoders with sliding-window attention are not supported: a window counts dropped tokens. Where all texts "
+            "are shorter than the window none is needed: load the model with sliding_window=None, if its config can."
+        )
 
 
-def refuse_states(config: Any, method: str) -> None:
-    """Raise `Unsupported` for a decoder whose cache holds states, which no dropped token can be taken out of."""
+def refuse_states(config: Any, method: str, hint: str) -> None:
+    """Raise `Unsupported` for a decoder whose cache holds states, which no dropped token can be taken out of. hint:
+    what works instead."""
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     if kinds := sorted({type(layer).__name__ for layer in layers} - {DynamicLayer.__name__}):
         raise Unsupported(
             f"{method} acts in decoder layers, and these cache states, of which no token can be taken out: "
-            f"{', '.join(kinds)}. Methods before the language model work here: divprune, for example."
+            f"{', '.join(kinds)}.{hint}"
         )
 
 

@@ -44,6 +44,7 @@ class Prefill:
         self.device, self.cache = self.embeds.device, cache
         self.stopwatch = Stopwatch(self.device)
         mask = call.mask_in(kwargs)
+        check_mask(mask)
         refuse_packed(kwargs, mask, cache)
         self.valid = torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
         if mask is not None:
@@ -98,6 +99,7 @@ class Prefill:
         keep = self.kept.view(self.batch, self.length) & self.valid
         droppable = self.countable.view(self.batch, self.length) & ~self.prompts.needed
         self.ask("lengths", keep.sum(1))
+        self.ask("stays", (keep & ~droppable).flip(1).long().cumprod(1).sum(1).amin()[None])  # of the last tokens
         first = [picture.tokens[0] for picture in self.pictures]
         self.ask("owners", torch.stack(first) // self.length if first else self.prompts.turns.new_empty(0))
         self.ask("unclear", self.prompts.unclear)
@@ -193,8 +195,19 @@ def prefill(engine: Engine, module: nn.Module, call: Call, kwargs: dict[str, Any
         stage.begin(seen, p)
     if cache is not None:
         engine.check_cache(p)
+        if (stays := seen.told["stays"][0]) < seen.length:
+            cache.firm = cache.seen + seen.length - stays
     call.passing = p
     return engine.run_on(p, {**kwargs, "inputs_embeds": embeds, "position_ids": positions})
+
+
+def check_mask(mask: Any) -> None:
+    """Raise `Unsupported` for a mask that is no [batch, length] tensor."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise Unsupported(
+            "A prepared attention mask (4-D or a dict, as static caches and packing make it) cannot be compacted. "
+            "Pass a [batch, length] mask or none, and use the default dynamic cache."
+        )
 
 
 def refuse_packed(kwargs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:

@@ -11,16 +11,29 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
+from collections.abc import Collection, Iterable
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtok.adapter import modelling_file
+from vtok.errors import Unsupported
 
+UNSEEN = (
+    "Decoder layer {layer} was not observed: its attention did not run as when the model was patched. Patch again "
+    "after changing the attention implementation."
+)
 KEYWORD, TREE = "vtok_pass", "vtok_tree"
 _lock = threading.Lock()
 _users: Counter[str] = Counter()
 _previous: dict[str, object] = {}  # what the local mapping held before us, where it held something
+
+
+def check_shown(layers: Iterable[int], shown: Collection[int]) -> None:
+    """Raise `Unsupported` where one of these decoder layers ran, and its attention was not among those shown."""
+    for layer in layers:
+        if layer not in shown:
+            raise Unsupported(UNSEEN.format(layer=layer))
 
 
 def _wrapper(implementation: str, original):

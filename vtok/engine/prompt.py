@@ -24,6 +24,11 @@ DRAFTS = (
     "{name} acts after each token of an answer, so that several at once (drafts of assisted decoding, prompt lookup) "
     "would give another answer: leave them out, or take a method that lets answers be."
 )
+GENERATING = (
+    "{name} acts behind the prompt, and this call of generate holds more than the prompt in one forward. Leave out "
+    "use_cache=False, and assistant_model and prompt_lookup_num_tokens, whose first drafts come with the prompt; "
+    "custom_generate=vtok.NGram(), for example, drafts behind it."
+)
 UNKNOWN = (
     "{name} acts behind the prompt, and this forward does not say whether it is one. Call generate; or pass "
     "use_cache=True, where all of the input is prompt; or say how long prompts are, `with patch.prompt(length):`."
@@ -37,12 +42,14 @@ class Told:
     labels: [B, S] with -100 where nothing is supervised, or None. length: how many columns of the sequence, with what
         is cached, are prompt: an int, or [B]; None where nobody says. whole: whether all of this forward is prompt.
     on_pictures: [B] bool, rows in which pictures themselves were labelled; None where there are no labels.
+    generating: whether it is a forward of `generate`.
     """
 
     labels: Tensor | None = None
     length: int | Tensor | None = None
     whole: bool = False
     on_pictures: Tensor | None = None
+    generating: bool = False
 
     @property
     def known(self) -> bool:
@@ -62,7 +69,7 @@ class Told:
             ends = [self.length] if isinstance(self.length, int) else self.length.tolist()
             answering = seen >= max(ends)
             if not answering and seen + length > min(ends):
-                refused = ANSWERS
+                refused = GENERATING if self.generating else ANSWERS
             elif seen + length < min(ends):
                 refused = CHUNKS
         elif not self.whole:

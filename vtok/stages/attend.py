@@ -5,19 +5,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtok.compressor import Compressor
-from vtok.engine.cache import take
+from vtok.engine.cache import State, take
 from vtok.engine.decoder import Pass, Reads, Seen
 from vtok.engine.prefill import Prefill
+from vtok.engine.probe import check_shown
 from vtok.engine.trace import Part
 from vtok.errors import Unsupported
 from vtok.kernels.compact_sequence import kept_last
-from vtok.stages.stage import Stage
+from vtok.stages.stage import Site, Stage
+
+if TYPE_CHECKING:
+    from vtok.engine.forward import Engine
 
 MASKED = ("sdpa", "eager")  # attention implementations that take a 4-D mask
 
@@ -58,7 +62,7 @@ class Attended(Part):
 
 
 @dataclass
-class Chosen:
+class Chosen(State):
     """What the stage keeps for a sequence: layer -> what `select` wants to be given again."""
 
     before: dict[int, tuple] = field(default_factory=dict)
@@ -67,10 +71,22 @@ class Chosen:
         return Chosen({i: tuple(map(change, each)) for i, each in self.before.items()})
 
 
+@dataclass
+class Attending:
+    """What it keeps for one forward. shown: the layers whose attention was."""
+
+    held: Chosen
+    shown: set[int] = field(default_factory=set)
+
+
 class AttendStage(Stage[Attend]):
     name = "attend"
     in_layers = on_text = True
     compiles = False
+
+    def __init__(self, compressor: Attend, site: Site) -> None:
+        super().__init__(compressor, site)
+        self.layers = range(len(site.layers))
 
     def begin(self, prefill: Prefill, p: Pass) -> None:
         self.resume(p, prefill.positions)
@@ -84,16 +100,17 @@ class AttendStage(Stage[Attend]):
             if not answering:
                 state.before.clear()
             if answering or self.compressor.chunk is not None:
-                p.state[self.name] = state
+                p.state[self.name] = Attending(state)
         return positions
 
     def watches(self, p: Pass, layer: int) -> bool:
         return self.name in p.state
 
     def attention(self, p: Pass, layer: int, seen: Seen) -> list[Reads] | None:
-        state: Chosen | None = p.state.get(self.name)
+        state: Attending | None = p.state.get(self.name)
         if state is None:
             return None
+        state.shown.add(layer)
         valid = p.cache.valid_at(layer)
         if valid is None:
             valid = torch.ones(len(seen.key), seen.key.shape[2], dtype=torch.bool, device=seen.key.device)
@@ -103,13 +120,17 @@ class AttendStage(Stage[Attend]):
         with torch.no_grad():
             if seen.query.shape[2] > 1:
                 return self._by_chunks(p, seen, valid)
-            chosen, most, again = self.compressor.select(seen, valid, state.before.get(layer))
+            chosen, most, again = self.compressor.select(seen, valid, state.held.before.get(layer))
         if chosen is None:
             return None
         if again is not None:
-            state.before[layer] = again
+            state.held.before[layer] = again
         index = kept_last(chosen, most)
         return [(seen.query, *_columns(seen, index), _of_columns(seen.mask, index, chosen))]
+
+    def finished(self, engine: Engine, module: nn.Module, p: Pass) -> None:
+        if (state := p.state.get(self.name)) is not None:
+            check_shown(self.layers, state.shown)
 
     def _by_chunks(self, p: Pass, seen: Seen, valid: Tensor) -> list[Reads] | None:
         """What the chunks of a prompt read: themselves, and what their mean query chooses of all before them, or all of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtok.compressor import Compressor
 from vtok.engine import ffn
-from vtok.engine.cache import OTHER_PATCH, CompressedCache, Rows
+from vtok.engine.cache import OTHER_PATCH, CompressedCache, Rows, State
 from vtok.engine.decoder import Pass
 from vtok.engine.ffn import Core, Visit
 from vtok.engine.prefill import Prefill
@@ -46,7 +46,7 @@ class Decode(Compressor):
 
 
 @dataclass(frozen=True)
-class CoreOf:
+class CoreOf(State):
     """The core of a sequence, in its cache. copies: of its neurons' weights, once used."""
 
     core: Core

@@ -14,11 +14,12 @@ from vtok.compressor import Compressor
 from vtok.engine import renumber
 from vtok.engine.aside import Watch, run_aside
 from vtok.engine.cache import Rows, gather
-from vtok.engine.columns import Columns, Held, Layer, chosen, columns
+from vtok.engine.columns import Columns, Held, Layer, chosen, columns, first_of_all
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
+from vtok.engine.probe import check_shown
 from vtok.engine.trace import Part
-from vtok.errors import Unsupported
+from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.kernels.compact_sequence import kept_last
 from vtok.options import AtLeast0, AtLeast1, Keep
 from vtok.stages.stage import Site, Stage
@@ -77,7 +78,14 @@ class KV(Compressor):
         """[B, 1] how many columns stay of a prompt of so many tokens [B]; or [B, 2] of its `visual` [B] and others."""
         if visual is None:
             return keep_counts(tokens, self.keep).clamp(min=self.least)[:, None]
-        return torch.stack([keep_counts(n, share) for n, share in zip((visual, tokens - visual), self._shares())], 1)
+        pictures, text = self._shares()
+        rest = keep_counts(tokens - visual, text).clamp(min=self.least)  # a prompt begins and ends with text
+        return torch.stack([keep_counts(visual, pictures), rest], 1)
+
+    def with_budget(self, budget: float, n_layers: int) -> Compressor:
+        if self.apart:
+            raise InvalidValue(f"A budget is of all columns: leave visual and text of {self.name} out, or the budget.")
+        return super().with_budget(budget, n_layers)
 
     @abstractmethod
     def score(self, seen: Columns) -> Tensor:
@@ -105,7 +113,7 @@ class Rereading(KV):
     chunk: AtLeast1 = 2048
     sinks: AtLeast0 = 4
     even: bool = False
-    ask: tuple[int, ...] = ()
+    ask: tuple[AtLeast0, ...] = ()
     overlap: AtLeast0 = 8
 
     @property
@@ -118,11 +126,12 @@ class Rereading(KV):
 
 @dataclass
 class Cutting:
-    """What it keeps for one forward. part: of the trace of a prompt, None in an answer. scores: layer -> scores and
-    which stay in any case, [B, G, L] each, until the layer is cut."""
+    """What it keeps for one forward. part: of the trace of a prompt, None in an answer. shown: the layers whose
+    attention was. scores: layer -> scores and which stay in any case, [B, G, L] each, until the layer is cut."""
 
     held: Held
     part: Evicted | None
+    shown: set[int] = field(default_factory=set)
     scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -148,6 +157,10 @@ class KVStage(Stage[KV]):
             if len(site.parts) > 1:
                 raise Unsupported(f"{compressor.name}(renumber=True) goes with no other method: leave renumber off.")
             renumber.refuse(compressor.name, site.config, site.layers)
+        if compressor.rereads and compressor.ask:
+            words = site.config.get_text_config().vocab_size
+            if unknown := [token for token in compressor.ask if token >= words]:
+                raise InvalidValue(f"ask must be ids of the model's {words} tokens, got {unknown}: use its tokenizer.")
 
     # ---- a forward begins ------------------------------------------------------------------------------------------
     def begin(self, prefill: Prefill, p: Pass) -> None:
@@ -158,6 +171,8 @@ class KVStage(Stage[KV]):
         answering = p.told.answers(seen, p.length, self.compressor.name, one_by_one=self.compressor.bounded)
         if p.cache is not None:  # else nothing is cached, and a prompt's own forward is dense
             held: Held = p.cache.states.setdefault(self.name, Held())
+            if answering and not held.layers:  # the prompt was read without this method: whole until the next one
+                return positions
             held.steps = held.steps + p.length if answering else 0
             part = None if answering else p.parts.setdefault(self.name, Evicted())
             p.state[self.name] = Cutting(held, part)
@@ -173,6 +188,9 @@ class KVStage(Stage[KV]):
         if not self.watches(p, layer):
             return
         state: Cutting = p.state[self.name]
+        if layer in state.shown:
+            raise Unsupported(f"{self.compressor.name} is not for decoders whose layers attend more than once each.")
+        state.shown.add(layer)
         if (held := p.cache.layers[layer].keys).shape != seen.key.shape:
             raise Unsupported(
                 f"{self.compressor.name} drops columns of keys as attention reads them, {tuple(seen.key.shape[1::2])} "
@@ -195,14 +213,14 @@ class KVStage(Stage[KV]):
     def _record(self, p: Pass, state: Cutting, layer: int, valid: Tensor, queries: int) -> Layer:
         """The layer's record, with the columns that came since the last eviction."""
         old = state.held.layers.get(layer)
-        record = Layer.of(valid) if old is None else old.grown(valid, queries)
-        if self.compressor.apart:
-            record = replace(record, visual=self._visual(p, layer, valid, queries, old))
+        record = Layer.of(valid) if old is None else old.grown(valid)
+        apart = old.apart if state.answering else self.compressor.apart
+        record = replace(record, visual=self._visual(p, layer, valid, queries, old) if apart else None)
         if state.answering:
             return record
         budget = self.compressor.budget(record.tokens, record.pictures(valid))
         width, keep = valid.shape[2] - 1, self.compressor.keep  # with budgets apart not known on the host
-        if not self.compressor.apart:
+        if not apart:
             width = max(self.compressor.least, keep if isinstance(keep, int) else keep_count(record.most, keep))
         return replace(record, budget=budget, width=width)
 
@@ -210,7 +228,12 @@ class KVStage(Stage[KV]):
         """[B, G, L] bool: the columns of pictures."""
         there = torch.zeros_like(valid)
         if old is not None:
-            there[..., : old.visual.shape[2]] = old.visual[..., : valid.shape[2]]
+            if not old.apart:
+                raise PatchStateError(
+                    f"{self.compressor.name} has budgets for pictures and for text, and this cache was filled when all "
+                    f"columns had one, so that it does not tell them apart. Start a new conversation."
+                )
+            there[..., : old.visual.shape[2]] = old.visual
         rows = p.rows_at(layer)
         if p.prompts is not None and rows.visual is not None:
             there[..., valid.shape[2] - queries :] = rows.visual.to(valid.device)[:, None]
@@ -227,9 +250,10 @@ class KVStage(Stage[KV]):
                 state.note(p, layer, valid, torch.arange(valid.shape[2], device=valid.device).expand_as(valid))
                 return
             score, stays = found
-            most = None if self.compressor.apart else record.width
-            keep = chosen(score.masked_fill(stays, torch.inf), valid, record.budget, record.visual, most)
-            width = int(keep.sum(2).max()) if self.compressor.apart else min(record.width, keep.shape[2])
+            most = None if record.apart else record.width
+            ranked = first_of_all(stays, score, record.place)
+            keep = chosen(ranked, valid, record.budget, record.visual, most)
+            width = int(keep.sum(2).max()) if record.apart else min(record.width, keep.shape[2])
             self._cut(p, state, layer, score, keep, width, even=True)
 
     def _cut(self, p: Pass, state: Cutting, layer: int, score: Tensor, keep: Tensor, width: int, even: bool) -> None:
@@ -239,7 +263,7 @@ class KVStage(Stage[KV]):
         there = keep.gather(2, index)
         state.note(p, layer, there, index)
         if width < keep.shape[2]:
-            full = p.cache.valid[layer] is None and even and (p.batch == 1 or not self.compressor.apart)
+            full = p.cache.valid[layer] is None and even and (p.batch == 1 or not record.apart)
             p.cache.keep(layer, index, None if full else there[:, 0] if even else there)
             record = record.each(lambda x: x, lambda x: x.gather(2, index))
         state.held.layers[layer] = record
@@ -247,6 +271,8 @@ class KVStage(Stage[KV]):
     # ---- behind the layers -----------------------------------------------------------------------------------------
     def finished(self, engine: Engine, module: nn.Module, p: Pass) -> None:
         state: Cutting | None = p.state.get(self.name)
+        if self.watches(p, self.layers[0]):
+            check_shown(self.layers, state.shown)
         if state is not None and self.compressor.moves:
             self._move_up(module, p, state.held)
         if state is None or state.answering or not self.compressor.rereads:
@@ -255,7 +281,8 @@ class KVStage(Stage[KV]):
         with p.timing(), torch.no_grad():
             valid = {i: self._valid(p, i, layers[i].place) for i in self.layers}
             scores, stays = self._reread(engine, module, p, layers, valid)
-            keep = self._chosen({i: scores[i].masked_fill(stays[i], torch.inf) for i in self.layers}, valid, layers)
+            ranked = {i: first_of_all(stays[i], scores[i], layers[i].place) for i in self.layers}
+            keep = self._chosen(ranked, valid, layers)
             widths = torch.stack([keep[i].sum(2).max() for i in self.layers]).tolist()
             for i in self.layers:
                 self._cut(p, state, i, scores[i], keep[i], widths[i], self.compressor.even)
@@ -276,7 +303,7 @@ class KVStage(Stage[KV]):
         flat = lambda each: torch.cat([each[i].flatten(1).to(each[0].device) for i in self.layers], 1)[:, None]
         groups = valid[0].shape[1]
         budget = sum(layers[i].budget.to(valid[0].device) for i in self.layers) * groups
-        visual = flat({i: layers[i].visual for i in self.layers}) if self.compressor.apart else None
+        visual = flat({i: layers[i].visual for i in self.layers}) if layers[0].apart else None
         keep = (
             chosen(flat(score), flat(valid), budget, visual).squeeze(1).split([valid[i][0].numel() for i in valid], 1)
         )
@@ -306,7 +333,7 @@ class KVStage(Stage[KV]):
                 record, mine = layers[i], self._in_chunk(p, i, layers[i], start, end)
                 sees = (mine | (record.place < method.sinks)) & valid[i]
                 sees = F.pad(sees, (0, seen.query.shape[2]), value=True) & self._valid(p, i, seen.key)
-                told = columns(seen, sees, record.grown(sees, seen.query.shape[2]), i, 0)
+                told = columns(seen, sees, record.grown(sees), i, 0)
                 scores[i] = torch.where(mine, method.score(told)[..., : mine.shape[2]], scores[i])
                 stays[i] = method.stays(told)[..., : mine.shape[2]]
 
@@ -335,7 +362,7 @@ def _padding(p: Pass) -> Tensor:
 
 @dataclass
 class Evicted(Part):
-    """The columns of a prompt that each layer holds behind it.
+    """The columns of a prompt that each layer holds behind it. Those of former turns are not among them.
 
     positions: layer -> [B, G, K] their places in the padded input, -1 for padding and for columns of former turns.
     counts: layer -> [B, G] how many there are.
@@ -350,8 +377,9 @@ class Evicted(Part):
         origin = torch.arange(p.length).expand(p.batch, -1) if rows is None else rows.index  # [B, Q] of this forward's
         own = index - (p.cache.columns(layer) - origin.shape[1])
         place = origin.to(index.device)[:, None].expand(-1, index.shape[1], -1).gather(2, own.clamp(min=0))
-        self.positions[layer] = torch.where(there & (own >= 0), place, -1)
-        self.counts[layer] = there.sum(2)
+        mine = there & (own >= 0)
+        self.positions[layer] = torch.where(mine, place, -1)
+        self.counts[layer] = mine.sum(2)
 
     def cached(self, layer: int, sample: int, tokens: float) -> float:
         return self.counts[layer][sample].float().mean().item() if layer in self.counts else tokens

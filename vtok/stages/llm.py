@@ -18,8 +18,8 @@ from vtok.engine.columns import uniform
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.ffn import Visit
 from vtok.engine.prefill import Prefill
+from vtok.engine.probe import check_shown
 from vtok.engine.trace import Part
-from vtok.errors import Unsupported
 from vtok.stages.stage import Site, Stage
 from vtok.types import Activations, Attention, Entered, mean_of_members, ranks
 
@@ -211,11 +211,8 @@ class InLLMStage(Stage[InLLM]):
         if layer - 1 in state.idle:  # a group of its own all the same: a later turn on the cache may drop here
             p.narrow(layer, None, [])
             return
-        if layer - 1 not in state.scores and layer - 1 not in state.replayed:
-            raise Unsupported(
-                f"Decoder layer {layer - 1} was not observed: its attention did not run as when the model was patched. "
-                f"Patch again after changing the attention implementation."
-            )
+        if layer - 1 not in state.replayed:
+            check_shown([layer - 1], state.scores)
         with p.stopwatch, torch.no_grad():
             rows = p.rows[max(p.rows)]
             kept, lengths = self._ranked(p, state, layer - 1, rows, hidden)

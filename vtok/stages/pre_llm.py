@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtok.calibration import Auto, Calibration
 from vtok.compressor import Compressor
+from vtok.engine.cache import State
 from vtok.engine.decoder import Pass
 from vtok.engine.encode import Read
 from vtok.engine.prefill import Prefill
@@ -236,7 +237,7 @@ def _replace(prefill: Prefill, tokens: Tensor, selection: Selection) -> None:
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(State):
     """How far later positions of a sequence move down, `amount` [B]."""
 
     amount: Tensor

@@ -13,6 +13,7 @@ from vtok.engine.aside import Enough, Watch, run_aside
 from vtok.engine.cache import Rows, gather
 from vtok.engine.decoder import Pass, Seen
 from vtok.engine.prefill import Prefill
+from vtok.engine.probe import check_shown
 from vtok.engine.prompt import CHUNKS, UNKNOWN
 from vtok.engine.trace import Part
 from vtok.errors import Unsupported
@@ -107,6 +108,7 @@ class PromptStage(Stage[OfPrompt]):
         p.groups |= set() if p.cache is None else p.cache.valid.keys()
         p.late, p.late_row = prefill.late, prefill.late_row.view(prefill.batch, -1)
         run_aside(prefill.engine, prefill.module, p, embeds.detach(), given)
+        check_shown([self.layer], [self.layer] if found else [])
         return found[0]
 
     def part(self, prefill: Prefill) -> Part:
