@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ class Recycler(Drafter):
                 return
             del self.unread[0]
 
-    @property
+    @functools.cached_property
     def share(self) -> float:
         """About how much of the prefill's time `read` takes."""
         model, rows = self.target.model, 0 if self.target.prompt is None else len(self.target.prompt)
