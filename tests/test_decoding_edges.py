@@ -6,6 +6,7 @@ from test_decoding import decoder, prompt, refused, same, text_model
 from transformers import DynamicCache, FalconConfig, FalconForCausalLM, StoppingCriteria
 
 import vtok
+from vtok.text.decoding import token_recycling
 
 
 class Broken(StoppingCriteria):
@@ -87,3 +88,13 @@ def test_windows_and_masks_that_tell_positions_are_refused():
     refused("sliding windows", windowed, past_key_values=DynamicCache())
     sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     refused("ALiBi", FalconForCausalLM(FalconConfig(**sizes, alibi=True)).eval())
+
+
+def test_what_the_prompt_would_take_is_counted_once(monkeypatch):
+    """Not at each step that waits for it: counting a model's weights takes as long as a layer."""
+    counted, inner = [], token_recycling.weights
+    monkeypatch.setattr(token_recycling, "weights", lambda model: counted.append(model) or inner(model))
+    waiting = vtok.TokenRecycling()
+    monkeypatch.setattr(waiting._running.payoff, "once", lambda share, work: None if share else 0.0)
+    text_model().generate(prompt(), max_new_tokens=9, do_sample=False, custom_generate=waiting)
+    assert waiting.stats.steps > 3 and len(counted) == 1

@@ -23,6 +23,8 @@ from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Tree, Verdict, follow, shape
 
 ROOT = shape((-1,))
+ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # ways to generate a text token by token
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")  # beside the text
 
 
 class Scores:
@@ -177,18 +179,23 @@ class Asked:
         return Asked(known.get("streamer"), known.get("assistant_model"), dict(known.get("kwargs", {})))
 
 
+def wanted(config: Any, *outputs: str) -> list[str]:
+    """Which of these outputs `generate` was asked to return."""
+    return [name for name in outputs if config.return_dict_in_generate and getattr(config, name)]
+
+
 def refuse(ids: Tensor, config: Any, asked: Asked) -> None:
     """Raise `Unsupported` for ways to generate that drafts do not go with."""
     complaint, mode = None, config.get_generation_mode(asked.assistant_model)
     if mode is GenerationMode.ASSISTED_GENERATION:
         complaint = "an assistant drafts already: give assistant_model (or prompt lookup) or custom_generate, not both"
-    elif mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    elif mode not in ONE_BY_ONE:
         complaint = (
             f"greedy search and sampling alone, and this is {mode.value.replace('_', ' ')} (num_beams and others)"
         )
     elif len(ids) > 1:
         complaint = f"rows would accept different numbers of tokens: one prompt a call, here are {len(ids)}"
-    elif config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+    elif wanted(config, "output_attentions", "output_hidden_states"):
         complaint = "attentions and hidden states are of single tokens: leave output_attentions and _hidden_states off"
     if complaint is not None:
         raise Unsupported(f"Decoding with drafts: {complaint}.")
