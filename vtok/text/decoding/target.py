@@ -217,8 +217,8 @@ def refuse_cache(cache: Any, config: Any) -> None:
     plain = isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False)
     own = DynamicCache(config=config.get_text_config(decoder=True)).layers
     layers = {type(layer) for layer in (*getattr(cache, "layers", ()), *own)}
-    if not plain or layers - {DynamicLayer}:
-        kinds = ", ".join(sorted(kind.__name__ for kind in layers)) or "no"
+    if not plain or layers != {DynamicLayer}:
+        kinds = ", ".join(sorted(kind.__name__ for kind in layers - {DynamicLayer} or layers)) or "no"
         raise Unsupported(
             f"Rejected drafts are taken out of a plain DynamicCache, not a {type(cache).__name__} with {kinds} layers "
             f"(static, quantized, offloaded, sliding windows, recurrent layers): leave cache_implementation unset, or "
