@@ -73,7 +73,7 @@ class Scores:
         return self._highest[node]
 
     def follow(self) -> Verdict:
-        """The route that plain `generate` would take, with its draws and no other."""
+        """The route that plain `generate` would take, by its own draws, and none behind a token that ends the text."""
         return follow(self.tree, self.choose, self.ends)
 
 
