@@ -207,8 +207,14 @@ def test_dead_ends(model):
         assert model.generate(ids, **sample, custom_generate=half)[0, 2] == good
     with pytest.raises(Unsupported, match="do_sample"):
         model.generate(ids, custom_generate=half)
-    with pytest.raises(Unsupported, match="no streamer"):
-        model.generate(ids, **sample, custom_generate=half, streamer=Mock())
+    for asked, reason in (
+        ({"streamer": Mock()}, "no streamer"),
+        ({"prompt_lookup_num_tokens": 3}, "no assistant"),
+        ({"return_dict_in_generate": True, "output_logits": True}, "leave output_logits off"),
+        ({"cache_implementation": "static"}, "a DynamicCache for its particles, not a StaticCache"),
+    ):
+        with pytest.raises(Unsupported, match=reason):
+            model.generate(ids, **sample, custom_generate=half, **asked)
     for wrong in ({"particles": 0}, {"ess": 1.5}, {"accepts": 1}, {"estimator": "exact"}):
         with pytest.raises(InvalidValue):
             AWRS(len, **wrong)

@@ -177,6 +177,8 @@ def test_what_is_refused(small, large):
     for inputs, reason in (
         ({"inputs": PROMPT.repeat(2, 1)}, "one prompt a call"),
         ({"inputs": PROMPT, "num_beams": 2}, "no beam search"),
+        ({"inputs": PROMPT, "prompt_lookup_num_tokens": 3}, "no prompt lookup"),
+        ({"inputs": PROMPT, "return_dict_in_generate": True, "output_scores": True}, "leave output_scores off"),
         ({"inputs": PROMPT, "use_cache": False}, "leave use_cache on"),
         ({"inputs_embeds": torch.randn(1, 3, 32)}, "embeddings of their own"),
     ):

@@ -174,7 +174,7 @@ def test_a_streamer_gets_all(model):
 
 
 def test_what_is_refused(model):
-    for wrong in ({"num_beams": 2}, {"prefill_chunk_size": 2}):
+    for wrong in ({"num_beams": 2}, {"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 3}):
         with pytest.raises(Unsupported, match="no beam search"):
             model.generate(**PADDED, max_new_tokens=2, custom_generate=HOW, **wrong)
     with pytest.raises(Unsupported, match="leave the cache unset"):

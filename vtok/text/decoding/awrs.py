@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
+from transformers import DynamicCache, LogitsProcessor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vtok import options
@@ -33,7 +33,7 @@ from vtok.engine.cache import NAME, cache_in
 from vtok.errors import InvalidValue, Unsupported
 from vtok.options import AtLeast1, In
 from vtok.text.decoding.coupling import Chance
-from vtok.text.decoding.loop import Asked
+from vtok.text.decoding.loop import ONE_BY_ONE, OUTPUTS, Asked, wanted
 from vtok.text.decoding.target import PER_TOKEN
 
 Check = Callable[[list[int]], bool]
@@ -221,8 +221,14 @@ class AWRS:
         asked = Asked.of_generate()
         if not generation_config.do_sample or not generation_config.use_cache:
             raise Unsupported("AWRS draws texts, with a cache: pass do_sample=True, and leave use_cache on.")
-        if generation_config.num_beams > 1 or asked.assistant_model is not None or asked.streamer is not None:
+        mode = generation_config.get_generation_mode(asked.assistant_model)
+        if mode not in ONE_BY_ONE or asked.streamer is not None:
             raise Unsupported("AWRS chooses its text at the end, of many: no beam search, no assistant, no streamer.")
+        if left := wanted(generation_config, *OUTPUTS):
+            raise Unsupported(f"AWRS returns sequences and log_weights: leave {' and '.join(left)} off.")
+        if not isinstance(cache := cache_in(model_kwargs), DynamicCache):
+            kind = type(cache).__name__
+            raise Unsupported(f"AWRS repeats a DynamicCache for its particles, not a {kind}: leave the cache unset.")
         swarm = Swarm(self, model, input_ids, model_kwargs, generation_config)
         while swarm.live.any():
             scores = logits_processor(swarm.ids, swarm.logits.to(torch.float32, copy=True))

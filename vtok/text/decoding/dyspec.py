@@ -18,7 +18,7 @@ from vtok.text.decoding.loop import Decoder, Drafter, Running, Scores
 from vtok.text.decoding.payoff import Payoff
 from vtok.text.decoding.second import Accepted, Ahead, Reading, same_vocabulary
 from vtok.text.decoding.target import Target
-from vtok.text.decoding.tree import Tree, Verdict, follow, shape
+from vtok.text.decoding.tree import Tree, Verdict, shape
 
 GREEDY = 0.6  # temperature by which drafts are valued where none is drawn
 NOTHING = 1e-9  # mass of tokens that were not drawn yet, below which none is drawn
@@ -204,7 +204,7 @@ class Growing(Drafter):
 
     def verify(self, tree: Tree, scores: Scores) -> Verdict:
         if not scores.sample or len(tree) == 1:
-            return follow(tree, scores.choose)
+            return scores.follow()
         route = [0]
         while children := tree.shape.children[route[-1]]:
             q = scores.probabilities(route[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,18 +23,27 @@ from vtok.text.decoding.target import Target
 from vtok.text.decoding.tree import Tree, Verdict, follow, shape
 
 ROOT = shape((-1,))
+ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # ways to generate a text token by token
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")  # beside the text
 
 
 class Scores:
     """What the model says behind each node of a checked tree, after processors, found when asked for.
 
-    logits: [N, V]. ids: [1, T], with the tree's root as the last token.
+    logits: [N, V]. ids: [1, T], with the tree's root as the last token. ends: tokens that end the text.
     """
 
     def __init__(
-        self, tree: Tree, logits: Tensor, ids: Tensor, processors: LogitsProcessorList, sample: bool = False
+        self,
+        tree: Tree,
+        logits: Tensor,
+        ids: Tensor,
+        processors: LogitsProcessorList,
+        sample: bool = False,
+        ends: Container[int] = (),
     ) -> None:
         self.tree, self.logits, self.ids, self.processors, self.sample = tree, logits, ids, processors, sample
+        self.ends = ends
         self._at: dict[int, Tensor] = {}
         self._highest: list[int] | None = None
 
@@ -62,6 +72,10 @@ class Scores:
             self._highest = self.logits.argmax(-1).tolist()
         return self._highest[node]
 
+    def follow(self) -> Verdict:
+        """The route that plain `generate` would take, by its own draws, and none behind a token that ends the text."""
+        return follow(self.tree, self.choose, self.ends)
+
 
 class Drafter(ABC):
     """Drafts for one call of `generate`."""
@@ -83,7 +97,7 @@ class Drafter(ABC):
 
     def verify(self, tree: Tree, scores: Scores) -> Verdict:
         """What of a checked tree is accepted. Here for drafts that are tokens, without a distribution of their own."""
-        return follow(tree, scores.choose)
+        return scores.follow()
 
     def learn(self, tree: Tree, logits: Tensor, verdict: Verdict) -> None:
         """A tree was checked, with or without drafts: logits [N, V], and what is emitted of it."""
@@ -165,18 +179,23 @@ class Asked:
         return Asked(known.get("streamer"), known.get("assistant_model"), dict(known.get("kwargs", {})))
 
 
+def wanted(config: Any, *outputs: str) -> list[str]:
+    """Which of these outputs `generate` was asked to return."""
+    return [name for name in outputs if config.return_dict_in_generate and getattr(config, name)]
+
+
 def refuse(ids: Tensor, config: Any, asked: Asked) -> None:
     """Raise `Unsupported` for ways to generate that drafts do not go with."""
     complaint, mode = None, config.get_generation_mode(asked.assistant_model)
     if mode is GenerationMode.ASSISTED_GENERATION:
         complaint = "an assistant drafts already: give assistant_model (or prompt lookup) or custom_generate, not both"
-    elif mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    elif mode not in ONE_BY_ONE:
         complaint = (
             f"greedy search and sampling alone, and this is {mode.value.replace('_', ' ')} (num_beams and others)"
         )
     elif len(ids) > 1:
         complaint = f"rows would accept different numbers of tokens: one prompt a call, here are {len(ids)}"
-    elif config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+    elif wanted(config, "output_attentions", "output_hidden_states"):
         complaint = "attentions and hidden states are of single tokens: leave output_attentions and _hidden_states off"
     if complaint is not None:
         raise Unsupported(f"Decoding with drafts: {complaint}.")
@@ -189,6 +208,8 @@ class Run:
         self.decoder, self.target, self.criteria, self.streamer = decoder, target, criteria, streamer
         config = target.config
         self.sample, self.max_length = bool(config.do_sample), config.max_length
+        ends = config._eos_token_tensor
+        self.ends = frozenset() if ends is None else frozenset(ends.flatten().tolist())
         wants = lambda name: config.return_dict_in_generate and getattr(config, name)
         self.scores: tuple | None = () if wants("output_scores") else None
         self.logits: tuple | None = () if wants("output_logits") else None
@@ -219,6 +240,7 @@ class Run:
         """What to check next; the last token alone where drafts do not pay."""
         ids = self.target.ids
         room = self.max_length - ids.shape[1] - 1  # drafts that may be emitted before the last token
+        room = min(room, self.target.room)
         sizes = drafter.sizes() if room > 0 else []
         if self.decoder.adapt:
             nodes = self.payoff.choose(sizes, drafter.kind, drafter.making)
@@ -233,9 +255,13 @@ class Run:
 
     def _step(self, drafter: Drafter, tree: Tree, logits: Tensor) -> bool:
         """Emit what is accepted of a checked tree. Returns whether this was all."""
-        scores = Scores(tree, logits, self.target.ids, self.target.processors, self.sample)
-        verdict = drafter.verify(tree, scores)
-        verdict, done = self._until_the_end(tree, verdict, scores)
+        scores = Scores(tree, logits, self.target.ids, self.target.processors, self.sample, self.ends)
+        try:
+            verdict = drafter.verify(tree, scores)
+            verdict, done = self._until_the_end(tree, verdict, scores)
+        except BaseException:  # of a processor, a streamer, a criterion: the caller may go on with the cache
+            self.target.drop(tree)
+            raise
         self.target.accept(tree, verdict)
         drafter.learn(tree, logits, verdict)
         self.stats.note(len(tree) - 1, len(verdict.route))

@@ -17,7 +17,7 @@ from vtok.text.decoding.coupling import typical
 from vtok.text.decoding.loop import Decoder, Drafter, Running, Scores
 from vtok.text.decoding.ppd_tree import Template, best_templates, expected
 from vtok.text.decoding.target import Target
-from vtok.text.decoding.tree import Tree, Verdict, follow, shape
+from vtok.text.decoding.tree import Tree, Verdict, shape
 
 PROMPT = -1  # in place of a token: a node that is a prompt token, never accepted
 
@@ -152,7 +152,7 @@ class Prompting(Drafter):
 
     def verify(self, tree: Tree, scores: Scores) -> Verdict:
         if self.how.accept == "exact" or not scores.sample:
-            return follow(tree, scores.choose)
+            return scores.follow()
         _, _, route = self._longest(tree, scores, 0)
         return Verdict(route, scores.choose(route[-1]))
 

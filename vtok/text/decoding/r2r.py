@@ -27,7 +27,7 @@ from vtok import options
 from vtok.engine.cache import NAME, cache_in
 from vtok.errors import Unsupported
 from vtok.options import AtLeast1
-from vtok.text.decoding.loop import Asked
+from vtok.text.decoding.loop import ONE_BY_ONE, OUTPUTS, Asked, wanted
 from vtok.text.decoding.second import prepared, same_vocabulary
 
 
@@ -166,8 +166,10 @@ class R2R:
         complaint = None
         if self.large is model:
             complaint = "the large model is the small one"
-        elif config.num_beams > 1 or asked.assistant_model is not None:
-            complaint = "no beam search and no assistant"
+        elif config.get_generation_mode(asked.assistant_model) not in ONE_BY_ONE:
+            complaint = "greedy search and sampling alone: no beam search, no assistant, no prompt lookup"
+        elif left := wanted(config, *OUTPUTS):
+            complaint = f"what is returned is sequences, routed and doubts: leave {' and '.join(left)} off"
         elif len(ids) > 1:
             complaint = f"rows would ask the large model at different steps: one prompt a call, here are {len(ids)}"
         elif not config.use_cache:

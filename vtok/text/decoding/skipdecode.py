@@ -32,7 +32,7 @@ from vtok.engine.cache import cache_in
 from vtok.engine.seams import Seams
 from vtok.errors import InvalidValue, PatchStateError, Unsupported
 from vtok.options import AtLeast1
-from vtok.text.decoding.loop import Asked
+from vtok.text.decoding.loop import ONE_BY_ONE, Asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +164,11 @@ def refuse(cache: Any, config: Any, asked: Asked) -> None:
         )
     if type(cache) is not DynamicCache:
         raise Unsupported(f"SkipDecode fills a DynamicCache, not a {type(cache).__name__}: leave the cache unset.")
-    if config.num_beams > 1 or config.prefill_chunk_size is not None or asked.assistant_model is not None:
+    one_by_one = config.get_generation_mode(asked.assistant_model) in ONE_BY_ONE
+    if not one_by_one or config.prefill_chunk_size is not None:
         raise Unsupported(
             "SkipDecode takes the first forward for the prompt and each other for a token: no beam search, no "
-            "prefill_chunk_size, no assistant."
+            "prefill_chunk_size, no assistant, no prompt lookup."
         )
 
 

@@ -16,7 +16,7 @@ from vtok.text.decoding.loop import Decoder, Drafter, Running, Scores
 from vtok.text.decoding.payoff import Payoff, Rates
 from vtok.text.decoding.second import Ahead, Reading, same_vocabulary
 from vtok.text.decoding.target import Target
-from vtok.text.decoding.tree import Tree, Verdict, follow, shape
+from vtok.text.decoding.tree import Tree, Verdict, shape
 
 PRIOR = 0.6  # chance that one of the drafts at a depth is accepted, before any was
 
@@ -103,7 +103,7 @@ class Chains(Drafter):
 
     def verify(self, tree: Tree, scores: Scores) -> Verdict:
         if not scores.sample or len(tree) == 1:
-            return follow(tree, scores.choose)
+            return scores.follow()
         live, route = self.nodes, [0]
         for depth in range(len(live[0])):
             node, q = route[-1], scores.probabilities(route[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -53,7 +54,8 @@ class Target:
         parameters = inspect.signature(model.forward).parameters.values()
         self.hands_down = any(p.kind is p.VAR_KEYWORD for p in parameters)  # keywords that it does not know
         refuse_model(model)
-        refuse_cache(cache_in(kwargs))
+        refuse_cache(cache_in(kwargs), model.config)
+        self.rotated_alike = rotated_alike(model.config)
 
     @property
     def cache(self) -> DynamicCache:
@@ -137,6 +139,21 @@ class Target:
             valid[:, :past] = given[:, :past].bool()
         return tree_mask(ancestors, valid, self.model.dtype)
 
+    @property
+    def room(self) -> float:
+        """How deep drafts may hang: tokens of one forward are all rotated alike, and where rotary frequencies follow
+        from the length, plain `generate` rotates them otherwise."""
+        if self.rotated_alike is None:
+            return math.inf
+        length, goes_on = self.rotated_alike
+        positions = int(self.kwargs["position_ids"][..., -1].max()) + 1  # with the last token
+        return length - positions if positions <= length else math.inf if goes_on else 0
+
+    def drop(self, tree: Tree) -> None:
+        """Take the drafts of a tree that was checked out of the cache."""
+        if len(tree) > 1:
+            settle(self.cache, len(tree), [0])
+
     def accept(self, tree: Tree, verdict: Verdict) -> None:
         """Go on behind the accepted route: its columns stay in the cache, and its tokens are text."""
         if len(tree) > 1:
@@ -155,6 +172,19 @@ def placeholders(config: Any) -> frozenset[int]:
     return frozenset(x for name in names if isinstance(x := getattr(config, name, None), int))
 
 
+def rotated_alike(config: Any) -> tuple[int, bool] | None:
+    """(positions up to which a decoder rotates all alike, whether it does so behind them, too); None where it always
+    does. RoPE scaled by "dynamic" has other frequencies for each greater length, "longrope" has two sets."""
+    text = config.get_text_config(decoder=True)
+    given = getattr(text, "rope_parameters", None) or {}
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):  # one, or one a kind of layer
+        if "dynamic" in rope.get("rope_type", ""):
+            return text.max_position_embeddings, False
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"], True
+    return None
+
+
 def refuse_model(model: nn.Module) -> None:
     """Raise `Unsupported` for a model that cannot be given a tree."""
     config = model.config.get_text_config(decoder=True)
@@ -162,6 +192,8 @@ def refuse_model(model: nn.Module) -> None:
         raise Unsupported("Drafts are for decoder-only models; this one has an encoder for its text.")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise Unsupported(f"{type(model).__name__} takes no position_ids, so drafts of one depth cannot share one.")
+    if getattr(config, "alibi", False):
+        raise Unsupported(f"{type(model).__name__} tells positions by its mask (ALiBi), and a tree brings its own.")
     if config._attn_implementation not in MASKED:
         raise Unsupported(
             f"Drafts need a mask that {config._attn_implementation} does not take: load the model with "
@@ -177,13 +209,16 @@ def refuse_model(model: nn.Module) -> None:
         raise Unsupported("The weights are spread over processes, which would take different numbers of steps.")
 
 
-def refuse_cache(cache: Any) -> None:
-    """Raise `Unsupported` for a cache from which rejected drafts cannot be taken."""
+def refuse_cache(cache: Any, config: Any) -> None:
+    """Raise `Unsupported` for a cache from which rejected drafts cannot be taken, and for a model (config) that would
+    not fill a plain one: where the caller gives it one, its layers see a window of that all the same."""
     if cache is None:
         raise Unsupported("Drafts are checked on a cache: leave use_cache on.")
     plain = isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False)
-    if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})) or "no"
+    own = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    layers = {type(layer) for layer in (*getattr(cache, "layers", ()), *own)}
+    if not plain or layers != {DynamicLayer}:
+        kinds = ", ".join(sorted(kind.__name__ for kind in layers - {DynamicLayer} or layers)) or "no"
         raise Unsupported(
             f"Rejected drafts are taken out of a plain DynamicCache, not a {type(cache).__name__} with {kinds} layers "
             f"(static, quantized, offloaded, sliding windows, recurrent layers): leave cache_implementation unset, or "

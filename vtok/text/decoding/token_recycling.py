@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ class Recycler(Drafter):
                 return
             del self.unread[0]
 
-    @property
+    @functools.cached_property
     def share(self) -> float:
         """About how much of the prefill's time `read` takes."""
         model, rows = self.target.model, 0 if self.target.prompt is None else len(self.target.prompt)
@@ -259,7 +260,8 @@ class Recycler(Drafter):
         order = sorted(known, key=lambda node: (node in verdict.route, node))
         before = [tree.tokens[tree.shape.parents[node]] if node else self.before for node in order]
         if order:
-            self.write([tree.tokens[node] for node in order], logits[order], before)
+            rows = logits if order == list(range(len(logits))) else logits[order]  # a plain step's is not copied
+            self.write([tree.tokens[node] for node in order], rows, before)
         self.before = tree.tokens[verdict.route[-1]]
 
     def write(self, tokens: Sequence[int], logits: Tensor, before: Sequence[int] = ()) -> None:

@@ -18,7 +18,7 @@ Nodes are numbered with parents first; node 0, the root, is a token that was emi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -199,8 +199,9 @@ class Verdict:
         return Verdict(self.route[:tokens], tree.tokens[self.route[tokens]])
 
 
-def follow(tree: Tree, choose: Callable[[int], int]) -> Verdict:
-    """Go down the tree as long as a child drafts what the model chooses.
+def follow(tree: Tree, choose: Callable[[int], int], ends: Container[int] = ()) -> Verdict:
+    """Go down the tree as long as a child drafts what the model chooses, and no further than a token of `ends`: behind
+    it plain decoding would choose nothing.
 
     choose: of a node the token that plain decoding would emit behind it, by arg max or by a draw. For drafts that are
     tokens without a distribution this is exact in both: a draft y is accepted with the probability q(y) that the model
@@ -209,7 +210,7 @@ def follow(tree: Tree, choose: Callable[[int], int]) -> Verdict:
     route = [0]
     while True:
         token = choose(route[-1])
-        below = tree.child(route[-1], token)
+        below = None if token in ends else tree.child(route[-1], token)
         if below is None:
             return Verdict(tuple(route), token)
         route.append(below)
