@@ -72,7 +72,7 @@ def test_ties_and_odd_keys():
 
 
 def test_merging_twice_is_the_mean_over_all_patches():
-    x, size = torch.randn(2, 10, 3), torch.ones(2, 10)
+    x = torch.randn(2, 10, 3)
     groups = vits.Groups.alone(x)
     rows = x
     for r in (4, 3):
@@ -85,7 +85,6 @@ def test_merging_twice_is_the_mean_over_all_patches():
             assert groups.first[b, row] == members[0]
             assert groups.size[b, row] == len(members)
             torch.testing.assert_close(rows[b, row], x[b, members].mean(0))
-    assert size.sum() == 20
 
 
 def test_merging_gives_every_token_its_gradient():
@@ -443,7 +442,7 @@ def test_timm_intermediates():
 
 
 def test_an_open_clip_model_and_its_timm_tower():
-    open_clip = pytest.importorskip("open_clip")
+    pytest.importorskip("open_clip")
     from open_clip.model import CLIP
 
     vision = {"image_size": SIDE, "patch_size": 16, "width": 64, "layers": 3, "head_width": 32}
@@ -460,7 +459,6 @@ def test_an_open_clip_model_and_its_timm_tower():
             assert patch.trace.merged_at[0] == 2
             assert merged.shape == dense.shape and not torch.allclose(merged, dense, atol=1e-4)
             assert torch.equal(model.encode_image(pictures()), dense)
-    assert open_clip
 
 
 def test_a_whole_clip_model():
@@ -695,7 +693,7 @@ def test_probes_see_all_patches():
         run(model, inputs)
         groups = patch.trace.parts["blocks"].grouping.trace.groups[:, 1:]
     kept = [logits for cls in seen for view in cls for logits in view]
-    assert all(logits.shape == (16,) for logits in kept)
+    assert kept and all(logits.shape == (16,) for logits in kept)
     assert all(len(logits.unique()) <= 10 for logits in kept)
     assert len(groups[0].unique()) == 10
     with pytest.raises(Unsupported, match="globalcom2 needs .* of whole views"):
