@@ -10,6 +10,7 @@ import torch
 from contract import ADAPTERS, INSIDE, Entered, Masked, able, batch, mixed, oracle, picture, tiny
 from test_undo import HOOKS
 from torch import nn
+from torch._dynamo.utils import counters
 
 import vtok
 from vtok import tower as towers
@@ -491,7 +492,10 @@ def test_compile_after_patch():
     tower, x = _timm(depth=2).eval(), pictures()
     with torch.no_grad(), vtok.patch(tower, "tome", r=2):
         eager = tower(x)
+        torch._dynamo.reset()
+        counters.clear()
         torch.testing.assert_close(torch.compile(tower, backend="eager")(x), eager)
+    assert counters["stats"]["unique_graphs"] > 0
     torch._dynamo.reset()
 
 
