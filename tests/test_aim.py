@@ -278,8 +278,7 @@ def test_counts_on_a_model_of_28_layers():
 
 def test_budgets():
     for n_layers, budget in ((8, 0.2), (28, 0.5), (32, 0.05)):
-        assert AIM().with_budget(budget, n_layers).keep <= 1.0
-        moved = AIM(keep=1.0).with_budget(budget, n_layers)
+        moved = AIM().with_budget(budget, n_layers)
         assert moved.keep * AIMPrune.mean_keep(moved, n_layers) == pytest.approx(budget)
     assert AIM().with_budget(0.9, 28).keep == 1.0  # the schedule alone is within it
     for budget in (0.2, 0.4, 0.6, 0.99):
@@ -303,7 +302,7 @@ def test_budgets():
 )
 def test_options_are_checked(options):
     for cls in (AIMPrune, AIM):
-        with pytest.raises(InvalidValue):
+        with pytest.raises(InvalidValue, match=next(iter(options))):
             cls(**options)
     with pytest.raises(InvalidValue, match="weighting"):
         AIM(weighting="median")

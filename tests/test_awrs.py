@@ -216,7 +216,7 @@ def test_dead_ends(model):
         with pytest.raises(Unsupported, match=reason):
             model.generate(ids, **sample, custom_generate=half, **asked)
     for wrong in ({"particles": 0}, {"ess": 1.5}, {"accepts": 1}, {"estimator": "exact"}):
-        with pytest.raises(InvalidValue):
+        with pytest.raises(InvalidValue, match=next(iter(wrong))):
             AWRS(len, **wrong)
 
 
@@ -230,7 +230,8 @@ def test_pictures():
         out = model.generate(
             **inputs, do_sample=True, max_new_tokens=4, top_k=0, custom_generate=AWRS(valid, particles=4)
         )
-    assert all(valid(row) for row in out[:, inputs["input_ids"].shape[1] :].tolist())
+    answers = out[:, inputs["input_ids"].shape[1] :].tolist()
+    assert [len(row) for row in answers] == [4, 4] and all(valid(row) for row in answers)
 
 
 # ---- the processor ---------------------------------------------------------------------------------------------------

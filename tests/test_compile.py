@@ -118,6 +118,7 @@ def test_inductor():
         with torch.compiler.set_stance("fail_on_recompile"):
             for inputs, dense in zip(pictures, expected):
                 torch.testing.assert_close(logits(model, inputs), dense, atol=1e-5, rtol=1e-5)
+    assert counters["inductor"]
 
 
 def test_whole_model():

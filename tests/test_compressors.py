@@ -390,7 +390,7 @@ def test_fastv_options():
     with pytest.raises(InvalidValue, match="cannot be met"):
         vtok.FastV().with_budget(0.1, 8)
     for wrong in ({"layer": 0}, {"layer": True}, {"anchor": "last"}):
-        with pytest.raises(InvalidValue):
+        with pytest.raises(InvalidValue, match=next(iter(wrong))):
             vtok.FastV(**wrong)
     for layer in (4, 40):  # nothing would be dropped
         with pytest.raises(InvalidValue, match="number of decoder layers, 4"):

@@ -146,7 +146,7 @@ def test_options():
         {"visual_pivots": 0, "text_pivots": 0},
         {"norm": "max"},
     ):
-        with pytest.raises(InvalidValue):
+        with pytest.raises(InvalidValue, match=next(iter(options))):
             vtok.DART(**options)
 
 

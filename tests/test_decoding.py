@@ -593,7 +593,7 @@ def test_what_drafts_cannot_do_is_refused():
     known = decoder()
     model.generate(prompt(), max_new_tokens=4, custom_generate=known)
     refused("97 tokens, and the model has 55", text_model(vocab_size=55), prompt() % 50, custom_generate=known)
-    with pytest.raises(vtok.VtokError, match="before the first|first"):
+    with pytest.raises(vtok.VtokError, match="generate with this decoder first"):
         _ = decoder().stats
 
 
@@ -791,7 +791,7 @@ def test_what_self_speculation_refuses():
         model.generate(**inputs, max_new_tokens=4, custom_generate=view("fastv"))
     with pytest.raises(vtok.VtokError, match="acts on pictures"):
         text_model().generate(prompt(), max_new_tokens=4, custom_generate=view("fastv"))
-    with pytest.raises(vtok.VtokError, match="one of|There is|fastv"):
+    with pytest.raises(vtok.VtokError, match="Did you mean 'fastv'"):
         model.generate(**inputs, max_new_tokens=4, custom_generate=view("fastw"))
     embeds = model.get_input_embeddings()(prompt())
     with pytest.raises(vtok.VtokError, match="no inputs_embeds"):

@@ -141,7 +141,7 @@ def test_options():
         *({"first_full": 0}, {"first_full": True}, {"queries": "all"}, {"rounding": "even"}, {"anchor": "last"}),
         {"a": 0.2, "r_min": 0.3},
     ):
-        with pytest.raises(InvalidValue):
+        with pytest.raises(InvalidValue, match=next(iter(options))):
             vtok.Schedule(**options)
     hash(vtok.Schedule(rates=[1, 0.5]))
 
@@ -239,7 +239,7 @@ def test_the_instruction(family, side):
     with vtok.patch(model, cls(rates=(1, 0.5, 0.5, 0.2))) as patch:
         run(model, inputs)
     image = visual(model, inputs)
-    for layer, attention in zip((0, 2), seen):
+    for layer, attention in zip((0, 2), seen, strict=True):
         for b, places in enumerate(attention.instruction.tolist()):
             real = [p for p in range(image.shape[1]) if inputs["attention_mask"][b, p]]
             first = min((p for p in real if image[b, p]), default=real[-1])
@@ -272,6 +272,7 @@ def test_a_completion_has_no_say(family):
         for layer in range(4):
             for a, b in zip(kept[layer], patch.trace.positions_at(layer)):
                 assert torch.equal(a, b[b < length])
+    assert len(seen) == 6
     for one, other in zip(seen[:3], seen[3:]):
         assert torch.equal(one.instruction, other.instruction)
 

@@ -85,7 +85,7 @@ def test_gsearch_in_groups():
     + [{"first_full": 10}, {"first_full": 0}, {"group": 0}, {"max_evals": 0}],
 )
 def test_gsearch_refuses(options):
-    with pytest.raises(InvalidValue):
+    with pytest.raises(InvalidValue, match=next(iter(options))):
         gsearch(shortfall, 10, **options)
 
 
@@ -275,8 +275,9 @@ def test_metrics_tell_schedules_apart(model):
         metric_of("bleu", *model, asked)
     for name in ("accuracy", "logprob"):
         metric = metric_of(name, *model, asked)
-        assert metric((1.0,) * 8) > metric((1.0,) + (0.0,) * 7)
-        assert metric((1.0,) * 8) == metric((1.0,) * 8)  # the patch of one candidate is gone before the next
+        whole = metric((1.0,) * 8)
+        assert whole > metric((1.0,) + (0.0,) * 7)
+        assert metric((1.0,) * 8) == whole  # the patch of one candidate is gone before the next
 
 
 def invoke(*words):

@@ -39,7 +39,9 @@ def drawn(name, split, seed, index):
 def asked(name, category, count, split="train", seed=3):
     """(item, question) of one category."""
     items = (drawn(name, split, seed, i) for i in range(count))
-    return [(item, q) for item in items for q in item.questions if q.category == category]
+    found = [(item, q) for item in items for q in item.questions if q.category == category]
+    assert len(found) >= 5, (name, category)  # else a test of them shows little
+    return found
 
 
 def pixels(image) -> np.ndarray:
@@ -437,6 +439,7 @@ def test_video_shapes_move_as_the_answer_says():
 
 
 def test_video_the_ball_turns_as_often_as_the_answer_says():
+    seen = set()
     for item, q in asked("video", "turns", 180):
         frames = clip(item)
         white = (frames.min(axis=-1) > 235) & (np.abs(frames - np.median(frames, axis=0)).max(axis=-1) > 15)
@@ -445,6 +448,8 @@ def test_video_the_ball_turns_as_often_as_the_answer_says():
             steps = np.diff(places, axis=0)
             steps = steps[:, np.abs(steps).sum(axis=0).argmax()]
             assert sum(a * b < 0 for a, b in pairwise(steps)) == int(q.answer)
+            seen.add(q.answer)
+    assert len(seen) > 1
 
 
 def test_video_things_appear_and_disappear_when_the_boxes_say():

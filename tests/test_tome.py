@@ -10,6 +10,7 @@ import torch
 from contract import ADAPTERS, INSIDE, Entered, Masked, able, batch, mixed, oracle, picture, tiny
 from test_undo import HOOKS
 from torch import nn
+from torch._dynamo.utils import counters
 
 import vtok
 from vtok import tower as towers
@@ -72,7 +73,7 @@ def test_ties_and_odd_keys():
 
 
 def test_merging_twice_is_the_mean_over_all_patches():
-    x, size = torch.randn(2, 10, 3), torch.ones(2, 10)
+    x = torch.randn(2, 10, 3)
     groups = vits.Groups.alone(x)
     rows = x
     for r in (4, 3):
@@ -85,7 +86,6 @@ def test_merging_twice_is_the_mean_over_all_patches():
             assert groups.first[b, row] == members[0]
             assert groups.size[b, row] == len(members)
             torch.testing.assert_close(rows[b, row], x[b, members].mean(0))
-    assert size.sum() == 20
 
 
 def test_merging_gives_every_token_its_gradient():
@@ -443,7 +443,7 @@ def test_timm_intermediates():
 
 
 def test_an_open_clip_model_and_its_timm_tower():
-    open_clip = pytest.importorskip("open_clip")
+    pytest.importorskip("open_clip")
     from open_clip.model import CLIP
 
     vision = {"image_size": SIDE, "patch_size": 16, "width": 64, "layers": 3, "head_width": 32}
@@ -460,7 +460,6 @@ def test_an_open_clip_model_and_its_timm_tower():
             assert patch.trace.merged_at[0] == 2
             assert merged.shape == dense.shape and not torch.allclose(merged, dense, atol=1e-4)
             assert torch.equal(model.encode_image(pictures()), dense)
-    assert open_clip
 
 
 def test_a_whole_clip_model():
@@ -493,7 +492,10 @@ def test_compile_after_patch():
     tower, x = _timm(depth=2).eval(), pictures()
     with torch.no_grad(), vtok.patch(tower, "tome", r=2):
         eager = tower(x)
+        torch._dynamo.reset()
+        counters.clear()
         torch.testing.assert_close(torch.compile(tower, backend="eager")(x), eager)
+    assert counters["stats"]["unique_graphs"] > 0
     torch._dynamo.reset()
 
 
@@ -695,7 +697,7 @@ def test_probes_see_all_patches():
         run(model, inputs)
         groups = patch.trace.parts["blocks"].grouping.trace.groups[:, 1:]
     kept = [logits for cls in seen for view in cls for logits in view]
-    assert all(logits.shape == (16,) for logits in kept)
+    assert kept and all(logits.shape == (16,) for logits in kept)
     assert all(len(logits.unique()) <= 10 for logits in kept)
     assert len(groups[0].unique()) == 10
     with pytest.raises(Unsupported, match="globalcom2 needs .* of whole views"):

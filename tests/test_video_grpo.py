@@ -1,7 +1,9 @@
 """The example of GRPO on clips, and the page of trainers: what is theirs alone."""
 
 import importlib.util
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,23 @@ def example():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_example_asks_and_rewards():
+    """Of the chosen kinds alone, one question a clip; and the gain by hand."""
+    found, kinds = example(), ("event", "zoom")
+    rows = found.questions("val", 2, {*kinds})
+    items = (found.TASK.item("val", found.SEED, i) for i in itertools.count())
+    having = ((item, q) for item in items for q in item.questions if q.category in kinds)
+    for row, (item, q) in zip(rows, having):
+        assert (row["prompt"], row["answer"]) == ([{"role": "user", "content": q.text}], q.answer)
+        assert (len(row["video"]), row["fps"]) == (found.FRAMES, item.fps)
+    assert len(rows) == 2
+    said = [[{"role": "assistant", "content": text}] for text in ("In.", "out")]
+    assert found.right(said, ["in", "in"]) == [1.0, 0.0]
+    record = lambda text: SimpleNamespace(predicted=text, answer="in")
+    gain = found.gain([record("in"), record("out"), record("out")], [record("in"), record("in"), record("out")])
+    assert gain["accuracy"] == pytest.approx(1 / 3) and gain["low"] <= 1 / 3 <= gain["high"] and gain["p"] == 1
 
 
 def test_a_method_that_is_farther_than_dense_is_named():

@@ -228,7 +228,7 @@ def test_options():
         {"merging": "sum"},
         {"keep": 0.0},
     ):
-        with pytest.raises(InvalidValue):
+        with pytest.raises(InvalidValue, match=next(iter(options))):
             vtok.VisionZip(**options)
     assert vtok.VisionZip(layer=3).encoder_layers == {"cls_probs": (3,), "encoder_keys": (3,)}
     assert vtok.VisionZip(importance="received").needs_now == {"encoder_attention", "encoder_keys"}

@@ -501,4 +501,5 @@ def test_trees(heads, groups, drafts, past, width, wide, dtype, padded, poison, 
     valid = {None: None, "rows": turned(valid[:, 0]).to(DEVICE), "groups": turned(valid).to(DEVICE)}[padded]
     torch_, triton = both(tree_attention, query, key, value, turned(tree).to(DEVICE), width**-0.5, valid)
     assert triton.dtype == dtype
-    torch.testing.assert_close(triton, torch_, atol={FULL: 2e-6, HALF: 2e-3, BRAIN: 2e-2}[dtype], rtol=1e-2)
+    atol, rtol = {FULL: (2e-6, 1e-5), HALF: (2e-3, 1e-3), BRAIN: (4e-3, 8e-3)}[dtype]
+    torch.testing.assert_close(triton, torch_, atol=atol, rtol=rtol)
