@@ -2,6 +2,8 @@
 
 import copy
 import json
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from test_decoding import prompt, text_model
 import vtok
 from vtok.eval.bench import columns, decoding
 from vtok.eval.bench.texts import KINDS, repeated
+from vtok.eval.bench.turns import Turns
 from vtok.markdown import table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -32,8 +35,8 @@ def test_a_killed_run_goes_on(small, tmp_path, monkeypatch):
     assert list(whole["rounds"]) == [f"{kind} 1" for kind in KINDS]
     lacks = {**whole, "rounds": {name: told for name, told in whole["rounds"].items() if "code" not in name}}
     out.write_text(json.dumps(lacks))
-    answer, calls = decoding._answer, []
-    monkeypatch.setattr(decoding, "_answer", lambda *args: calls.append(args) or answer(*args))
+    answer, calls = decoding.abreast, []
+    monkeypatch.setattr(decoding, "abreast", lambda *args: calls.append(args) or answer(*args))
     decoding.run(asked, out)
     again = json.loads(out.read_text())
     assert again["rounds"]["ordinary 1"] == whole["rounds"]["ordinary 1"] and "code 1" in again["rounds"]
@@ -51,11 +54,11 @@ def test_rows_and_bars(small, tmp_path):
             assert all(row["same"] and row["tokens"] == 12 for row in asked["decoders"].values())
             assert asked["decoders"]["plain"]["steps"] == 12 and asked["prompt"] == 20
     for own in (row for told in run["rounds"].values() for asked in told for row in asked["decoders"].values()):
-        own["cpu"] = 1.0
+        own["cpu"] = own["plain"] = 1.0
     for i, asked in enumerate(run["rounds"]["repetitive 1"]):
         asked["decoders"][decoding.JUDGED] |= {"cpu": 0.5, "steps": 5, "drafted": 10, "accepted": 7, "same": not i}
     row = decoding.rows_of(run, "repetitive")[decoding.JUDGED]
-    assert row["cpu"] == 2.0 and row["tokens_a_step"] == 11 / 4 and row["accepted"] == 0.7 and row["same"] == 0.5
+    assert row["speed"] == 2.0 and row["tokens_a_step"] == 11 / 4 and row["accepted"] == 0.7 and row["same"] == 0.5
     bars = decoding.bars(run)
     assert (True, "TokenRecycling, kept, repetitive: 2.00 times plain's speed (bar 1.5)") in bars
     assert (False, "TokenRecycling, kept, ordinary: 1.00 times plain's speed (bar 1.15)") in bars
@@ -74,9 +77,38 @@ def test_the_docs_say_what_was_measured(work):
 
 def test_forwards_of_transformers_are_counted(small):
     how = {"assistant_model": copy.deepcopy(small)}  # drafts what the model would say
-    ids, row = decoding._answer(small, {"input_ids": prompt()}, how, 12)
-    assert row["tokens"] == len(ids) == 12 and row["steps"] < 12 and row["accepted"] == row["tokens"] - row["steps"] > 0
+    ids, row = decoding.abreast(small, {"input_ids": prompt()}, how, 12)
+    assert (
+        row["same"]
+        and row["tokens"] == len(ids) == 12
+        and row["steps"] < 12
+        and row["accepted"] == row["tokens"] - row["steps"] > 0
+    )
     assert row["accepted"] <= row["drafted"]
+
+
+def test_one_works_at_a_time_and_each_pays_for_its_own():
+    turns, said = Turns(), []
+
+    def work(name, steps, each):
+        for _ in range(steps):
+            began, end = turns.clock(), time.process_time() + each
+            while time.process_time() < end:
+                pass
+            assert turns.clock() - began >= 0.9 * each
+            said.append(name)
+            turns.give()
+        return name
+
+    (a, used), (b, other) = turns.run(partial(work, "a", 2, 0.05), partial(work, "b", 3, 0.01))
+    assert (a, b) == ("a", "b") and said == ["a", "b", "a", "b", "b"]
+    assert used >= 0.1 and 0.03 <= other < 0.1  # what the other one used is not among it
+
+    def fails():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        turns.run(fails, partial(work, "b", 1, 0.0))
 
 
 def test_the_first_layers_are_a_model():

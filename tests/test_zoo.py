@@ -108,6 +108,13 @@ def test_unknown_models_are_told_of_the_known():
         zoo.path("no-such-model")
 
 
+def test_a_dtype_is_torchs_or_its_name():
+    assert models.dtype_of(torch.bfloat16) is models.dtype_of("bfloat16") is torch.bfloat16
+    for wrong in ("float33", torch.int8, "nn"):
+        with pytest.raises(InvalidValue, match="dtype is"):
+            models.dtype_of(wrong)
+
+
 def test_the_model_around_smollm2_says_what_it_needs(monkeypatch):
     """It stands in no list of models, which are to work without its wheel, and loads by its name with it."""
     assert zoo.AROUND_SMOLLM2 not in zoo.names()

@@ -48,7 +48,7 @@ def load(folder: str | Path, dtype: torch.dtype | str = "float32", attn_implemen
     if attn_implementation is not None:
         net.set_attn_implementation(attn_implementation)
     net.name_or_path = net.config.name_or_path = str(folder)
-    return net.to(torch.float32 if dtype == "auto" else models.dtype_of(str(dtype).removeprefix("torch."))), kit
+    return net.to(torch.float32 if dtype == "auto" else models.dtype_of(dtype)), kit
 
 
 def processor(tok: Any, tiles: int = 1) -> Any:

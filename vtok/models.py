@@ -58,11 +58,11 @@ def device_of(name: str | None = None) -> str:
     return name
 
 
-def dtype_of(name: str) -> Any:
-    """A floating-point dtype of torch's by name. Raises `InvalidValue`."""
+def dtype_of(name: Any) -> Any:
+    """A floating-point dtype of torch's by name, or itself. Raises `InvalidValue`."""
     import torch
 
-    found = getattr(torch, name, None)
+    found = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InvalidValue(f"dtype is a name of torch's such as {', '.join(DTYPES)}, not {name!r}.")
     return found
@@ -71,7 +71,7 @@ def dtype_of(name: str) -> Any:
 def load(
     name: str | Path,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
     *,
     device_map: str | None = None,
     attn_implementation: str | None = None,
@@ -80,7 +80,7 @@ def load(
 
     name: a bundled model, "smollm2", "smollm2-words", a local folder, or a repository of the hub.
     device: see `device_of`. device_map: instead, as in transformers, which then spreads the model.
-    dtype: a name of torch's; if left out (or "auto") the checkpoint's own, or float32 for bundled models, whose
+    dtype: of torch, or its name; if left out (or "auto") the checkpoint's own, or float32 for bundled models, whose
         weights are stored as float16. attn_implementation: as in transformers.
     Raises `UnknownName` where there is no such model or it cannot be loaded, and `InvalidValue`.
     """

