@@ -85,7 +85,7 @@ def run(asked: Asked, out: Path | None, threads: int | None = 1) -> bool:
     console.print(table(head, lines), soft_wrap=True, highlight=False, markup=False)
     verdicts = bars(run_)
     for met, sentence in verdicts:
-        console.print(f"{'ok  ' if met else 'MISS'} {sentence}")
+        console.print(f"{'ok  ' if met else 'MISS'} {sentence}", soft_wrap=True)
     return all(met for met, _ in verdicts)
 
 
