@@ -181,10 +181,9 @@ def _limits(every: Several, models: Sequence[Several]) -> str:
     ]
     if any(family(model.model) for model in models):
         lines.append(
-            "The bundled models have eight layers, too few for methods that act within the decoder: where there are "
-            "thirty, `core_tokens`, `fastv` and `schedule` know what to keep, behind a layer that `vtok probe` finds "
-            "safe. At the same cost `divprune` kept as much there, and at a quarter of the tokens all but a little "
-            "([measured](probe.md))."
+            "The toys have eight layers, too few for methods that act within the decoder. Where there are thirty, "
+            "`core_tokens`, `fastv` and `schedule` know what to keep behind a layer that `vtok probe` finds safe, which "
+            "a quarter of the tokens as a mean over layers leaves no room for ([measured](probe.md))."
         )
         lines.append("The pictures are drawn, and their redundancy is not that of photos.")
     if left:

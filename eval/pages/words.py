@@ -14,6 +14,7 @@ from vtok.eval.results.results import PATTERNS, Results
 from vtok.eval.results.statistics import FEWEST
 from vtok.methods import available
 
+AROUND = "SmolLM2-135M's real weights, 30 layers, behind a small tower"
 FEW = (
     f"Below {FEWEST['items']} items or {FEWEST['questions']} questions a result has no interval and carries no verdict "
     "and no recommendation."
@@ -37,7 +38,8 @@ def default_of(name: str) -> str:
 def about_models(names: Sequence[str]) -> str:
     """Names, and in the same breath what they are; for the middle of a sentence."""
     toys = [name for name in names if name in zoo.names()]
-    others = [f"{name}, which is not bundled with vtok" for name in names if name not in toys]
+    told = {zoo.AROUND_SMOLLM2: AROUND}
+    others = [f"{name}, {told.get(name, 'which is not bundled with vtok')}" for name in names if name not in toys]
     if not toys:
         return listed(others)
     sizes = listed(f"{_millions(name):.1f}" for name in toys)
@@ -47,6 +49,8 @@ def about_models(names: Sequence[str]) -> str:
 
 def about_model(name: str) -> str:
     """In a line of its own."""
+    if name == zoo.AROUND_SMOLLM2:
+        return f"{AROUND}."
     if name not in zoo.names():
         return "Not bundled with vtok, so nothing more is known of it here."
     return f"A toy of {_millions(name):.1f} million parameters, bundled with vtok, of the family {family(name)}."
