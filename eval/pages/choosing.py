@@ -182,8 +182,8 @@ def _limits(every: Several, models: Sequence[Several]) -> str:
     if any(family(model.model) for model in models):
         lines.append(
             "The toys have eight layers, too few for methods that act within the decoder. Where there are thirty, "
-            "`core_tokens`, `fastv` and `schedule` know what to keep behind a layer that `vtok probe` finds safe, which "
-            "a quarter of the tokens as a mean over layers leaves no room for ([measured](probe.md))."
+            "`core_tokens`, `fastv` and `schedule` know what to keep behind a layer that `vtok probe` finds safe, for "
+            "which a budget of a quarter leaves no room ([measured](probe.md))."
         )
         lines.append("The pictures are drawn, and their redundancy is not that of photos.")
     if left:
