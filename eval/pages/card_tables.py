@@ -83,15 +83,15 @@ def _methods(folder: Path) -> str:
     asked = ", ".join(f"{len(results.questions):,} of `{results.about['task']}`" for results in found.tasks)
     rivals = ", ".join(f"`{name}`" for name in tried(found.tasks))
     words = (
-        "Exact match in percent of every training-free method of vtok at the same budget: the mean over decoder layers "
-        "of kept over all visual tokens is at most that, as far as the method can go (*mean keep* is what it was). "
+        "Exact match in percent of each method at the same budget: the mean over decoder layers of kept over all visual "
+        "tokens is at most that, as far as the method can go (*mean keep* is what it was). "
         f"Questions: {asked}. *Of dense*: accuracy as a part of the dense model's, in percent, the mean over the tasks "
         "that the dense model answers better than chance, with its 95 % interval (paired bootstrap over items). "
         f"{FEW} FLOPs: of encoder and prefill, as a fraction of the dense ones, by formula, the mean over tasks. Bold, "
         f"on these tasks alone: better than each of {rivals} at this budget, beyond "
         "the interval of the paired difference to the best of them. Methods inside the decoder pay for the first "
-        "layers, which see all tokens, and rank by layers so early that they have hardly read the question: eight "
-        f"layers tell against them. The best at each budget: docs/choosing.md. {at_all(found.tasks, '`{}`'.format)}"
+        "layers, which see all tokens, and at a low budget rank by layers so early that they have hardly read the "
+        f"question. The best at each budget: docs/choosing.md. {at_all(found.tasks, '`{}`'.format)}"
     )
     commands = dict.fromkeys(f"`{run['command']}`" for results in found.tasks for run in results.runs)
     command = f"Reproduce: {', '.join(commands)}; it writes sweep.json files."
