@@ -83,8 +83,8 @@ def _methods(folder: Path) -> str:
     asked = ", ".join(f"{len(results.questions):,} of `{results.about['task']}`" for results in found.tasks)
     rivals = ", ".join(f"`{name}`" for name in tried(found.tasks))
     words = (
-        "Exact match in percent of each method at the same budget: the mean over decoder layers of kept over all visual "
-        "tokens is at most that, as far as the method can go (*mean keep* is what it was). "
+        "Exact match in percent of each method at the same budget: the mean over decoder layers of kept over all "
+        "visual tokens is at most that, as far as the method can go (*mean keep* is what it was). "
         f"Questions: {asked}. *Of dense*: accuracy as a part of the dense model's, in percent, the mean over the tasks "
         "that the dense model answers better than chance, with its 95 % interval (paired bootstrap over items). "
         f"{FEW} FLOPs: of encoder and prefill, as a fraction of the dense ones, by formula, the mean over tasks. Bold, "
