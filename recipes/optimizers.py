@@ -25,7 +25,7 @@ from transformers import set_seed
 
 import vtok
 from recipes.alignment import quiet
-from recipes.pairs import NAME, SEED
+from recipes.pairs import NAME, SEED, SEEN
 from vtok import models, zoo
 from vtok.eval.bench import machine
 from vtok.eval.bench.resume import begun
@@ -92,7 +92,7 @@ def fresh() -> nn.Module:
     set_seed(0)
     decoder = type(model)(model.config).model.language_model
     model.model.language_model.load_state_dict(decoder.state_dict())
-    encode_once(model.model.visual.requires_grad_(False))
+    encode_once(model.model.visual.requires_grad_(False), known=SEEN)
     return model
 
 

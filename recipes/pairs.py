@@ -103,9 +103,12 @@ def pairs(model: nn.Module, processor: Any, split: str, count: int) -> Dataset:
 
 
 # ---- pictures: the model ---------------------------------------------------------------------------------------------
+SEEN: dict[tuple, Any] = {}  # what the tower of all runs, which nothing trains, said of each picture
+
+
 def bundled(keep: float, work: Path) -> tuple[nn.Module, Any]:
     model, processor = zoo.load(NAME)
-    encode_once(model.model.visual.requires_grad_(False))
+    encode_once(model.model.visual.requires_grad_(False), known=SEEN)
     if keep < 1:
         vtok.patch(model, "divprune", keep=keep)
     return model, processor

@@ -91,3 +91,14 @@ def test_a_tower_that_is_trained_or_takes_no_grids_is_refused(seen):
         vtok.rl.encode_once(tower.requires_grad_(True))
     with pytest.raises(Unsupported, match="no grids"):
         vtok.rl.encode_once(tiny("llava")[0].model.vision_tower)
+
+
+def test_towers_of_the_same_weights_share_what_they_know(seen):
+    tower, encode, sizes = seen
+    known, (pixels, grid) = {}, ask(tower, 0, 1)
+    vtok.rl.encode_once(tower, known=known)
+    same(tower(pixels, grid_thw=grid), encode(pixels, grid_thw=grid))
+    tower.forward = lambda pixels, grid_thw: pytest.fail("encoded again")
+    vtok.rl.encode_once(tower, known=known)
+    same(tower(pixels, grid_thw=grid), encode(pixels, grid_thw=grid))
+    assert sizes == [2] and len(known) == 2

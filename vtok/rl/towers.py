@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +18,15 @@ from vtok.errors import InvalidValue, Unsupported
 WATCHED = ("output_attentions", "output_hidden_states")
 
 
-def encode_once(tower: nn.Module, clips: int | None = None) -> Callable[[], None]:
+def encode_once(
+    tower: nn.Module, clips: int | None = None, known: dict[tuple, Any] | None = None
+) -> Callable[[], None]:
     """Let a frozen tower of a Qwen-VL encode each picture or clip once.
 
-    clips: how many it remembers, those seen last, and at least those of one call; None: all that it ever saw. Losses
-    and gradients stay the same. While a method has hooks in the tower, which reads or changes what happens there, all
-    is encoded anew. Returns a function that undoes it. Raises `InvalidValue` where the tower is trained, and
-    `Unsupported` for a tower that takes no grids.
+    clips: how many it remembers, those seen last, and at least those of one call; None: all that it ever saw. known:
+    where it remembers them, for towers of the same weights to share. Losses and gradients stay the same. While a method
+    has hooks in the tower, which reads or changes what happens there, all is encoded anew. Returns a function that
+    undoes it. Raises `InvalidValue` where the tower is trained, and `Unsupported` for a tower that takes no grids.
     """
     if "grid_thw" not in inspect.signature(tower.forward).parameters:
         raise Unsupported(f"{type(tower).__name__} takes no grids. This is for Qwen-VL's towers, `model.model.visual`.")
@@ -33,7 +34,7 @@ def encode_once(tower: nn.Module, clips: int | None = None) -> Callable[[], None
         raise InvalidValue("The tower is trained, so what it says of a picture changes: tower.requires_grad_(False).")
     if clips is not None and clips < 1:
         raise InvalidValue(f"clips is 1 or more, or None for all, not {clips}.")
-    encode, known = tower.forward, OrderedDict()
+    encode, known = tower.forward, {} if known is None else known  # those seen last stand last
 
     def forward(pixels: Tensor, grid_thw: Tensor, **how: Any) -> Any:
         hooked = any(part._forward_hooks or part._forward_pre_hooks for part in tower.modules() if part is not tower)
@@ -49,10 +50,10 @@ def encode_once(tower: nn.Module, clips: int | None = None) -> Callable[[], None
             for name, made in zip(new, _apart(out, some.prod(1))):
                 known[name] = made
         for name in names:
-            known.move_to_end(name)
+            known[name] = known.pop(name)
         made = _joined([known[name] for name in names])
         while clips is not None and len(known) > max(clips, len(set(names))):
-            known.popitem(last=False)
+            del known[next(iter(known))]
         return made
 
     tower.forward = forward
