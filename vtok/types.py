@@ -31,9 +31,12 @@ def keep_count(n: int, keep: float | int) -> int:
 
 def keep_counts(n: Tensor, keep: float | int) -> Tensor:
     """The same of each of n [B] long, but that a count may be above it. Does not wait for the device."""
-    if isinstance(keep, int):
-        return torch.full_like(n, keep)
-    return (n.double() * keep + 1e-9).floor().long().clamp(min=1)
+    return torch.full_like(n, keep) if isinstance(keep, int) else whole_part(n, keep).clamp(min=1)
+
+
+def whole_part(n: Tensor, share: float) -> Tensor:
+    """`floor(n * share)` of each of n [B] long. Does not wait for the device."""
+    return (n.double() * share + 1e-9).floor().long()  # in float32 84 % of 75 are 62
 
 
 def share(total: int, sizes: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtok.engine.cache import GONE, State
 from vtok.errors import PatchStateError
 from vtok.kernels.attention_column_sums import attention_column_sums
-from vtok.types import best
+from vtok.types import best, whole_part
 
 if TYPE_CHECKING:
     from vtok.engine.decoder import Seen
@@ -54,8 +54,7 @@ class Columns:
 
     def recent(self, share: float, others: int = 0) -> Tensor:
         """[B, G, L] bool: the newest columns, a share of the budget, in which so many `others` stay as well."""
-        count = (self.budget.double() * share + 1e-9).floor().long()
-        return self.last(torch.minimum(count, self.budget - others))
+        return self.last(torch.minimum(whole_part(self.budget, share), self.budget - others))
 
     @cached_property
     def apart(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -210,9 +210,8 @@ class Run:
         self.sample, self.max_length = bool(config.do_sample), config.max_length
         ends = config._eos_token_tensor
         self.ends = frozenset() if ends is None else frozenset(ends.flatten().tolist())
-        wants = lambda name: config.return_dict_in_generate and getattr(config, name)
-        self.scores: tuple | None = () if wants("output_scores") else None
-        self.logits: tuple | None = () if wants("output_logits") else None
+        self.scores: tuple | None = () if wanted(config, "output_scores") else None
+        self.logits: tuple | None = () if wanted(config, "output_logits") else None
         self.stats = Stats(prompt=target.ids.shape[1])
         self.payoff = decoder._running.payoff
 
