@@ -1,5 +1,6 @@
 """The searches on metrics whose best schedule is known, their memory, and the command line on a tiny model."""
 
+import copy
 import json
 import math
 import os
@@ -266,6 +267,20 @@ def test_log_probabilities_by_single_forwards(model):
     assert log_probability(network, batches) == pytest.approx(sum(slow) / len(slow), abs=1e-4)
 
 
+@pytest.mark.parametrize("behind", ["", "\n"])
+def test_answers_begin_as_the_template_lets_them(model, behind):
+    """A template that ends in a line break brings the space before an answer."""
+    from vtok.eval.results.searched import validation
+    from vtok.search.questions import teacher_forced
+
+    network, processor = model[0], copy.deepcopy(model[1])
+    processor.chat_template += f"{{{{ {behind!r} }}}}"
+    image, questions = validation(1)[0]
+    batch = teacher_forced(processor, image, questions, network)
+    said = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] >= 0])
+    assert said.removesuffix("</s>") == ("" if behind else " ") + questions[0].answer
+
+
 def test_metrics_tell_schedules_apart(model):
     from vtok.eval.results.searched import validation
     from vtok.search.questions import metric_of
@@ -318,6 +333,36 @@ def test_command_line(tmp_path):
     assert log["result"]["score"] == max(item["score"] for item in log["evaluations"])
     assert len(log["result"]["candidates"]) == 3 and log["result"]["a"] == 1
     assert (tmp_path / "p" / "search.png").stat().st_size > 10_000
+
+
+def test_other_models_are_asked_as_vtok_eval_asks_them(tmp_path, monkeypatch):
+    """With the task's instruction, and right answers are the task's."""
+    from vtok import zoo
+    from vtok.eval.results.searched import validation
+    from vtok.eval.tasks.scenes import TASK
+    from vtok.prompts import ask
+    from vtok.search import questions
+
+    network, processor = zoo.load("vtok-tiny-llava-next")
+    network.save_pretrained(tmp_path / "mine"), processor.save_pretrained(tmp_path / "mine")
+    seen = []
+    monkeypatch.setattr(questions, "ask", lambda text, image: seen.append(text) or ask(text, image))
+    words = ["--questions", 2, "--threads", 1, "--step", 0.5, "--max-evals", 1, "--model", tmp_path / "mine"]
+
+    def sloppy(self, sequences, **options):
+        return [f"{q.answer.upper()}." for _, asked in validation(2) for q in asked]
+
+    monkeypatch.setattr(type(processor), "batch_decode", sloppy)
+    code, output = invoke("gsearch", *words, "--out", tmp_path / "g")
+    assert code == 0 and "accuracy 1.0000" in output
+    assert len(seen) == 2 and all(text.endswith(f"? {TASK.instruction}") for text in seen)
+
+    monkeypatch.setattr(type(processor), "batch_decode", lambda self, sequences, **options: ["nothing"] * 2)
+    code, output = invoke("gsearch", *words, "--out", tmp_path / "none")
+    assert code == 2 and "The full model scores 0" in output
+    words = ["--budget", 0.5, "--evaluations", 1, "--k", 1, *words[:4], *words[-2:]]
+    code, output = invoke("psigmoid", *words, "--out", tmp_path / "no")
+    assert code == 2 and "No candidate answers a question right" in output
 
 
 @pytest.mark.parametrize(

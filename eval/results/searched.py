@@ -1,9 +1,10 @@
-"""What `vtok search` asks a bundled model, validation questions of the task `scenes`; the judgement on its test set."""
+"""What `vtok search` asks a model, validation questions of the task `scenes`; the judgement on its test set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,16 @@ from vtok.patching import patch
 SEED = TEST_SEED  # of the validation scenes: another split than the test set's
 
 
-def validation(count: int) -> list[tuple[Image.Image, list[Question]]]:
-    """The first `count` validation questions, scene by scene, one of every category that applies."""
+def validation(count: int, instruction: str = "") -> list[tuple[Image.Image, list[Question]]]:
+    """The first `count` validation questions, scene by scene, one of every category that applies, with `instruction`
+    behind each."""
     asked: list[tuple[Image.Image, list[Question]]] = []
     left = count
     while left > 0:
         scene = TASK.item("val", SEED, len(asked))
         first = {q.category: q for q in reversed(scene.questions)}
         chosen = [first[c] for c in TASK.categories if c in first][:left]
-        asked.append((scene.images[0], chosen))
+        asked.append((scene.images[0], [replace(q, text=f"{q.text} {instruction}".strip()) for q in chosen]))
         left -= len(chosen)
     return asked
 
@@ -37,9 +39,10 @@ def judged(
     processor: Any,
     methods: dict[str, Compressor | str],
     count: int,
+    instruction: str = "",
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> list[dict[str, Any]]:
-    """Exact match on the first `count` scenes of the test set: of the dense model and of each method a row with its
+    """Right answers on the first `count` scenes of the test set: of the dense model and of each method a row with its
     accuracy, mean keep, and the paired difference to the first method, 95 % intervals from a bootstrap over scenes."""
     runs = {"dense": None, **{name: method for name, method in methods.items() if not isinstance(method, str)}}
     hits, keeps = {}, {}
@@ -47,7 +50,7 @@ def judged(
         rows, kept = [], []
         with nullcontext() if runs[name] is None else patch(model, runs[name]) as handle:
             for scene in TASK.held_out(count):
-                said = answer(model, processor, scene)
+                said = answer(model, processor, scene, instruction)
                 rows.append((sum(map(TASK.score, (q.answer for q in scene.questions), said)), len(said)))
                 kept.append(1.0 if handle is None else handle.trace.mean_keep)
         hits[name], keeps[name] = np.array(rows), sum(kept) / len(kept)  # [scenes, 2]

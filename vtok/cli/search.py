@@ -1,4 +1,4 @@
-"""`vtok search`: find a schedule for a bundled model on its validation questions."""
+"""`vtok search`: find a schedule for a model on validation questions of the task `scenes`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 Out = Annotated[Path, typer.Option(help="Folder for schedule.json, trace.json and search.png.")]
 Questions = Annotated[int, typer.Option(metavar="N", min=1, help="Validation questions that a schedule is judged by.")]
 Metric = Annotated[
-    Literal["accuracy", "logprob"], typer.Option(help="Exact match of greedy answers, or nats, which are smoother.")
+    Literal["accuracy", "logprob"], typer.Option(help="Right greedy answers, or nats, which are smoother.")
 ]
 FirstFull = Annotated[int, typer.Option(metavar="N", help="Layers that see all tokens.")]
 Compare = Annotated[
@@ -46,6 +46,7 @@ class Session:
     model: Any
     processor: Any
     evaluations: Any
+    instruction: str
     out: Path
     n_layers: int
 
@@ -63,7 +64,7 @@ def _open(
     """loads: model, device, dtype and threads. settings: of the search."""
     with options.loaded(*loads) as (network, processor, status):
         status("asking the model")
-    from vtok import adapter
+    from vtok import adapter, zoo
     from vtok.eval.bench.machine import describe
     from vtok.eval.results import searched
     from vtok.eval.results.sweep import fingerprint
@@ -75,16 +76,18 @@ def _open(
     vlm, family = adapter.find(network)
     identity = {"search": method, "model": Path(loads[0]).name, "weights": fingerprint(network), "dtype": dtype}
     identity |= {"questions": questions, "split": "val", "scenes": scenes.VERSION, "seed_of_scenes": searched.SEED}
+    instruction = "" if zoo.holds(loads[0]) else scenes.TASK.instruction
+    asked = searched.validation(questions, instruction)
     evaluations = Evaluations(
-        work.metric_of(metric, network, processor, searched.validation(questions)),
+        work.metric_of(metric, network, processor, asked, scenes.TASK.score),
         out / "trace.json",
-        identity | {"metric": metric} | settings,
+        identity | {"instruction": instruction, "metric": metric} | settings,
         describe(network.device.type, dtype),
     )
     if known := len(evaluations.known):
         say(f"going on after {known} evaluations in {out / 'trace.json'}")
     resumable(ctx)
-    return Session(network, processor, evaluations, out, len(family.layers(family.core(vlm))))
+    return Session(network, processor, evaluations, instruction, out, len(family.layers(family.core(vlm))))
 
 
 def _close(session: Session, rates: schedules.Rates, compare: int, floor: float | None, **result: Any) -> None:
@@ -119,7 +122,9 @@ def _compare(session: Session, rates: schedules.Rates, count: int, result: dict[
     from vtok.search import questions as work
 
     methods = work.rivals(rates)
-    result["compared"] = searched.judged(session.model, session.processor, methods, count, session.track("comparing"))
+    result["compared"] = searched.judged(
+        session.model, session.processor, methods, count, session.instruction, session.track("comparing")
+    )
     for row in result["compared"]:
         if "refused" in row:
             say(f"{row['method']:12} not run: {row['refused']}")
@@ -211,6 +216,8 @@ def psigmoid(
     session = _open(ctx, "psigmoid", out, loads, questions, metric, budget=budget, **settings)
     progress = session.track("candidates")
     best, tried = search(session.evaluations, session.n_layers, budget, progress=progress, **settings)
+    if best.score == 0:
+        raise InvalidValue("No candidate answers a question right. Take more --questions, or --metric logprob.")
     found = {key: value for key, value in asdict(best).items() if key not in ("rates", "score")}
     listed = [{key: value for key, value in asdict(one).items() if key != "rates"} for one in tried]
     _close(session, best.rates, compare, None, **found, candidates=listed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,12 +31,15 @@ class Question(Protocol):
 Asked = Sequence[tuple[Image.Image, Sequence[Question]]]
 
 
-def metric_of(name: str, model: Any, processor: Any, asked: Asked) -> Callable[[Rates], float]:
-    """rates -> score of the model with that schedule, more is better. name: see `accuracy` and `log_probability`."""
+def metric_of(
+    name: str, model: Any, processor: Any, asked: Asked, right: Callable[[str, str], bool] = operator.eq
+) -> Callable[[Rates], float]:
+    """rates -> score of the model with that schedule, more is better. name: see `accuracy`, which takes `right`, and
+    `log_probability`."""
     if name not in METRICS:
         raise InvalidValue(f"metric must be one of {METRICS}, got {name!r}")
     if name == "accuracy":
-        measure = lambda: accuracy(model, processor, asked)
+        measure = lambda: accuracy(model, processor, asked, right)
     else:
         batches = [teacher_forced(processor, image, questions, model) for image, questions in asked]
         measure = lambda: log_probability(model, batches)
@@ -53,14 +57,17 @@ def prompts(processor: Any, image: Image.Image, questions: Sequence[Question]) -
 
 
 @torch.inference_mode()
-def accuracy(model: Any, processor: Any, asked: Asked, tokens: int = 16) -> float:
-    """Share of questions answered exactly, by greedy `generate` of at most `tokens`."""
+def accuracy(
+    model: Any, processor: Any, asked: Asked, right: Callable[[str, str], bool] = operator.eq, tokens: int = 16
+) -> float:
+    """Share of questions answered right, by greedy `generate` of at most `tokens`. right: the answer and what was said
+    -> whether it is right."""
     hits = []
     for image, questions in asked:
         inputs = prompts(processor, image, questions).to(model.device, model.dtype)
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         said = processor.batch_decode(out, skip_special_tokens=True)
-        hits += [text.strip() == q.answer for text, q in zip(said, questions)]
+        hits += [right(q.answer, text.strip()) for text, q in zip(said, questions)]
     return sum(hits) / len(hits)
 
 
@@ -68,8 +75,8 @@ def teacher_forced(processor: Any, image: Image.Image, questions: Sequence[Quest
     """Inputs and labels of the right answers to questions about one picture: prompts padded on the left, answers and
     the end token on the right, labels on these alone."""
     inputs, tokenizer = prompts(processor, image, questions), processor.tokenizer
-    answers = [tokenizer(f" {q.answer}", add_special_tokens=False)["input_ids"] for q in questions]
-    answers = [[*ids, tokenizer.eos_token_id] for ids in answers]
+    before = tokenizer.decode(inputs["input_ids"][0, -1:])
+    answers = [[*_behind(tokenizer, before, q.answer), tokenizer.eos_token_id] for q in questions]
     longest = max(map(len, answers))
     ids = torch.tensor([[*a, *[tokenizer.pad_token_id] * (longest - len(a))] for a in answers])  # [B, A]
     real = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers])
@@ -80,6 +87,16 @@ def teacher_forced(processor: Any, image: Image.Image, questions: Sequence[Quest
         inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1)
     inputs = inputs.to(model.device, model.dtype)
     return {**inputs, "labels": labels.to(model.device)}
+
+
+def _behind(tokenizer: Any, before: str, answer: str) -> list[int]:
+    """Tokens of an answer behind the prompt's end `before`: with a space, unless that ends in one ("assistant\\n").
+    Read together, as some tokenizers (Llama's) put a space of their own before whatever they are given."""
+    ids, both = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (before, f"{before}{'' if before[-1:].isspace() else ' '}{answer}")
+    )
+    return both[len(ids) :]
 
 
 @torch.inference_mode()
