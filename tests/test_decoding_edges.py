@@ -1,11 +1,15 @@
 """Decoding with drafts where things end, fail or change on the way, against plain `generate`."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from test_decoding import decoder, prompt, refused, same, text_model
 from transformers import DynamicCache, FalconConfig, FalconForCausalLM, StoppingCriteria
 
 import vtok
+from vtok.errors import NothingToReport
 from vtok.text.decoding import token_recycling
 
 
@@ -98,3 +102,19 @@ def test_what_the_prompt_would_take_is_counted_once(monkeypatch):
     monkeypatch.setattr(waiting._running.payoff, "once", lambda share, work: None if share else 0.0)
     text_model().generate(prompt(), max_new_tokens=9, do_sample=False, custom_generate=waiting)
     assert waiting.stats.steps > 3 and len(counted) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda drafted: pickle.loads(pickle.dumps(drafted))])
+def test_a_copy_knows_what_was_learned_and_is_free(copied):
+    model, drafted = text_model(), decoder()
+    same(model, {"input_ids": prompt()}, drafted)
+    learned = drafted.stats.accepted
+    with drafted._running.lock:  # as while it decodes for another thread
+        other = copied(drafted)
+        with pytest.raises(NothingToReport):
+            _ = other.stats
+        same(model, {"input_ids": prompt()}, other, times=1)
+    assert other.stats.accepted >= learned > 5
+    new = decoder()
+    same(model, {"input_ids": prompt()}, new, times=1)
+    assert new.stats.accepted < learned

@@ -240,6 +240,17 @@ def test_what_generate_cannot_do_is_named(model, how):
         generate(model, **how)
 
 
+def test_the_decoder_alone_is_refused(model):
+    """Past the patched model nothing acts: it would be dense without a word."""
+    with torch.no_grad():
+        dense = model.model(IDS).last_hidden_state
+        with vtok.patch(model, "snapkv", keep=6) as patch:
+            with pytest.raises(Unsupported, match="LlamaModel was called on its own"):
+                model.model(IDS)
+            with patch.paused():
+                assert model.model(IDS).last_hidden_state.equal(dense)
+
+
 def test_a_prepared_mask_is_refused(model):
     with vtok.patch(model, "h2o"), pytest.raises(Unsupported, match="prepared attention mask"):
         run(model, IDS, attention_mask=torch.zeros(1, 1, 30, 30))

@@ -45,6 +45,10 @@ UNSTEADY = (
     "%s chooses by scores, and in %s those of a training forward are rounded otherwise than those of its rollout: now "
     "and then other tokens are kept. vtok.rl.prepare(trainer) lets a training forward keep what its rollout kept."
 )
+ALONE = (
+    "{} was called on its own, past the model that is patched, where the patch cannot act. Call the model itself; for "
+    "the decoder alone, uncompressed, `with patch.paused():`."
+)
 UNKNOWN_PROMPT = (
     "{name} keeps what the prompt's end attends to, and this forward does not say where {what}. Call generate; or pass "
     "labels with -100 on the prompt (TRL: completion_only_loss=True); or use_cache=True, where all of the input is "
@@ -258,7 +262,9 @@ class Engine:
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         call, cache = self.local.call, cache_in(kwargs)
         begins = cache is None or (type(cache) in (DynamicCache, CompressedCache) and not cache.get_seq_length())
-        on_text = call is not None and any(stage.on_text for stage in self.stages)
+        on_text = any(stage.on_text for stage in self.stages)
+        if call is None and begins and on_text:
+            raise Unsupported(ALONE.format(type(module).__name__))
         brings = call is not None and any(encoded.layouts for encoded in call.encoded.values())
         brings = brings or (begins and on_text)
         if not brings and not on_text and not isinstance(cache, CompressedCache):

@@ -111,6 +111,10 @@ class Running:
     stats: Stats | None = None
     payoff: Payoff = field(default_factory=Payoff)
 
+    def __reduce__(self) -> tuple:
+        """A decoder's copy begins anew: nobody uses it, and it may run elsewhere, in other times."""
+        return Running, ()
+
 
 class Decoder(ABC):
     """A way to draft. An object is what `model.generate(**inputs, custom_generate=...)` takes, for one sequence at a
