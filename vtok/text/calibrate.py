@@ -1,7 +1,7 @@
 """Which layer of a language model knows what matters: found on prompts that hide a number in a text.
 
 from vtok.text import calibrate
-found = calibrate.depth(model, tokenizer, keep=0.3)
+found = calibrate.depth(model, tokenizer, text, keep=0.3)
 vtok.patch(model, "gemfilter", keep=0.3, depth=found.best)
 """
 
