@@ -58,16 +58,17 @@ class Keyformer(KV):
         query, key, rows, valid = seen.apart
         place, new = seen.place.flatten(0, 1), seen.rows.shape[1]
         tau, total = self.temperature(seen.step), torch.zeros(valid.shape, device=key.device)
+        past, key = valid.shape[1] - new, key.float().transpose(2, 3)
         for start in range(0, new, BLOCK):
             part = rows[:, start : start + BLOCK]  # [B * G, r]
-            x = query[:, :, start : start + BLOCK].float() @ key.float().transpose(2, 3) * seen.scaling
+            end = past + start + part.shape[1]  # no row of the block sees a column behind
+            x = query[:, :, start : start + BLOCK].float() @ key[..., :end] * seen.scaling
             if self.noise:
-                z = self._gumbel(seen, place[:, valid.shape[1] - new :][:, start : start + BLOCK], place)
-                x = x + self.noise * z
-            columns = torch.arange(valid.shape[1], device=key.device)
-            visible = valid[:, None] & (columns <= part[..., None])  # [B * G, r, L]
-            weights = (x / tau).masked_fill(~visible[:, None], torch.finfo(torch.float32).min).softmax(-1)
-            total += weights.masked_fill((part < 0)[:, None, :, None], 0.0).sum((1, 2))
+                x += self._gumbel(seen, place[:, past + start : end], place[:, :end]).mul_(self.noise)
+            columns = torch.arange(end, device=key.device)
+            visible = valid[:, None, :end] & (columns <= part[..., None])  # [B * G, r, end]
+            weights = x.div_(tau).masked_fill_(~visible[:, None], torch.finfo(torch.float32).min).softmax(-1)
+            total[:, :end] += weights.masked_fill_((part < 0)[:, None, :, None], 0.0).sum((1, 2))
         return seen.before + total.view(seen.valid.shape)
 
     def _gumbel(self, seen: Columns, queries: Tensor, columns: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class Keyformer(KV):
         head = torch.arange(heads, device=device).view(seen.key.shape[1], -1).repeat(len(seen.key), 1)  # [B * G, H / G]
         at = (queries[:, None, :, None] << 21) + columns[:, None, None]
         u = uniform(self.seed, at + ((head + seen.layer * heads) << 42)[..., None, None])
-        return -(-u.log()).log()
+        return u.log_().neg_().log_().neg_()
 
     def stays(self, seen: Columns) -> Tensor:
         return seen.recent(self.recent)

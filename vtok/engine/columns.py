@@ -190,7 +190,10 @@ def uniform(seed: int, index: Tensor) -> Tensor:
 
     The mixing function of SplitMix64 (Steele, Lea and Flood, 2014), which draws from a counter."""
     start = (seed * 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63)  # as a signed number of 64 bits
-    x = index * -7046029254386353131 + start  # overflow wraps
+    x = index * -7046029254386353131  # overflow wraps
+    x += start
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    return ((x >> 41 & 0x7FFFFF) + 0.5) / (1 << 23)
+        mixed = x >> shift
+        x ^= mixed.bitwise_and_((1 << 64 - shift) - 1)
+        x *= factor
+    return x.bitwise_right_shift_(41).bitwise_and_(0x7FFFFF).float().add_(0.5).div_(1 << 23)
