@@ -194,6 +194,11 @@ def test_a_budget_of_a_composition():
     later = of("divprune:keep=0.5+fastv:layer=1", 0.4)[0][1]
     assert later == vtok.FastV(layer=1).with_budget(0.8, len(model.model.language_model.layers))
     assert of("divprune+core_neurons", 0.25)[1] == {"budget": 0.25}  # as before: one of them drops visual tokens
+    parts, told = of("divprune+snapkv:keep=0.5", 0.25)  # a share of the cache is none of the visual tokens
+    with vtok.patch(model, parts, **told) as patch:
+        assert [part.keep for part in patch.compressors] == [0.25, 0.5]
+    parts, told = of("sampled_frames:keep=0.5+divprune+snapkv:keep=0.5", 0.25)
+    assert [part.keep for part in parts] == [0.5, 0.5, 0.5] and not told
     assert "leave 0.25" in Cell("sampled_frames:keep=0.25+divprune", 0.5).refusal(model)
     assert "each but one" in Cell("sampled_frames:keep=0.5+divprune:keep=0.5", 0.25).refusal(model)
 
