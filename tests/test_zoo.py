@@ -132,15 +132,15 @@ def around():
 
 
 def test_the_model_around_smollm2_is_patched_and_answers(around):
-    """Real weights, thirty layers, a picture of 64 tokens of which a quarter is kept."""
+    """Real weights, thirty layers, a picture of three tiles and a thumbnail of 64 tokens each; a quarter is kept."""
     net, kit = around
     assert (len(net.model.language_model.layers), net.config.text_config.hidden_size) == (30, 576)
     inputs = encode(kit, [ask(zoo.DEMO_QUESTION, Image.open(zoo.DEMO_IMAGE))])
     said = kit.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-    assert said[:4] == ["<|im_start|>", "user", "Ċ", "<img>"] and said.count("<IMG_CONTEXT>") == 64
+    assert said[:4] == ["<|im_start|>", "user", "Ċ", "<img>"] and said.count("<IMG_CONTEXT>") == 256
     with torch.no_grad(), vtok.patch(net, "divprune", keep=0.25) as patch:
         out = net.generate(**inputs, max_new_tokens=2)
-        assert patch.trace.n_visual == [64] and patch.trace.n_kept == [16]
+        assert patch.trace.n_visual == [256] and patch.trace.n_kept == [64]
     assert out.shape[1] == inputs["input_ids"].shape[1] + 2 or out[0, -1] == kit.tokenizer.eos_token_id
 
 
