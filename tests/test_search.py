@@ -58,6 +58,8 @@ def test_gsearch_spends_its_tolerance_on_the_first_layers():
     # a tolerance is a fraction of the score's magnitude: the same metric, ten times as high or below zero
     assert gsearch(lambda rates: 10 * shortfall(rates), 10, tolerance=0.1) == found
     assert gsearch(lambda rates: shortfall(rates) - 2, 10, tolerance=0.1) == found
+    # or 0 for the full model, as a distance to it: nothing may be lost
+    assert gsearch(lambda rates: shortfall(rates) - 1, 10, tolerance=0.1) == gsearch(shortfall, 10, tolerance=0.0)
 
 
 def test_gsearch_asks_once_and_not_often():
@@ -359,7 +361,7 @@ def test_other_models_are_asked_as_vtok_eval_asks_them(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(processor), "batch_decode", lambda self, sequences, **options: ["nothing"] * 2)
     code, output = invoke("gsearch", *words, "--out", tmp_path / "none")
-    assert code == 2 and "The full model scores 0" in output
+    assert code == 2 and "No candidate answers a question right" in output
     words = ["--budget", 0.5, "--evaluations", 1, "--k", 1, *words[:4], *words[-2:]]
     code, output = invoke("psigmoid", *words, "--out", tmp_path / "no")
     assert code == 2 and "No candidate answers a question right" in output

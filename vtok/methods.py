@@ -114,10 +114,8 @@ def call(
     if len(told) == 1:
         return told[0][0], whole | told[0][1]
     built = [build(name, **values) for name, values in told]
-    pictures = bool(adapter.encoders)  # a share of the cache is none of the visual tokens
-    given = [
-        isinstance(values.get("keep"), float) and part.of_pictures == pictures for part, (_, values) in zip(built, told)
-    ]
+    # of visual tokens: a share of the cache is none of theirs
+    given = [part.of_pictures and isinstance(values.get("keep"), float) for part, (_, values) in zip(built, told)]
     if budget is None or not any(given):
         return built, whole
     return _shared(method, built, given, budget, len(adapter.layers(adapter.core(vlm)))), {}

@@ -29,7 +29,7 @@ def validation(count: int, instruction: str = "") -> list[tuple[Image.Image, lis
         scene = TASK.item("val", SEED, len(asked))
         first = {q.category: q for q in reversed(scene.questions)}
         chosen = [first[c] for c in TASK.categories if c in first][:left]
-        asked.append((scene.images[0], [replace(q, text=f"{q.text} {instruction}".strip()) for q in chosen]))
+        asked.append((scene.images[0], [replace(q, text=q.asked(instruction)) for q in chosen]))
         left -= len(chosen)
     return asked
 

@@ -66,7 +66,7 @@ def read(processor: Any, item: Item, instruction: str = "") -> Any:
         if "video" not in media(processor):
             raise Unsupported(f"{type(processor).__name__} takes no clips.")
         seen = [Clip(item.images, item.fps)]
-    return encode(processor, [ask(f"{q.text} {instruction}".strip(), *seen) for q in item.questions])
+    return encode(processor, [ask(q.asked(instruction), *seen) for q in item.questions])
 
 
 def _ends(model: Any) -> list[int]:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 import vtok.eval.tasks
+from vtok import zoo
 from vtok.errors import InvalidValue, UnknownName, meant
 from vtok.eval.tasks.sources import SPLITS, split_of
 
@@ -31,6 +32,10 @@ class Question:
     text: str
     answer: str  # a word or two, a number or a code
     boxes: tuple[Box, ...] = ()  # where to look; () = everywhere, or at nothing in particular
+
+    def asked(self, instruction: str) -> str:
+        """Its text with an instruction behind it, or none."""
+        return f"{self.text} {instruction}".strip()
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class Task:
     def chance(self, category: str) -> float:
         """Share that drawing an answer at random gets right."""
         return self.chances[category]
+
+    def instruction_of(self, model: str) -> str:
+        """What a model of this name is told behind each question: bundled ones were trained on the tasks."""
+        return "" if zoo.holds(model) else self.instruction
 
     def score(self, answer: str, said: str) -> bool:
         """Whether `said` is the answer, but for case, surrounding space and a final dot."""

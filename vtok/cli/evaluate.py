@@ -84,7 +84,6 @@ def _evaluate(
     network: Any, processor: Any, model: str, out: Path, counts: dict[str, int], asked: bool, cells: Any, share: Any
 ) -> None:
     """One model. counts: items of each task; asked: whether the tasks were named; cells: methods and budgets."""
-    from vtok import zoo
     from vtok.eval.results import sweep
     from vtok.eval.results.results import table
     from vtok.eval.tasks import task
@@ -100,7 +99,7 @@ def _evaluate(
             continue
         if share.rank == 0:
             typer.echo(f"asking {model} about {count} items of {work.name}, with each method at each budget", err=True)
-        instruction = "" if zoo.holds(model) else work.instruction
+        instruction = work.instruction_of(model)
         folder = out / work.name
         summary = sweep.run(network, processor, model, work, *cells, count, folder, share, instruction)
         console.print(f"\n{model}: {work.title} ({work.name}), {summary['about']['items']} items", style="bold")

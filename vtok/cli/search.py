@@ -64,7 +64,7 @@ def _open(
     """loads: model, device, dtype and threads. settings: of the search."""
     with options.loaded(*loads) as (network, processor, status):
         status("asking the model")
-    from vtok import adapter, zoo
+    from vtok import adapter
     from vtok.eval.bench.machine import describe
     from vtok.eval.results import searched
     from vtok.eval.results.sweep import fingerprint
@@ -76,7 +76,7 @@ def _open(
     vlm, family = adapter.find(network)
     identity = {"search": method, "model": Path(loads[0]).name, "weights": fingerprint(network), "dtype": dtype}
     identity |= {"questions": questions, "split": "val", "scenes": scenes.VERSION, "seed_of_scenes": searched.SEED}
-    instruction = "" if zoo.holds(loads[0]) else scenes.TASK.instruction
+    instruction = scenes.TASK.instruction_of(loads[0])
     asked = searched.validation(questions, instruction)
     evaluations = Evaluations(
         work.metric_of(metric, network, processor, asked, scenes.TASK.score),
@@ -95,6 +95,8 @@ def _close(session: Session, rates: schedules.Rates, compare: int, floor: float 
     evaluations, out = session.evaluations, session.out
     settings = evaluations.log["settings"]
     score, metric = evaluations.known[rates], settings["metric"]
+    if metric == "accuracy" and not any(evaluations.known.values()):
+        raise InvalidValue("No candidate answers a question right. Take more --questions, or --metric logprob.")
     whole = evaluations.known.get((1.0,) * len(rates))
     result = {"rates": list(rates), "mean_keep": schedules.mean(rates), "score": score, "full_score": whole} | result
     schedules.write(out / "schedule.json", rates, score=score, full_score=whole, settings=settings)
@@ -216,8 +218,6 @@ def psigmoid(
     session = _open(ctx, "psigmoid", out, loads, questions, metric, budget=budget, **settings)
     progress = session.track("candidates")
     best, tried = search(session.evaluations, session.n_layers, budget, progress=progress, **settings)
-    if best.score == 0:
-        raise InvalidValue("No candidate answers a question right. Take more --questions, or --metric logprob.")
     found = {key: value for key, value in asdict(best).items() if key not in ("rates", "score")}
     listed = [{key: value for key, value in asdict(one).items() if key != "rates"} for one in tried]
     _close(session, best.rates, compare, None, **found, candidates=listed)

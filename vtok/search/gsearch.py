@@ -32,8 +32,6 @@ def gsearch(
     lowest candidate is one step. first_full: layers that see all tokens, two in the paper. group: how many layers
     get one rate. max_evals: at most so many evaluations. progress: wraps the iteration over groups of layers.
 
-    Raises `InvalidValue` where the full model scores 0, of which nothing can be lost.
-
     The tolerance, the step and these defaults are ours: the paper gives none.
     """
     levels = _levels(step)
@@ -53,11 +51,6 @@ def gsearch(
 
     level = [levels] * n_layers  # in steps
     whole = score(level)
-    if whole == 0:
-        raise InvalidValue(
-            "The full model scores 0, so any schedule would do. Take more questions, or a metric such as the "
-            "log-probability of right answers."
-        )
     enough = whole - tolerance * abs(whole) - 1e-12
     for layer in progress(range(first_full, n_layers, group)):
         fails, passes = 0, level[layer]
